@@ -1,0 +1,370 @@
+"""Batches for one rank: bytes from shards by the sampler's order, decoded and augmented by DALI.
+
+Reader threads fetch the next steps' images; DALI decodes, warps, erases and normalises them, on the
+GPU where there is one. A stream never ends: its iteration number is the global step, so there is
+nothing to reset between epochs and nothing to fast-forward on resume.
+"""
+
+import io
+import logging
+import os
+import resource
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+from PIL import Image
+from torch import Tensor
+
+from dan_dist.augment import UNIFORMS, Augment, place
+from dan_dist.sampler import (
+    Ids,
+    augmentation_uniforms,
+    epoch_order,
+    evaluation_order,
+    group_samples,
+    rank_columns,
+    steps_per_epoch,
+)
+from dan_dist.shardset import Split
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB, of values in [0, 1]
+STD = (0.229, 0.224, 0.225)
+READERS = 4  # threads; they wait for storage, not for a core
+STEPS_AHEAD = 4  # steps whose bytes are fetched in advance, before DALI's own queue
+CHUNK = 16  # images a reader thread fetches at a time
+
+log = logging.getLogger(__name__)
+
+
+class Batch(NamedTuple):
+    """One rank's columns of a global batch."""
+
+    images: Tensor  # (n, 3, S, S) float32, normalised, channels_last
+    labels: Tensor  # (n,) int64; −1 where an evaluation step is padded
+    ids: Tensor  # (n,) int64 on the CPU: sample numbers in the split's index
+
+
+class Request(NamedTuple):
+    """What a rank needs for one step."""
+
+    ids: Ids  # (n,); −1 for padding
+    uniforms: NDArray[np.float32] | None  # (n, UNIFORMS) for augmentation, None for evaluation
+
+
+class TrainOrder:
+    """The requests of a training run, step by step; the next epoch is ordered in the background."""
+
+    def __init__(
+        self, split: Split, columns: slice, *, global_batch: int, seed: int, balanced: bool
+    ) -> None:
+        self.groups = group_samples(split.index["label"], balanced=balanced)
+        self.columns, self.global_batch, self.seed = columns, global_batch, seed
+        self.steps = steps_per_epoch(len(split), global_batch)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="order")
+        self._epochs: dict[int, Future[Ids]] = {}
+
+    def __call__(self, step: int) -> Request:
+        epoch, row = divmod(step, self.steps)
+        for e in (epoch, epoch + 1):
+            if e not in self._epochs:
+                self._epochs[e] = self._pool.submit(self._order, e)
+        self._epochs.pop(epoch - 1, None)
+        uniforms = augmentation_uniforms(self.seed, step, self.global_batch, UNIFORMS)
+        return Request(self._epochs[epoch].result()[row], uniforms[self.columns])
+
+    def _order(self, epoch: int) -> Ids:
+        order = epoch_order(
+            self.groups, global_batch=self.global_batch, seed=self.seed, epoch=epoch
+        )
+        return np.ascontiguousarray(order[:, self.columns])
+
+
+class EvaluationOrder:
+    """Every sample of a split once, padded with −1 to whole steps; then again, without end."""
+
+    def __init__(self, split: Split, columns: slice, *, global_batch: int) -> None:
+        order = evaluation_order(len(split), global_batch)
+        self.steps, self.own = len(order), order[:, columns]
+
+    def __call__(self, step: int) -> Request:
+        return Request(self.own[step % self.steps], None)
+
+
+class Reader:
+    """Image bytes by sample number, checked; a damaged image is replaced by one of its class.
+
+    The substitute is the next intact sample of the same class in index order, whatever the world
+    size. Each damaged image is named once in the log; more than `max_bad` raise OSError.
+    """
+
+    def __init__(self, split: Split, max_bad: int) -> None:
+        self.split, self.max_bad = split, max_bad
+        self.bad: dict[int, str] = {}  # sample → reason
+        self._lock = threading.Lock()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a descriptor per shard
+        self._files = [os.open(split.path(k), os.O_RDONLY) for k in range(len(split.shards))]
+
+    def read(self, sample: int) -> NDArray[np.uint8]:
+        """The JPEG bytes of `sample`, or of its substitute.
+
+        Raises:
+            OSError: more than `max_bad` images are damaged, or a whole class is.
+        """
+        for candidate in self._candidates(sample):
+            if candidate in self.bad:
+                continue
+            data, fault = self._fetch(candidate)
+            if not fault:
+                return np.frombuffer(data, np.uint8)
+            self.report(candidate, fault)
+        raise OSError(f"no intact image is left of the class of {self.split.key(sample)}")
+
+    def report(self, sample: int, fault: str) -> None:
+        """Notes that `sample` is damaged, so that it is never read again."""
+        with self._lock:
+            if sample in self.bad:
+                return
+            self.bad[sample] = fault
+            name, count = self.split.key(sample), len(self.bad)
+        if count > self.max_bad:
+            raise OSError(
+                f"{self.split.root / name}: {fault}; {count} images of split "
+                f"'{self.split.name}' are damaged, at most {self.max_bad} are tolerated"
+            )
+        log.warning("damaged image %s (%s): replaced by another of its class", name, fault)
+
+    def close(self) -> None:
+        for file in self._files:
+            os.close(file)
+
+    def _fetch(self, sample: int) -> tuple[bytes, str]:
+        row = self.split.index[sample]
+        try:
+            data = os.pread(self._files[row["shard"]], int(row["size"]), int(row["offset"]))
+        except OSError as error:
+            return b"", error.strerror or str(error)
+        if len(data) < row["size"]:
+            return data, f"{len(data)} of {row['size']} bytes are there"
+        if zlib.crc32(data) != row["crc32"]:
+            return data, "its checksum differs from the index"
+        return data, ""
+
+    def _candidates(self, sample: int) -> Iterator[int]:
+        yield sample
+        labels = self.split.index["label"]
+        same = np.flatnonzero(labels == labels[sample])
+        yield from np.roll(same, -int(np.searchsorted(same, sample, side="right"))).tolist()
+
+
+class Stream:
+    """Endless batches of one rank from global step `start` on.
+
+    `wait_s` adds up the time that `next` spent waiting. In evaluation (`augment` None) pixels are
+    decoded, resized where the shards' size differs, and normalised, nothing else.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        order: Callable[[int], Request],
+        *,
+        image_size: int,
+        shard_image_size: int | None,
+        augment: Augment | None,
+        device: torch.device,
+        threads: int,
+        start: int = 0,
+    ) -> None:
+        self.reader, self.order, self.augment = reader, order, augment
+        self.image_size, self.resize = image_size, shard_image_size != image_size
+        self.device, self.threads = device, threads
+        self.step, self.wait_s = start, 0.0
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+        self._build()
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        try:
+            images, numbers = self._pipeline.run()
+        except RuntimeError as error:
+            self._set_aside_undecodable(error)
+            return next(self)
+        pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+        both = torch.from_dlpack(numbers.as_tensor())
+        labels = both[:, 0].to(self.device, non_blocking=True)
+        self.step += 1
+        self.wait_s += time.perf_counter() - began
+        return Batch(pixels, labels, both[:, 1])
+
+    def close(self) -> None:
+        """Ends the reader threads and frees DALI's buffers; the shards' files stay the reader's."""
+        del self._pipeline
+        self._pool.shutdown(cancel_futures=True)
+
+    def _build(self) -> None:
+        """A pipeline whose iteration 0 is global step `self.step`."""
+        self._first, self._fetched = self.step, {}
+        samples = len(self.order(self.step).ids)
+        on_gpu = self.device.type == "cuda"
+        self._pipeline = _graph(
+            self._feed,
+            self.image_size,
+            self.resize,
+            self.augment is not None,
+            "mixed" if on_gpu else "cpu",
+            batch_size=samples,
+            num_threads=self.threads,
+            device_id=self.device.index if on_gpu else None,
+            prefetch_queue_depth=2,
+            exec_dynamic=True,  # its outputs own their memory: a held batch is never overwritten
+        )
+        self._pipeline.build()
+
+    _fetched: dict[int, tuple[Request, list[Future[list[NDArray[np.uint8]]]]]]
+
+    def _feed(self, iteration: int) -> tuple[object, ...]:
+        """DALI's batch callback: the inputs of global step `first + iteration`."""
+        step = self._first + iteration
+        for ahead in range(step, step + STEPS_AHEAD + 1):
+            if ahead not in self._fetched:
+                request = self.order(ahead)
+                ids = np.maximum(request.ids, 0).tolist()
+                chunks = [ids[i : i + CHUNK] for i in range(0, len(ids), CHUNK)]
+                self._fetched[ahead] = request, [self._pool.submit(self._read, c) for c in chunks]
+        request, futures = self._fetched.pop(step)
+        labels = self.reader.split.index["label"][np.maximum(request.ids, 0)].astype(np.int64)
+        labels[request.ids < 0] = -1
+        numbers = np.stack([labels, request.ids], axis=1)
+        images = [image for future in futures for image in future.result()]
+        if self.augment is None or request.uniforms is None:
+            return images, numbers
+        return images, numbers, *place(request.uniforms, self.augment, self.image_size)
+
+    def _read(self, ids: list[int]) -> list[NDArray[np.uint8]]:
+        return [self.reader.read(i) for i in ids]
+
+    def _set_aside_undecodable(self, error: RuntimeError) -> None:
+        """After a decoding error, which names no file: finds the images, starts again without them.
+
+        Raises:
+            RuntimeError: the error itself, where every image of the step decodes.
+        """
+        found = []
+        for sample in np.maximum(self.order(self.step).ids, 0).tolist():
+            try:
+                Image.open(io.BytesIO(self.reader.read(sample).tobytes())).load()
+            except (OSError, SyntaxError, ValueError) as fault:  # what Pillow raises for bad data
+                found.append((sample, str(fault)))
+        if not found:
+            raise error
+        for sample, fault in found:
+            self.reader.report(sample, f"cannot be decoded: {fault}")
+        del self._pipeline
+        self._build()
+
+
+@pipeline_def
+def _graph(
+    feed: Callable[[int], tuple[object, ...]], size: int, resize: bool, augment: bool, decode: str
+) -> tuple[Pipeline, ...]:
+    outputs = 5 if augment else 2
+    kinds = [types.UINT8, types.INT64, types.FLOAT, types.FLOAT, types.FLOAT]
+    jpegs, numbers, *placement = fn.external_source(
+        source=feed,
+        num_outputs=outputs,
+        batch=True,
+        no_copy=True,
+        dtype=kinds[:outputs],
+        ndim=[1, 1, 2, 1, 1][:outputs],
+    )
+    # fancy upsampling makes the GPU's chroma equal the CPU's
+    images = fn.decoders.image(
+        jpegs, device=decode, output_type=types.RGB, adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+    )  # fmt: skip
+    if resize:
+        images = fn.resize(images, size=(size, size), interp_type=types.INTERP_LINEAR)
+    if augment:
+        matrix, anchor, shape = placement
+        # One nearest-neighbour pass, as torchvision's RandomAffine; linear costs eight times as much
+        images = fn.warp_affine(
+            images, matrix=matrix, size=(size, size), fill_value=0, inverse_map=True,
+            interp_type=types.INTERP_NN,
+        )  # fmt: skip
+        # On bytes, before the floats: erased pixels are at most 0.009 off the exact 0
+        images = fn.erase(
+            images, anchor=anchor, shape=shape, axis_names="HW",
+            fill_value=[255 * m for m in MEAN],
+        )  # fmt: skip
+    images = fn.crop_mirror_normalize(
+        images, dtype=types.FLOAT, output_layout="HWC",
+        mean=[255 * m for m in MEAN], std=[255 * s for s in STD],
+    )  # fmt: skip
+    return images, numbers
+
+
+def train_stream(
+    split: Split,
+    *,
+    rank: int,
+    world_size: int,
+    global_batch: int,
+    seed: int,
+    balanced: bool,
+    augment: Augment,
+    max_bad: int,
+    start: int,
+    image_size: int,
+    shard_image_size: int | None,
+    device: torch.device,
+    threads: int,
+) -> Stream:
+    """The training stream of one rank from global step `start` on."""
+    columns = rank_columns(global_batch, rank, world_size)
+    order = TrainOrder(split, columns, global_batch=global_batch, seed=seed, balanced=balanced)
+    return Stream(
+        Reader(split, max_bad),
+        order,
+        image_size=image_size,
+        shard_image_size=shard_image_size,
+        augment=augment,
+        device=device,
+        threads=threads,
+        start=start,
+    )
+
+
+def evaluation_stream(
+    split: Split,
+    *,
+    rank: int,
+    world_size: int,
+    global_batch: int,
+    image_size: int,
+    shard_image_size: int | None,
+    device: torch.device,
+    threads: int,
+) -> tuple[Stream, int]:
+    """One rank's share of evaluation passes, and the steps of a pass. No damage is tolerated."""
+    columns = rank_columns(global_batch, rank, world_size)
+    order = EvaluationOrder(split, columns, global_batch=global_batch)
+    stream = Stream(
+        Reader(split, max_bad=0),
+        order,
+        image_size=image_size,
+        shard_image_size=shard_image_size,
+        augment=None,
+        device=device,
+        threads=threads,
+    )
+    return stream, order.steps

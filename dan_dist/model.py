@@ -1,0 +1,161 @@
+"""The DAN network: backbone, k cross-attention heads, attention fusion (arXiv 2109.07270, §3)."""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+CHANNELS = 512  # of ResNet-18's last stage
+PREFIXES = ("module.", "_orig_mod.", "backbone.")
+
+
+class Output(NamedTuple):
+    """What the network gives for B images."""
+
+    logits: Tensor  # (B, classes)
+    features: Tensor  # (B, 512) pooled backbone features, which the FCN losses cluster
+    heads: Tensor | None  # (B, k, 512) attended vectors, log-softmax over k; None for the baseline
+
+
+class SpatialAttention(nn.Module):
+    """Equation 3: (B,512,h,w) scaled by one map (B,1,h,w) from three parallel convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce = _conv(CHANNELS, 256, 1)
+        self.square = _conv(256, CHANNELS, 3)
+        self.wide = _conv(256, CHANNELS, (1, 3))
+        self.tall = _conv(256, CHANNELS, (3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.reduce(x)
+        y = torch.relu(self.square(y) + self.wide(y) + self.tall(y))
+        return x * y.sum(dim=1, keepdim=True)
+
+
+class ChannelAttention(nn.Module):
+    """Equation 4: pooled maps (B,512) times a gate in (0, 1) per channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(
+            nn.Linear(CHANNELS, 32),
+            nn.BatchNorm1d(32),
+            nn.ReLU(inplace=True),
+            nn.Linear(32, CHANNELS),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.mean(dim=(2, 3))
+        return pooled * self.gate(pooled)
+
+
+class DAN(nn.Module):
+    """Distract-your-attention network with `heads` cross-attention heads.
+
+    `heads=0` is the paper's baseline: ResNet-18, pooling, one linear layer.
+    Input (B,3,S,S), S divisible by 32, normalised with the ImageNet mean and deviation.
+    """
+
+    def __init__(self, classes: int, heads: int = 4) -> None:
+        super().__init__()
+        resnet = torchvision.models.resnet18(weights=None)
+        trunk = [(n, m) for n, m in resnet.named_children() if n not in ("avgpool", "fc")]
+        self.backbone = nn.Sequential(OrderedDict(trunk))  # keeps torchvision's parameter names
+        self.heads = nn.ModuleList(
+            nn.Sequential(OrderedDict(spatial=SpatialAttention(), channel=ChannelAttention()))
+            for _ in range(heads)
+        )
+        self.heads.apply(_initialise)
+        self.classifier = nn.Linear(CHANNELS, classes)
+        # The authors' release normalises the logits; the paper's text does not mention it.
+        self.logit_norm = nn.BatchNorm1d(classes) if heads else nn.Identity()
+
+    def forward(self, images: Tensor) -> Output:
+        x = self.backbone(images)
+        features = x.mean(dim=(2, 3))
+        if not self.heads:
+            return Output(self.classifier(features), features, None)
+        attended = torch.stack([head(x) for head in self.heads], dim=1)
+        if len(self.heads) > 1:  # equation 5; over a single head the log-softmax would be all zero
+            attended = attended.log_softmax(dim=1)
+        logits = self.logit_norm(self.classifier(attended.sum(dim=1)))
+        return Output(logits, features, attended)
+
+
+def _conv(inputs: int, outputs: int, kernel: int | tuple[int, int]) -> nn.Sequential:
+    size = (kernel, kernel) if isinstance(kernel, int) else kernel
+    padding = (size[0] // 2, size[1] // 2)
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, size, padding=padding), nn.BatchNorm2d(outputs)
+    )
+
+
+def _initialise(module: nn.Module) -> None:
+    """The authors' release: Kaiming fan-out convolutions, near-zero linear layers, zero biases."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.001)
+        nn.init.zeros_(module.bias)
+
+
+def load_backbone(network: DAN, source: str) -> str:
+    """Starts the backbone from `source`: "none", "imagenet" (torchvision's weights) or a file.
+
+    A file holds a ResNet-18 in torchvision's names, bare or under 'state_dict', 'model_state_dict'
+    or 'model', with or without a 'module.' prefix; its classifier is left out. Only tensors are
+    read, no code is run. Returns one line that says what was loaded.
+
+    Raises:
+        FileNotFoundError: the file does not exist (the message names the choices).
+        ValueError: not a readable weights file, or keys or shapes are not ResNet-18's.
+    """
+    if source == "none":
+        return "backbone: random start"
+    if source == "imagenet":
+        weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    else:
+        state = _read_weights(Path(source))
+    own = network.backbone.state_dict()
+    found = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    wanted = [k for k in own if not k.endswith("num_batches_tracked")]
+    missing = [k for k in wanted if k not in found]
+    if missing:
+        raise ValueError(
+            f"model.backbone {source}: {len(wanted) - len(missing)} of {len(wanted)} ResNet-18 "
+            f"tensors match; missing or of another shape: {', '.join(missing[:3])} …"
+        )
+    network.backbone.load_state_dict(found, strict=False)
+    return f"backbone: {len(wanted)} tensors from {source}"
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"model.backbone {path}: no such file; give the path of a ResNet-18 weights file "
+            "(resnet18_msceleb.pth in the paper's recipes), 'imagenet', or 'none' for a random start"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling garbage raises nearly anything
+        raise ValueError(f"model.backbone {path}: not a weights file ({error})") from error
+    for name in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict):
+        raise ValueError(f"model.backbone {path}: holds a {type(state).__name__}, not tensors")
+    return {_strip(k): v for k, v in state.items() if isinstance(v, Tensor)}
+
+
+def _strip(key: str) -> str:
+    for prefix in PREFIXES:
+        key = key.removeprefix(prefix)
+    return key

@@ -1,0 +1,292 @@
+"""The on-disk format, both ways: WebDataset tars, DALI indexes, one array index, one manifest.
+
+A folder holds, for each split, `<split>-<label>-<number>.tar` (members `<key>.jpg`, `<key>.cls`,
+`<key>.json` where there is metadata), beside each tar DALI's text index `.idx`, one
+`index-<split>.npy` that every rank maps into memory, and `manifest.json`, written last: a folder
+with a manifest is complete.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = "dan_dist shards, version 1"
+MANIFEST = "manifest.json"
+INDEX_DTYPE = np.dtype(
+    [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")]
+)
+
+
+class Sample(NamedTuple):
+    """One image as it goes into a tar."""
+
+    key: str  # unique within its split; no dots, no slashes
+    jpeg: bytes
+    label: int
+    meta: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar, as the manifest describes it."""
+
+    name: str
+    label: int | None  # None where labels are mixed
+    samples: int
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of one split, opened for random access."""
+
+    name: str
+    root: Path
+    shards: tuple[Shard, ...]
+    index: NDArray[Any]  # (samples,) INDEX_DTYPE, memory-mapped; offset and size are the JPEG's
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def path(self, shard: int) -> Path:
+        """The tar of shard number `shard`."""
+        return self.root / self.shards[shard].name
+
+    def key(self, sample: int) -> str:
+        """`<shard>/<key>` of a sample, read from the tar header before its payload."""
+        row = self.index[sample]
+        shard = self.shards[row["shard"]].name
+        with open(self.root / shard, "rb") as file:
+            file.seek(int(row["offset"]) - tarfile.BLOCKSIZE)
+            name = file.read(100).split(b"\0")[0].decode("utf-8", "replace")
+        return f"{shard}/{name.rsplit('.', 1)[0]}"
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """What a manifest says of a folder of shards."""
+
+    root: Path
+    dataset: str
+    release: str
+    class_names: tuple[str, ...]
+    image_size: int | None  # pixels, where all images are squares of one size
+    fingerprint: str  # sha256 over what determines the samples; the same wherever the folder lies
+    counts: dict[str, tuple[int, ...]]  # split → samples of each class
+    shards: dict[str, tuple[Shard, ...]]
+    index_names: dict[str, str]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.shards)
+
+    def split(self, name: str) -> Split:
+        """Opens one split; checks sizes and ranges, reads no tar.
+
+        Raises:
+            FileNotFoundError: a tar or the index is missing.
+            ValueError: no such split, a tar shorter than stated, or an index that does not fit.
+        """
+        if name not in self.shards:
+            raise ValueError(f"{self.root}: no split '{name}', it has {', '.join(self.splits)}")
+        shards = self.shards[name]
+        for shard in shards:
+            _check_size(self.root / shard.name, shard.size_bytes)
+        index = _open_index(self.root / self.index_names[name], shards, len(self.class_names))
+        return Split(name, self.root, shards, index, self.class_names)
+
+
+def open_shardset(root: str | Path) -> ShardSet:
+    """Reads a folder's manifest.
+
+    Raises:
+        FileNotFoundError: no manifest: nothing was packed there, or packing has not finished.
+        ValueError: the manifest is of another format, incomplete, or names files elsewhere.
+    """
+    path = Path(root) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} not found: no finished shards there; make them with python -m shards.pack"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']!r}, expected {FORMAT!r}")
+        splits = manifest["splits"]
+        shards = {n: tuple(Shard(**s) for s in v["shards"]) for n, v in splits.items()}
+        result = ShardSet(
+            root=Path(root),
+            dataset=str(manifest["dataset"]),
+            release=str(manifest["release"]),
+            class_names=tuple(manifest["class_names"]),
+            image_size=manifest["image_size"],
+            fingerprint=_fingerprint(manifest),
+            counts={n: tuple(v["counts"]) for n, v in splits.items()},
+            shards=shards,
+            index_names={n: v["index"] for n, v in splits.items()},
+        )
+        for name in [s.name for v in shards.values() for s in v] + [*result.index_names.values()]:
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise ValueError(f"{name!r} is not a plain file name")
+    except KeyError as error:
+        raise ValueError(f"{path}: not a manifest of shards: {error} is missing") from error
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: not a manifest of shards: {error}") from error
+    return result
+
+
+def _fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Class names and the indexes' checksums (which hold every image's crc32) fix the samples."""
+    parts = [manifest["class_names"], [(n, v["index_sha256"]) for n, v in manifest["splits"].items()]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _check_size(path: Path, size_bytes: int) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found, but the manifest lists it: copy the whole set")
+    if (actual := path.stat().st_size) != size_bytes:
+        raise ValueError(
+            f"{path} holds {actual} bytes, the manifest says {size_bytes}: "
+            "the copy is incomplete, copy or pack it again"
+        )
+
+
+def _open_index(path: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found, but the manifest lists it: copy the whole set")
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not an index: {error}") from error
+    expected = sum(s.samples for s in shards)
+    if index.dtype != INDEX_DTYPE or index.shape != (expected,):
+        raise ValueError(
+            f"{path}: {index.shape} of {index.dtype}, the manifest says {expected} samples"
+        )
+    if not expected:
+        return index
+    sizes = np.array([s.size_bytes for s in shards])
+    shard, label = index["shard"], index["label"]
+    if shard.min() < 0 or shard.max() >= len(shards):
+        raise ValueError(f"{path}: shard number {shard.max()}, there are {len(shards)} shards")
+    if label.min() < 0 or label.max() >= classes:
+        raise ValueError(f"{path}: label {label.max()}, there are {classes} classes")
+    if (index["offset"] < 0).any() or (index["offset"] + index["size"] > sizes[shard]).any():
+        raise ValueError(f"{path}: an image lies outside its shard")
+    return index
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, NDArray[Any]]:
+    """Writes one tar and its `.idx`, each renamed into place when it is whole.
+
+    Returns the shard and its index rows; their shard number is 0, to be set by the caller.
+    """
+    rows, lines, labels = [], [], set()
+    partial = path.with_suffix(".tar.partial")
+    with open(partial, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                members = [("jpg", sample.jpeg), ("cls", str(sample.label).encode())]
+                if sample.meta:
+                    members.append(("json", json.dumps(sample.meta, sort_keys=True).encode()))
+                fields = []
+                for kind, data in members:
+                    offset = _add(tar, file, f"{sample.key}.{kind}", data)
+                    fields.append(f"{kind} {offset} {len(data)} {sample.key}.{kind}")
+                    if kind == "jpg":
+                        rows.append((0, offset, len(data), sample.label, zlib.crc32(data)))
+                lines.append(" ".join(fields))
+                labels.add(sample.label)
+        flush(file)
+    write_atomically(path.with_suffix(".idx"), f"v1.2 {len(lines)}\n" + "\n".join(lines) + "\n")
+    os.replace(partial, path)
+    shard = Shard(
+        name=path.name,
+        label=labels.pop() if len(labels) == 1 else None,
+        samples=len(rows),
+        size_bytes=path.stat().st_size,
+        sha256=sha256_of(path),
+    )
+    return shard, np.array(rows, INDEX_DTYPE)
+
+
+def _add(tar: tarfile.TarFile, file: BinaryIO, name: str, data: bytes) -> int:
+    """Adds one member with a header that depends on name and size alone; returns its offset."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(data), 0o644
+    offset = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(info, BytesIO(data))
+    return offset
+
+
+def write_manifest(
+    root: Path,
+    *,
+    dataset: str,
+    release: str,
+    class_names: tuple[str, ...],
+    image_size: int | None,
+    image_policy: str,
+    splits: Mapping[str, tuple[list[Shard], NDArray[Any]]],
+    dropped: Mapping[str, int],
+    dropped_names: list[str],
+) -> Path:
+    """Writes the indexes, then the manifest that makes the folder a finished set."""
+    described = {}
+    for name, (shards, index) in splits.items():
+        buffer = BytesIO()
+        np.save(buffer, index, allow_pickle=False)
+        write_atomically(root / f"index-{name}.npy", buffer.getvalue())
+        described[name] = {
+            "samples": len(index),
+            "counts": np.bincount(index["label"], minlength=len(class_names)).tolist(),
+            "index": f"index-{name}.npy",
+            "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+            "shards": [asdict(s) for s in shards],
+        }
+    manifest = {
+        "format": FORMAT,
+        "dataset": dataset,
+        "release": release,
+        "class_names": class_names,
+        "image_size": image_size,
+        "image_policy": image_policy,
+        "splits": described,
+        "dropped": dict(dropped),
+        "dropped_names": dropped_names,
+    }
+    write_atomically(root / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return root / MANIFEST
+
+
+def sha256_of(path: Path) -> str:
+    """The hex sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes under a temporary name, flushes to disk, renames: `path` is whole or absent."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        flush(file)
+    os.replace(partial, path)
+
+
+def flush(file: BinaryIO) -> None:
+    """Pushes a file's content to the disk."""
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,128 @@
+"""What ranks compute together inside forward and backward: a differentiable sum, and BatchNorm.
+
+torch's SyncBatchNorm refuses CPU tensors; `BatchNorm` here gives the same statistics over any
+process group (gloo on CPU), with the parameters and buffers of `nn.BatchNorm1d/2d`.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def world_size() -> int:
+    """The number of ranks that compute together; 1 where no process group exists."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """The sum of `value` over all ranks; its gradient is the sum of the ranks' gradients."""
+    return _AllReduceSum.apply(value) if world_size() > 1 else value
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """Normalises by the mean and (biased) variance over the images of all ranks.
+
+    The elementwise work is done by torch's own kernels for fixed statistics; what they leave out,
+    the gradient through the statistics, needs only their weight and bias gradients, summed over
+    ranks (Ioffe & Szegedy 2015, the gradients of section 3).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, n: Tensor,
+        eps: float,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, mean, var, n)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, var, n = ctx.saved_tensors
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            grads[0], x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        )
+        totals = torch.stack([dweight, dbias])
+        dist.all_reduce(totals)
+        # dx so far is weight/std · dy; the statistics contribute −weight/std · (Σdy + x̂·Σdy·x̂)/n
+        inv_std = torch.rsqrt(var + ctx.eps)
+        slope = -weight * inv_std * inv_std * totals[0] / n
+        offset = -weight * inv_std * totals[1] / n - slope * mean
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        dx.addcmul_(x, slope.view(shape)).add_(offset.view(shape))
+        return dx, dweight, dbias, None, None, None, None
+
+
+class BatchNorm(_BatchNorm):
+    """`nn.BatchNorm1d/2d` (N, C, …) whose training statistics span all ranks, on any device.
+
+    Ranks may hold different numbers of images. Without a process group it is the plain module.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"BatchNorm takes (N, C, …), got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        x = input if input.dtype == torch.float64 else input.float()
+        mean, var, n = _global_statistics(x.detach())
+        with torch.no_grad():
+            assert self.num_batches_tracked is not None and self.momentum is not None
+            assert self.running_mean is not None and self.running_var is not None
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
+        y = _GlobalBatchNorm.apply(x, self.weight, self.bias, mean, var, n, self.eps)
+        return y.to(input.dtype)
+
+
+def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (C), biased variance (C) and count over the ranks' (N, C, …), by Chan's parallel rule.
+
+    Sums of squares would cancel for channels with a large mean; gathered means do not.
+    """
+    dims = [0, *range(2, x.dim())]
+    var, mean = torch.var_mean(x, dims, correction=0)
+    own = torch.cat([mean, var, x.new_tensor([x.numel() / x.size(1)])])
+    ranks = own.new_empty(world_size(), own.numel())
+    dist.all_gather_into_tensor(ranks, own)
+    means, variances, counts = ranks[:, : x.size(1)], ranks[:, x.size(1) : -1], ranks[:, -1:]
+    n = counts.sum()
+    share = counts / n
+    mean = (share * means).sum(0)
+    var = (share * (variances + (means - mean).square())).sum(0)
+    return mean, var, n
+
+
+def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Replaces every BatchNorm by one whose statistics span all ranks; state_dict is unchanged."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            new = BatchNorm(child.num_features, child.eps, child.momentum)
+            new.to(child.weight.dtype).load_state_dict(child.state_dict())
+            setattr(module, name, new.train(child.training))
+        else:
+            synchronise_batch_norm(child, device)
+    return module

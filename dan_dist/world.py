@@ -1,0 +1,142 @@
+"""Who this process is among the ranks, and how ranks wait for and speak to each other."""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank, sizes and device of this process; passed to whoever needs to know."""
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    device: torch.device
+    store: dist.Store | None = None  # where ranks leave word for each other; None when alone
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor`, summed over ranks in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def together(self, task: Callable[[], T]) -> T:
+        """Runs `task` on every rank; if it fails on any, all raise the first rank's error.
+
+        So bad input that one node alone sees ends the job with one line that names the rank.
+        """
+        result: T | None = None
+        failure = None
+        try:
+            result = task()
+        except (ValueError, OSError) as error:
+            failure = error
+        if self.size > 1:
+            own = failure and (type(failure) is ValueError, str(failure), socket.gethostname())
+            reports: list[Any] = [None] * self.size
+            dist.all_gather_object(reports, own)
+            for rank, report in enumerate(reports):
+                if report:
+                    is_value, text, host = report
+                    where = "" if all(reports) else f"rank {rank} on {host}: "
+                    raise (ValueError if is_value else OSError)(where + text) from failure
+        if failure:
+            raise failure
+        return result  # type: ignore[return-value]
+
+    def main_only(self, name: str, task: Callable[[], None]) -> None:
+        """Runs `task` on rank 0 while the others wait, however long it takes.
+
+        They poll the store instead of standing in a collective, which would time out. `name` is
+        used once. A failure of `task` is raised on every rank.
+        """
+        if self.store is None:
+            return task()
+        if not self.is_main:
+            while not self.store.check([name]):
+                time.sleep(POLL_S)
+            if word := self.store.get(name).decode():
+                raise ValueError(word)
+            return None
+        try:
+            task()
+        except (ValueError, OSError) as error:
+            self.store.set(name, str(error))
+            raise
+        self.store.set(name, "")
+        return None
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's `value` (a small picklable object) on every rank."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+def init_world(device: str = "auto", *, timeout_s: float = 60.0) -> World:
+    """Reads torchrun's environment (alone: world size 1) and joins the process group.
+
+    device: "auto" (a GPU where there is one), "cpu" or "cuda". nccl on GPUs, gloo on CPUs.
+
+    Raises:
+        ValueError: "cuda" without a usable GPU, or more ranks on this node than GPUs.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and not gpus:
+        raise ValueError("train.device is cuda, but torch finds no GPU on this machine")
+    if gpus and local_size > gpus:
+        raise ValueError(f"{local_size} ranks on a node of {gpus} GPUs; start one rank per GPU")
+    if gpus:
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    else:
+        place = torch.device("cpu")
+        # torchrun gives each of several ranks one thread; share the cores instead.
+        if local_size > 1:
+            torch.set_num_threads(max(1, core_count() // local_size))
+    store = None
+    if size > 1:
+        timeout = timedelta(seconds=timeout_s)
+        store, _, _ = next(dist.rendezvous("env://"))
+        dist.init_process_group(
+            "nccl" if gpus else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+            device_id=place if gpus else None,
+        )
+    return World(rank, local_rank, size, local_size, place, store)
+
+
+def core_count() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def close_world(world: World) -> None:
+    """Leaves the process group."""
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
