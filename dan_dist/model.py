@@ -90,9 +90,7 @@ class DAN(nn.Module):
 def _conv(inputs: int, outputs: int, kernel: int | tuple[int, int]) -> nn.Sequential:
     size = (kernel, kernel) if isinstance(kernel, int) else kernel
     padding = (size[0] // 2, size[1] // 2)
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, size, padding=padding), nn.BatchNorm2d(outputs)
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, size, padding=padding), nn.BatchNorm2d(outputs))
 
 
 def _initialise(module: nn.Module) -> None:

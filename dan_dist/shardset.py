@@ -149,7 +149,10 @@ def open_shardset(root: str | Path) -> ShardSet:
 
 def _fingerprint(manifest: Mapping[str, Any]) -> str:
     """Class names and the indexes' checksums (which hold every image's crc32) fix the samples."""
-    parts = [manifest["class_names"], [(n, v["index_sha256"]) for n, v in manifest["splits"].items()]]
+    parts = [
+        manifest["class_names"],
+        [(n, v["index_sha256"]) for n, v in manifest["splits"].items()],
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -42,10 +42,10 @@ class World:
 
         So bad input that one node alone sees ends the job with one line that names the rank.
         """
-        result: T | None = None
+        results: list[T] = []
         failure = None
         try:
-            result = task()
+            results.append(task())
         except (ValueError, OSError) as error:
             failure = error
         if self.size > 1:
@@ -59,7 +59,7 @@ class World:
                     raise (ValueError if is_value else OSError)(where + text) from failure
         if failure:
             raise failure
-        return result  # type: ignore[return-value]
+        return results[0]
 
     def main_only(self, name: str, task: Callable[[], None]) -> None:
         """Runs `task` on rank 0 while the others wait, however long it takes.

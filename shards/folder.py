@@ -19,7 +19,9 @@ def release(source: str | Path) -> Release:
     """
     root = Path(source)
     if not (root / "train").is_dir():
-        raise FileNotFoundError(f"{root / 'train'} not found; expected {root}/train/<class>/<images>")
+        raise FileNotFoundError(
+            f"{root / 'train'} not found; expected {root}/train/<class>/<images>"
+        )
     names = tuple(p.name for p in _folders(root / "train"))
     if not names:
         raise ValueError(f"{root / 'train'} holds no class folders")
@@ -66,4 +68,6 @@ def _items(root: Path, folder: Path, label: int) -> list[Item]:
 
 
 def _safe(name: str) -> str:
-    return re.sub(r"[^\w-]", "_", name.encode("utf-8", "replace").decode("ascii", "replace"), flags=re.ASCII)
+    return re.sub(
+        r"[^\w-]", "_", name.encode("utf-8", "replace").decode("ascii", "replace"), flags=re.ASCII
+    )

@@ -50,8 +50,12 @@ def summary(out: str | Path) -> str:
     width = max(map(len, (*shards.class_names, "class")))
     lines = ["class".ljust(width) + "".join(f"{s:>10}" for s in shards.splits)]
     for label, name in enumerate(shards.class_names):
-        lines.append(name.ljust(width) + "".join(f"{shards.counts[s][label]:>10}" for s in shards.splits))
-    lines.append("all".ljust(width) + "".join(f"{sum(shards.counts[s]):>10}" for s in shards.splits))
+        lines.append(
+            name.ljust(width) + "".join(f"{shards.counts[s][label]:>10}" for s in shards.splits)
+        )
+    lines.append(
+        "all".ljust(width) + "".join(f"{sum(shards.counts[s]):>10}" for s in shards.splits)
+    )
     return "\n".join([*lines, f"packed into {out}"])
 
 
@@ -68,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     faces.add_argument("--seed", type=int, default=0)
     for command in (tree, faces):
         command.add_argument("--out", required=True, help="the folder for the shards")
-        command.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+        command.add_argument(
+            "--workers", type=int, default=0, help="processes (default: all cores)"
+        )
         command.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="images a shard")
         command.add_argument("--overwrite", action="store_true", help="replace shards in --out")
     return parser

@@ -42,7 +42,14 @@ JITTER = (0.75, 1.15)  # of each unit's strength
 MISSING_P = 0.08  # a unit of the expression that does not show
 RESTING = 0.12  # every unit's random tone, in all expressions
 
-SKINS = ((255, 224, 196), (241, 194, 160), (224, 172, 128), (198, 134, 92), (141, 92, 60), (96, 62, 44))
+SKINS = (
+    (255, 224, 196),
+    (241, 194, 160),
+    (224, 172, 128),
+    (198, 134, 92),
+    (141, 92, 60),
+    (96, 62, 44),
+)
 HAIRS = ((30, 24, 22), (70, 46, 30), (120, 80, 45), (190, 150, 90), (150, 60, 30), (150, 150, 150))
 IRISES = ((60, 40, 25), (90, 60, 30), (70, 110, 150), (80, 120, 80), (40, 30, 25))
 
@@ -198,7 +205,9 @@ def _head(canvas: Canvas, person: Identity) -> None:
     shade = _mix(person.skin, (0, 0, 0), 0.25)
     if person.hair_style:
         drop = 0.55 if person.hair_style == 2 else 0.0
-        canvas.fill(_ellipse(0, -0.15 + drop / 2, person.width + 0.14, 0.98 + drop / 2), person.hair)
+        canvas.fill(
+            _ellipse(0, -0.15 + drop / 2, person.width + 0.14, 0.98 + drop / 2), person.hair
+        )
     canvas.fill(np.array([[-0.3, 0.6], [0.3, 0.6], [0.36, 1.6], [-0.36, 1.6]]), shade)
     for x in (-1, 1):
         canvas.fill(_ellipse(x * person.width, -0.08, 0.1, 0.2), shade)
@@ -265,6 +274,7 @@ def _brow(canvas: Canvas, person: Identity, units: dict[str, float], side: int) 
 
 def _frown(canvas: Canvas, person: Identity, units: dict[str, float]) -> None:
     """Folds between the brows (AU 4), across the nose root (AU 9), over raised brows (AU 1, 2)."""
+
     def fold(strength: float) -> Color:
         return _mix(person.skin, (50, 25, 15), 0.55 * min(1.0, strength))
 
@@ -329,7 +339,9 @@ def _mouth(canvas: Canvas, person: Identity, units: dict[str, float], side: int)
         teeth = min(0.055, gap * 0.5) * min(1.0, units["12"] + units["20"] + units["10"] + 0.3)
         canvas.fill(_band(x * 0.85, top, np.minimum(top + teeth * arch, bottom)), (240, 238, 230))
     else:
-        canvas.stroke(np.stack([x, (top + bottom) / 2], axis=1), _mix(person.lips, (40, 5, 10), 0.7), 0.024)
+        canvas.stroke(
+            np.stack([x, (top + bottom) / 2], axis=1), _mix(person.lips, (40, 5, 10), 0.7), 0.024
+        )
     shade = _mix(person.skin, (60, 25, 15), 0.4)
     if units["17"] > 0.25:  # the chin boss wrinkles
         chin = np.stack([0.12 * t, 0.72 + 0.04 * t**2], axis=1)
@@ -337,7 +349,11 @@ def _mouth(canvas: Canvas, person: Identity, units: dict[str, float], side: int)
     if units["14"] > 0.3:  # a dimple beside the tightened corner
         edge = x[-1] if side > 0 else x[0]
         height = y[-1] if side > 0 else y[0]
-        dimple = [[edge + side * 0.05, height - 0.07], [edge + side * 0.07, height], [edge + side * 0.04, height + 0.06]]
+        dimple = [
+            [edge + side * 0.05, height - 0.07],
+            [edge + side * 0.07, height],
+            [edge + side * 0.04, height + 0.06],
+        ]
         canvas.stroke(np.array(dimple), shade, 0.024)
 
 

@@ -61,7 +61,9 @@ class Release:
     release: str
     class_names: tuple[str, ...]  # in label order
     splits: dict[str, list[Item]]
-    read: Callable[[Item], bytes | Image.Image]  # a module-level function; OSError, ValueError: dropped
+    read: Callable[
+        [Item], bytes | Image.Image
+    ]  # a module-level function; OSError, ValueError: dropped
     dropped: dict[str, int] = field(default_factory=dict)  # reason → images left out by rule
 
 
@@ -101,7 +103,9 @@ def pack(
     listed = sum(len(j.items) for j in jobs)
     done = listed - sum(len(j.items) for j in todo)
     drops = sum(len(_record(out, j)["drops"]) for j in jobs if j not in todo) if done else 0
-    bar = tqdm(total=listed, initial=done, desc=f"packing {release.dataset}", unit="img", disable=None)
+    bar = tqdm(
+        total=listed, initial=done, desc=f"packing {release.dataset}", unit="img", disable=None
+    )
     with bar, _run(todo, release.read, out, size, workers) as finished:
         for job, job_drops in finished:
             bar.update(len(job.items))
@@ -173,7 +177,9 @@ def _claim(out: Path, description: str, overwrite: bool) -> None:
         raise ValueError(f"--out {out} holds {kind}; choose another folder or give --overwrite")
     foreign = [p.name for p in content if not _is_ours(p)]
     if foreign:
-        raise ValueError(f"--out {out} holds {foreign[0]}, which no pack wrote; nothing was removed")
+        raise ValueError(
+            f"--out {out} holds {foreign[0]}, which no pack wrote; nothing was removed"
+        )
     for path in sorted(content, key=lambda p: p.name != MANIFEST):  # first what makes it look whole
         path.unlink()
     write_atomically(state, description)

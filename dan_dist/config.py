@@ -1,0 +1,218 @@
+"""The configuration: one YAML per experiment, dotted overrides, a strict typed schema.
+
+An unknown key or a value of the wrong type is an error that names it; nothing is ignored.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Strict: no unknown keys, no silent conversions (an int is a valid float), no changes later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Synthetic(Section):
+    """The drawn faces that are packed into `data.shards` on first use."""
+
+    train: Count  # images, in AffectNet's class proportions
+    val: Count  # images, balanced over the classes
+    size: Count  # pixels
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Augmentation(Section):
+    """What happens to training images (PAPER: one line of its table of recipes)."""
+
+    flip_p: Probability = 0.5
+    affine_p: Probability = 0.0
+    degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
+    scale: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [1.0, 1.0]
+    translate: Probability = 0.0  # of the image size
+    erase_p: Probability = 0.0
+    erase_area: Annotated[list[Probability], Field(min_length=2, max_length=2)] = [0.02, 0.33]
+
+
+class Data(Section):
+    shards: str  # folder with manifest.json; relative to the working folder
+    classes: list[str] | None = None  # expected names in label order; None takes the manifest's
+    val_split: str = "val"
+    sampling: Literal["balanced", "shuffle"] = "balanced"
+    augment: Augmentation = Augmentation()
+    max_bad_images: Annotated[int, Field(ge=0)] = 100  # damaged images tolerated on each rank
+    threads: Count | None = None  # DALI's CPU threads a rank; None shares the node's cores
+    synthetic: Synthetic | None = None
+
+
+class Model(Section):
+    image_size: Annotated[int, Field(ge=32, multiple_of=32)] = 224  # pixels
+    heads: Annotated[int, Field(ge=0)] = 4  # 0 is the baseline ResNet-18
+    backbone: str = "none"  # a weights file, "imagenet", or "none" for a random start
+    sync_bn: bool = True  # BatchNorm statistics over all ranks
+
+
+class Loss(Section):
+    fcn: Literal["affinity", "center", "none"] = "affinity"
+    afn: Literal["partition", "partition_batch", "none"] = "partition"
+    lambda_affinity: Annotated[float, Field(ge=0)] = 1.0
+    lambda_partition: Annotated[float, Field(ge=0)] = 1.0
+
+
+class Optim(Section):
+    name: Literal["adam", "sgd"] = "adam"
+    lr: Positive = 1e-4
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # SGD's
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Schedule(Section):
+    name: Literal["exponential", "step"] = "exponential"
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    every: Count = 1  # epochs from one multiplication by gamma to the next ("step" only)
+
+
+class Train(Section):
+    epochs: Count
+    global_batch: Count  # images a step over all ranks; the recipe's constant
+    micro_batch: Count | None = None  # images a rank computes at once; None: its whole share
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    precision: Literal["auto", "float32", "bf16", "float64"] = "auto"  # auto: bf16 on GPU
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    compile: bool = False
+    output: str  # folder for checkpoints; relative to the working folder
+    resume: Literal["auto", "never"] = "auto"
+    max_steps: Count | None = None  # ends the run early
+    keep_checkpoints: Count = 2
+    checkpoint_every: Count | None = None  # steps; None: after each epoch only
+    log_every: Count = 20  # steps
+    timeout_s: Positive = 60.0  # after which a silent rank ends the job
+
+
+class Tracking(Section):
+    enabled: bool = True
+    experiment: str = "dan_dist"
+    run_name: str | None = None
+
+
+class Config(Section):
+    data: Data
+    model: Model = Model()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    train: Train
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "Config":
+        for name in ("scale", "erase_area"):
+            low, high = getattr(self.data.augment, name)
+            if low > high:
+                raise ValueError(f"data.augment.{name}: [{low}, {high}] is not [low, high]")
+        if self.schedule.name == "exponential" and self.schedule.every != 1:
+            raise ValueError("schedule.every: only schedule.name=step takes it")
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: the 1.1 of PyYAML reads 1e-4 as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file, changed by `section.key=value` overrides.
+
+    A relative path is looked for in the working folder, then in the repository.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unreadable YAML, an unknown key, a wrong type or value; one line that names it.
+    """
+    found = next((p for p in (Path(path), REPOSITORY / path) if p.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{path}: no such configuration, here or in {REPOSITORY}")
+    tree = _parse(found.read_text(encoding="utf-8"), str(found))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{found}: expected sections of keys, found {tree!r}")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"override '{override}': expected section.key=value")
+        _set(tree, key, _parse(text, override))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(f"{found}: {_explain(error)}") from error
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration (`Config.model_dump()`) as {"section.key": value}."""
+    flat: dict[str, Any] = {}
+
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}.{k}": v for k, v in flatten(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first fault in one line: where, what was found, what was expected."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    name = ".".join(where)
+    if first["type"] == "extra_forbidden":
+        known = list(_schema_at(where[:-1]))
+        near = difflib.get_close_matches(where[-1], known, 1, cutoff=0.5)
+        hint = f"did you mean '{'.'.join([*where[:-1], near[0]])}'?" if near else ""
+        return f"unknown key '{name}'; {hint or 'known are ' + ', '.join(known)}"
+    if first["type"] == "missing":
+        return f"'{name}' is missing"
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, ")
+    return f"{name} is {first['input']!r}: {first['msg'][0].lower() + first['msg'][1:]}"
+
+
+def _schema_at(path: Sequence[str]) -> dict[str, Any]:
+    section: Any = Config
+    for name in path:
+        kinds = getattr(section.model_fields[name].annotation, "__args__", None)
+        section = kinds[0] if kinds else section.model_fields[name].annotation
+    fields: dict[str, Any] = section.model_fields
+    return fields

@@ -1,0 +1,138 @@
+"""One training step and one evaluation pass over all ranks (torch DDP).
+
+Gradients are those of the mean loss over the global batch, however it is split over ranks and
+micro-batches: each part contributes its share of the mean, DDP's averaging is undone.
+"""
+
+import logging
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch.nn.parallel import DistributedDataParallel
+
+from dan_dist.data import Batch, Stream
+from dan_dist.losses import Loss, Objective
+from dan_dist.metrics import confusion
+from dan_dist.sync import synchronise_batch_norm
+from dan_dist.world import World
+
+log = logging.getLogger(__name__)
+
+Precision = Literal["float32", "bf16", "float64"]
+
+
+class Engine:
+    """The objective on its device, wrapped for data parallelism, with its optimiser."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        world: World,
+        *,
+        optimizer: Literal["adam", "sgd"],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        precision: Precision,
+        sync_bn: bool,
+        compile: bool,
+    ) -> None:
+        self.world = world
+        self.sync_bn = sync_bn
+        self.dtype = torch.float64 if precision == "float64" else torch.float32
+        self.bf16 = precision == "bf16"
+        objective.to(world.device, self.dtype, memory_format=torch.channels_last)
+        if sync_bn and world.size > 1:
+            synchronise_batch_norm(objective, world.device)
+        self.objective = objective
+        self.model: nn.Module = objective
+        if compile:
+            objective.network.compile()
+        if world.size > 1:
+            self.model = DistributedDataParallel(
+                objective,
+                device_ids=[world.device] if world.device.type == "cuda" else None,
+                # With synchronised statistics the buffers are equal on all ranks as it is.
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        parameters = self.model.parameters()
+        self.optimizer: torch.optim.Optimizer
+        if optimizer == "adam":
+            self.optimizer = torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
+        else:
+            self.optimizer = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay)
+
+    def train_step(
+        self, batch: Batch, *, global_batch: int, micro_batch: int | None, lr: float
+    ) -> Tensor:
+        """One optimiser step on this rank's part of a global batch.
+
+        Every rank takes the same number of micro-steps. Returns (4,) on the device: the global
+        batch's mean loss and its parts (total, classification, FCN, AFN), reduced over ranks.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        largest = -(-global_batch // self.world.size)  # images of the fullest rank
+        micro_steps = -(-largest // (micro_batch or largest))
+        parts = torch.zeros(4, dtype=self.dtype, device=self.world.device)
+        images, labels = (torch.tensor_split(x, micro_steps) for x in (batch.images, batch.labels))
+        for i, (x, y) in enumerate(zip(images, labels, strict=True)):
+            last = i == micro_steps - 1
+            with self.model.no_sync() if self._ddp and not last else nullcontext():  # type: ignore[operator]
+                loss = self._forward(x, y, global_batch)
+                (loss.total * self.world.size).backward()  # type: ignore[no-untyped-call]
+            parts += loss.parts
+        self.optimizer.step()
+        return self.world.sum(parts)
+
+    @torch.no_grad()
+    def evaluate(self, stream: Stream, steps: int, classes: int) -> Tensor:
+        """The confusion matrix (classes, classes) of a whole split, summed over ranks."""
+        self.model.eval()
+        matrix = torch.zeros(classes, classes, dtype=torch.int64, device=self.world.device)
+        for _ in range(steps):
+            batch = next(stream)
+            with self._autocast():
+                logits = self.objective.network(batch.images.to(self.dtype)).logits
+            matrix += confusion(logits, batch.labels, classes)
+        return self.world.sum(matrix)
+
+    def average_buffers(self) -> None:
+        """Makes BatchNorm's running statistics equal on all ranks where they were not shared."""
+        if self.sync_bn or self.world.size == 1:
+            return
+        for buffer in self.objective.buffers():
+            if buffer.is_floating_point():
+                self.world.sum(buffer).div_(self.world.size)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training changes: weights, centres, statistics, optimiser."""
+        return {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Puts back what `state` gave, on any number of ranks."""
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    @property
+    def _ddp(self) -> bool:
+        return isinstance(self.model, DistributedDataParallel)
+
+    def _forward(self, images: Tensor, labels: Tensor, global_batch: int) -> Loss:
+        with self._autocast():
+            try:
+                loss: Loss = self.model(images.to(self.dtype), labels, global_batch)
+            except TorchDynamoException as error:
+                log.warning("train.compile: not possible here (%s); going on without", type(error))
+                self.objective.network._compiled_call_impl = None  # undoes Module.compile()
+                loss = self.model(images.to(self.dtype), labels, global_batch)
+        return loss
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16)

@@ -1,0 +1,51 @@
+"""Trains DAN: torchrun launch/train.py [config.yaml] [section.key=value …]
+
+Without a configuration: configs/demo.yaml, which draws its own faces. `python launch/train.py` is
+world size 1.
+"""
+
+import logging
+import os
+import sys
+import warnings
+
+USAGE = 2  # exit code for bad input
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one rank; returns its exit code."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    rank = int(os.environ.get("RANK", 0))
+    # Rank 0 speaks; the others only when something is wrong.
+    prefix = "" if rank == 0 else f"rank {rank}: "
+    logging.basicConfig(format=f"{prefix}%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("dan_dist").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from dan_dist import train
+    from dan_dist.config import load_config
+
+    path = "configs/demo.yaml"
+    if arguments and "=" not in arguments[0]:
+        path, *arguments = arguments
+    try:
+        with logging_redirect_tqdm():
+            train.main(load_config(path, arguments))
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("DAN_TRACEBACK"):
+            raise
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return USAGE
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
