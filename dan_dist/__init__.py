@@ -1,1 +1,1 @@
-"""Distributed multi-GPU training of DAN (Wen et al., "Distract Your Attention", arXiv 2109.07270)."""
+"""Distributed training of DAN (Wen et al., "Distract Your Attention", arXiv 2109.07270)."""

@@ -1,7 +1,7 @@
 """Training augmentation as numbers: uniforms in, warp matrices and erase boxes out (pure numpy).
 
 The transforms and their order are torchvision's, as the authors' release composes them: flip,
-RandomAffine (nearest neighbour, filled with 0), normalisation, RandomErasing (filled with the mean).
+RandomAffine (nearest neighbour, filled with 0), normalisation, RandomErasing (with the mean).
 """
 
 import math

@@ -1,12 +1,16 @@
 """Checkpoints: whole or absent, and refused by name where they belong to something else."""
 
+import logging
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+log = logging.getLogger(__name__)
 
 FORMAT = "dan_dist checkpoint, version 1"
 BEST = "best.pt"
@@ -68,21 +72,44 @@ def prune(folder: Path, keep: int) -> None:
         path.unlink()
 
 
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run that can be read; damaged ones are named and passed over."""
+    for path in steps_saved(folder):
+        try:
+            return path, load(path)
+        except ValueError as error:
+            log.warning("%s; trying the one before", error)
+    return None
+
+
 def check_continues(
-    path: Path, content: Mapping[str, Any], config: Mapping[str, Any], fingerprint: str
+    path: Path, saved: Mapping[str, Any], config: Mapping[str, Any], *, same_data: bool
 ) -> None:
-    """Refuses a checkpoint of another data set or (flattened) configuration.
+    """Refuses a checkpoint of another data set or another (flattened) configuration.
 
     Raises:
-        ValueError: names the first difference and the two ways on.
+        ValueError: names the first difference and the way on.
     """
-    ways = "give another train.output, or train.resume=never with an empty one"
-    if content["fingerprint"] != fingerprint:
-        raise ValueError(f"{path} was trained on other shards than data.shards; {ways}")
-    saved = content["config"]
+    if not same_data:
+        raise ValueError(
+            f"{path} was trained on other images than data.shards holds; give another train.output"
+        )
     for key in sorted({*saved, *config}):
         if not key.startswith(FREE_KEYS) and saved.get(key) != config.get(key):
             raise ValueError(
                 f"{path} is of another configuration: {key} was {saved.get(key)!r}, "
-                f"is {config.get(key)!r}; {ways}"
+                f"is {config.get(key)!r}; give another train.output"
             )
+
+
+def check_writable(folder: Path) -> None:
+    """Creates `folder`, and a file in it that goes at once.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"train.output {folder} cannot be written: {error.strerror}") from error

@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """Strict: no unknown keys, no silent conversions (an int is a valid float), no changes later."""
+    """Strict: no unknown keys, no silent conversions (an int is a valid float), no later change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -178,7 +178,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
 

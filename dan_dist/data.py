@@ -14,13 +14,13 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 from torch import Tensor
 
@@ -110,7 +110,7 @@ class Reader:
         self.split, self.max_bad = split, max_bad
         self.bad: dict[int, str] = {}  # sample → reason
         self._lock = threading.Lock()
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a descriptor per shard
         self._files = [os.open(split.path(k), os.O_RDONLY) for k in range(len(split.shards))]
 
@@ -199,8 +199,8 @@ class Stream:
         except RuntimeError as error:
             self._set_aside_undecodable(error)
             return next(self)
-        pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-        both = torch.from_dlpack(numbers.as_tensor())
+        pixels = torch.utils.dlpack.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+        both = torch.utils.dlpack.from_dlpack(numbers.as_tensor())
         labels = both[:, 0].to(self.device, non_blocking=True)
         self.step += 1
         self.wait_s += time.perf_counter() - began
@@ -263,8 +263,8 @@ class Stream:
         for sample in np.maximum(self.order(self.step).ids, 0).tolist():
             try:
                 Image.open(io.BytesIO(self.reader.read(sample).tobytes())).load()
-            except (OSError, SyntaxError, ValueError) as fault:  # what Pillow raises for bad data
-                found.append((sample, str(fault)))
+            except (OSError, SyntaxError, ValueError) as reason:  # what Pillow raises for bad data
+                found.append((sample, str(reason)))
         if not found:
             raise error
         for sample, fault in found:
@@ -273,10 +273,10 @@ class Stream:
         self._build()
 
 
-@pipeline_def
+@pipeline_def  # type: ignore[untyped-decorator]
 def _graph(
     feed: Callable[[int], tuple[object, ...]], size: int, resize: bool, augment: bool, decode: str
-) -> tuple[Pipeline, ...]:
+) -> tuple[Any, ...]:
     outputs = 5 if augment else 2
     kinds = [types.UINT8, types.INT64, types.FLOAT, types.FLOAT, types.FLOAT]
     jpegs, numbers, *placement = fn.external_source(
@@ -296,7 +296,7 @@ def _graph(
         images = fn.resize(images, size=(size, size), interp_type=types.INTERP_LINEAR)
     if augment:
         matrix, anchor, shape = placement
-        # One nearest-neighbour pass, as torchvision's RandomAffine; linear costs eight times as much
+        # One nearest-neighbour pass, as torchvision's RandomAffine; linear costs eight times more
         images = fn.warp_affine(
             images, matrix=matrix, size=(size, size), fill_value=0, inverse_map=True,
             interp_type=types.INTERP_NN,

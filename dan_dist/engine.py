@@ -24,6 +24,35 @@ log = logging.getLogger(__name__)
 Precision = Literal["float32", "bf16", "float64"]
 
 
+def micro_steps(global_batch: int, micro_batch: int | None, world_size: int) -> int:
+    """Forward and backward passes of a step, the same on every rank: set by the fullest one."""
+    fullest = -(-global_batch // world_size)
+    return -(-fullest // (micro_batch or fullest))
+
+
+def check_split(global_batch: int, micro_batch: int | None, world_size: int, sync_bn: bool) -> None:
+    """Every rank needs an image in every micro-step, and BatchNorm at least two to normalise.
+
+    Raises:
+        ValueError: more ranks than images, or too few images in a micro-step.
+    """
+    if world_size > global_batch:
+        raise ValueError(f"{world_size} ranks, more than train.global_batch ({global_batch})")
+    passes = micro_steps(global_batch, micro_batch, world_size)
+    smallest = global_batch // world_size // passes
+    statistics = smallest * (world_size if sync_bn else 1)
+    if smallest < 1 or statistics < 2:
+        raise ValueError(
+            f"train.global_batch {global_batch} over {world_size} ranks in {passes} micro-steps "
+            f"leaves BatchNorm {statistics} images, it needs at least 2; raise train.micro_batch"
+        )
+    if passes > 1:
+        log.info(
+            "%d micro-steps a step: BatchNorm and the batch-mean partition loss see about %d "
+            "images at a time, not %d", passes, statistics, global_batch,
+        )  # fmt: skip
+
+
 class Engine:
     """The objective on its device, wrapped for data parallelism, with its optimiser."""
 
@@ -39,12 +68,15 @@ class Engine:
         precision: Precision,
         sync_bn: bool,
         compile: bool,
+        global_batch: int,
+        micro_batch: int | None,
     ) -> None:
-        self.world = world
+        self.world, self.global_batch = world, global_batch
+        self.micro_steps = micro_steps(global_batch, micro_batch, world.size)
         self.sync_bn = sync_bn
         self.dtype = torch.float64 if precision == "float64" else torch.float32
         self.bf16 = precision == "bf16"
-        objective.to(world.device, self.dtype, memory_format=torch.channels_last)
+        objective.to(world.device, self.dtype).to(memory_format=torch.channels_last)
         if sync_bn and world.size > 1:
             synchronise_batch_norm(objective, world.device)
         self.objective = objective
@@ -66,26 +98,23 @@ class Engine:
         else:
             self.optimizer = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay)
 
-    def train_step(
-        self, batch: Batch, *, global_batch: int, micro_batch: int | None, lr: float
-    ) -> Tensor:
+    def train_step(self, batch: Batch, *, lr: float) -> Tensor:
         """One optimiser step on this rank's part of a global batch.
 
-        Every rank takes the same number of micro-steps. Returns (4,) on the device: the global
-        batch's mean loss and its parts (total, classification, FCN, AFN), reduced over ranks.
+        Returns (4,) on the device: the mean over the global batch of the loss and its parts
+        (total, classification, FCN, AFN), reduced over ranks.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        largest = -(-global_batch // self.world.size)  # images of the fullest rank
-        micro_steps = -(-largest // (micro_batch or largest))
         parts = torch.zeros(4, dtype=self.dtype, device=self.world.device)
-        images, labels = (torch.tensor_split(x, micro_steps) for x in (batch.images, batch.labels))
+        images = batch.images.tensor_split(self.micro_steps)
+        labels = batch.labels.tensor_split(self.micro_steps)
         for i, (x, y) in enumerate(zip(images, labels, strict=True)):
-            last = i == micro_steps - 1
+            last = i == self.micro_steps - 1
             with self.model.no_sync() if self._ddp and not last else nullcontext():  # type: ignore[operator]
-                loss = self._forward(x, y, global_batch)
+                loss = self._forward(x, y)
                 (loss.total * self.world.size).backward()  # type: ignore[no-untyped-call]
             parts += loss.parts
         self.optimizer.step()
@@ -94,6 +123,7 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, stream: Stream, steps: int, classes: int) -> Tensor:
         """The confusion matrix (classes, classes) of a whole split, summed over ranks."""
+        self._average_buffers()
         self.model.eval()
         matrix = torch.zeros(classes, classes, dtype=torch.int64, device=self.world.device)
         for _ in range(steps):
@@ -102,14 +132,6 @@ class Engine:
                 logits = self.objective.network(batch.images.to(self.dtype)).logits
             matrix += confusion(logits, batch.labels, classes)
         return self.world.sum(matrix)
-
-    def average_buffers(self) -> None:
-        """Makes BatchNorm's running statistics equal on all ranks where they were not shared."""
-        if self.sync_bn or self.world.size == 1:
-            return
-        for buffer in self.objective.buffers():
-            if buffer.is_floating_point():
-                self.world.sum(buffer).div_(self.world.size)
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes: weights, centres, statistics, optimiser."""
@@ -120,18 +142,26 @@ class Engine:
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
 
+    def _average_buffers(self) -> None:
+        """Makes BatchNorm's running statistics equal on all ranks where they were not shared."""
+        if self.sync_bn or self.world.size == 1:
+            return
+        for buffer in self.objective.buffers():
+            if buffer.is_floating_point():
+                self.world.sum(buffer).div_(self.world.size)
+
     @property
     def _ddp(self) -> bool:
         return isinstance(self.model, DistributedDataParallel)
 
-    def _forward(self, images: Tensor, labels: Tensor, global_batch: int) -> Loss:
+    def _forward(self, images: Tensor, labels: Tensor) -> Loss:
         with self._autocast():
             try:
-                loss: Loss = self.model(images.to(self.dtype), labels, global_batch)
+                loss: Loss = self.model(images.to(self.dtype), labels, self.global_batch)
             except TorchDynamoException as error:
                 log.warning("train.compile: not possible here (%s); going on without", type(error))
                 self.objective.network._compiled_call_impl = None  # undoes Module.compile()
-                loss = self.model(images.to(self.dtype), labels, global_batch)
+                loss = self.model(images.to(self.dtype), labels, self.global_batch)
         return loss
 
     def _autocast(self) -> torch.autocast:

@@ -51,7 +51,8 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = x.mean(dim=(2, 3))
-        return pooled * self.gate(pooled)
+        gate: Tensor = self.gate(pooled)
+        return pooled * gate
 
 
 class DAN(nn.Module):
@@ -139,7 +140,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
             f"model.backbone {path}: no such file; give the path of a ResNet-18 weights file "
-            "(resnet18_msceleb.pth in the paper's recipes), 'imagenet', or 'none' for a random start"
+            "(resnet18_msceleb.pth in the paper's recipes), 'imagenet', or 'none': a random start"
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -43,7 +43,7 @@ def group_samples(labels: NDArray[np.integer], *, balanced: bool) -> list[Ids]:
 
 
 def steps_per_epoch(samples: int, global_batch: int) -> int:
-    """Steps of an epoch: as many global batches as the data set fills (PAPER: up- and downsampled)."""
+    """Steps of an epoch: as many whole global batches as the data set has images for."""
     return samples // global_batch
 
 
@@ -147,7 +147,7 @@ def _layouts(n: int, block: int, cycles: int, seed: int, c: int, batch: int) -> 
 
 def _lane(
     draw: NDArray[np.int64], c: int, classes: int, global_batch: int
-) -> NDArray[np.uint16] | NDArray[np.int32]:
+) -> NDArray[np.integer]:
     """The position of each draw (consecutive numbers) inside its step's share of class c."""
     low = max(0, int(draw[0]) * classes // global_batch - 2 * classes)
     high = int(draw[-1]) * classes // global_batch + 2 * classes

@@ -68,7 +68,7 @@ class Split:
         """`<shard>/<key>` of a sample, read from the tar header before its payload."""
         row = self.index[sample]
         shard = self.shards[row["shard"]].name
-        with open(self.root / shard, "rb") as file:
+        with (self.root / shard).open("rb") as file:
             file.seek(int(row["offset"]) - tarfile.BLOCKSIZE)
             name = file.read(100).split(b"\0")[0].decode("utf-8", "replace")
         return f"{shard}/{name.rsplit('.', 1)[0]}"
@@ -170,7 +170,7 @@ def _open_index(path: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found, but the manifest lists it: copy the whole set")
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
+        index: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: not an index: {error}") from error
     expected = sum(s.samples for s in shards)
@@ -198,7 +198,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, NDArray[A
     """
     rows, lines, labels = [], [], set()
     partial = path.with_suffix(".tar.partial")
-    with open(partial, "wb") as file:
+    with partial.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for sample in samples:
                 members = [("jpg", sample.jpeg), ("cls", str(sample.label).encode())]
@@ -214,7 +214,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, NDArray[A
                 labels.add(sample.label)
         flush(file)
     write_atomically(path.with_suffix(".idx"), f"v1.2 {len(lines)}\n" + "\n".join(lines) + "\n")
-    os.replace(partial, path)
+    partial.replace(path)
     shard = Shard(
         name=path.name,
         label=labels.pop() if len(labels) == 1 else None,
@@ -276,17 +276,17 @@ def write_manifest(
 
 def sha256_of(path: Path) -> str:
     """The hex sha256 of a file."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Writes under a temporary name, flushes to disk, renames: `path` is whole or absent."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    with partial.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         flush(file)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def flush(file: BinaryIO) -> None:

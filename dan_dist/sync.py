@@ -34,7 +34,10 @@ class _AllReduceSum(torch.autograd.Function):
 
 def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks; its gradient is the sum of the ranks' gradients."""
-    return _AllReduceSum.apply(value) if world_size() > 1 else value
+    if world_size() == 1:
+        return value
+    total: Tensor = _AllReduceSum.apply(value)
+    return total
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
@@ -92,7 +95,7 @@ class BatchNorm(_BatchNorm):
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
-        y = _GlobalBatchNorm.apply(x, self.weight, self.bias, mean, var, n, self.eps)
+        y: Tensor = _GlobalBatchNorm.apply(x, self.weight, self.bias, mean, var, n, self.eps)
         return y.to(input.dtype)
 
 
@@ -104,8 +107,9 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dims = [0, *range(2, x.dim())]
     var, mean = torch.var_mean(x, dims, correction=0)
     own = torch.cat([mean, var, x.new_tensor([x.numel() / x.size(1)])])
-    ranks = own.new_empty(world_size(), own.numel())
-    dist.all_gather_into_tensor(ranks, own)
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    ranks = torch.stack(parts)
     means, variances, counts = ranks[:, : x.size(1)], ranks[:, x.size(1) : -1], ranks[:, -1:]
     n = counts.sum()
     share = counts / n
@@ -117,7 +121,8 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
     """Replaces every BatchNorm by one whose statistics span all ranks; state_dict is unchanged."""
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+        return converted
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
             new = BatchNorm(child.num_features, child.eps, child.momentum)

@@ -6,8 +6,10 @@ not be sent is left out.
 
 import logging
 import os
+import subprocess
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from torch import Tensor
+
+from dan_dist.data import MEAN, STD
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +35,12 @@ _STORE = "mlflow.db"
 class NullTracker:
     """Records nothing: for all ranks but the first, and where tracking is off."""
 
-    run_id: str | None = None
+    run_id: str | None = None  # MLflow's, for the checkpoint
     where = ""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
 
-    def figure(self, figure: Callable[[], Figure], name: str) -> None: ...
+    def figure(self, name: str, draw: Callable[..., Figure], *values: Any) -> None: ...
 
     def artifact(self, path: Path, folder: str) -> None: ...
 
@@ -72,8 +77,8 @@ class MlflowTracker(NullTracker):
         self._try(lambda: self._open(experiment, run_name, run_id, artifacts))
         if self.run_id and not run_id:
             self._try(lambda: self._describe(params, config))
-        for key, value in tags.items():
-            self._try(lambda k=key, v=value: self._client.set_tag(self.run_id, k, v))
+        for key, value in {**tags, "commit": commit()}.items():
+            self._try(partial(self._tag, key, value))
         if self.uri.startswith("http"):
             self.where = self.uri
         elif not self._broken:
@@ -85,25 +90,25 @@ class MlflowTracker(NullTracker):
 
         now_ms = int(time.time() * 1000)
         batch = [Metric(k, v, now_ms, step) for k, v in values.items()]
-        self._try(lambda: self._client.log_batch(self.run_id, metrics=batch))
+        self._try(lambda: self._client.log_batch(self._run, metrics=batch))
 
-    def figure(self, figure: Callable[[], Figure], name: str) -> None:
-        """Logs a figure as an image; `name` is its file name among the artifacts."""
+    def figure(self, name: str, draw: Callable[..., Figure], *values: Any) -> None:
+        """Logs the figure `draw(*values)` as the artifact `name`."""
 
         def send() -> None:
-            drawn = figure()
-            self._client.log_figure(self.run_id, drawn, name)
+            drawn = draw(*values)
+            self._client.log_figure(self._run, drawn, name)
             plt.close(drawn)
 
         self._try(send)
 
     def artifact(self, path: Path, folder: str) -> None:
         """Copies a file among the run's artifacts."""
-        self._try(lambda: self._client.log_artifact(self.run_id, str(path), folder))
+        self._try(lambda: self._client.log_artifact(self._run, str(path), folder))
 
     def end(self, status: str) -> None:
         """Ends the run: FINISHED, FAILED or KILLED."""
-        self._try(lambda: self._client.set_terminated(self.run_id, status))
+        self._try(lambda: self._client.set_terminated(self._run, status))
 
     def _open(
         self, experiment: str, run_name: str | None, run_id: str | None, artifacts: str | None
@@ -120,12 +125,20 @@ class MlflowTracker(NullTracker):
         )
         self.run_id = self._client.create_run(number, run_name=run_name).info.run_id
 
+    @property
+    def _run(self) -> str:
+        assert self.run_id is not None
+        return self.run_id
+
+    def _tag(self, key: str, value: str) -> None:
+        self._client.set_tag(self._run, key, value)
+
     def _describe(self, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
         rows = [Param(k, str(v)) for k, v in params.items()]
-        self._client.log_batch(self.run_id, params=rows)
-        self._client.log_dict(self.run_id, dict(config), "config.yaml")
+        self._client.log_batch(self._run, params=rows)
+        self._client.log_dict(self._run, dict(config), "config.yaml")
 
     def _try(self, task: Callable[[], Any]) -> None:
         if self._broken:
@@ -138,8 +151,17 @@ class MlflowTracker(NullTracker):
             log.warning("MLflow at %s failed, going on without it: %s", self.uri, reason)
 
 
-def confusion_figure(matrix: NDArray[np.int64], class_names: tuple[str, ...], title: str) -> Figure:
-    """The confusion matrix: colour the share of the true class, numbers the images."""
+def commit() -> str:
+    """The git commit of this code, or "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def confusion_figure(matrix: NDArray[np.int64], class_names: tuple[str, ...]) -> Figure:
+    """The validation confusion matrix: colour is the share of the true class, text the images."""
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = 2.5 + 0.6 * len(class_names)
     figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
@@ -147,20 +169,20 @@ def confusion_figure(matrix: NDArray[np.int64], class_names: tuple[str, ...], ti
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
     axes.set_yticks(range(len(class_names)), class_names)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
+    accuracy = matrix.trace() / matrix.sum()
+    axes.set(xlabel="predicted", ylabel="true", title=f"Validation, accuracy {accuracy:.2%}")
     for (row, column), count in np.ndenumerate(matrix):
         color = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, str(count), ha="center", va="center", color=color)
     return figure
 
 
-def images_figure(
-    images: NDArray[np.float32], labels: NDArray[np.int64], class_names: tuple[str, ...], title: str
-) -> Figure:
-    """Up to 32 images (n, S, S, 3) of values in [0, 1], each under its class name."""
+def images_figure(images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> Figure:
+    """Up to 32 training images (n, 3, S, S) as the network sees them, under their class names."""
     count = min(len(images), 32)
     columns = min(count, 8)
     rows = -(-count // columns)
+    pixels = images[:count].permute(0, 2, 3, 1).float().cpu().numpy() * STD + MEAN
     figure, axes = plt.subplots(
         rows, columns, figsize=(1.4 * columns, 1.6 * rows + 0.4), squeeze=False,
         layout="constrained",
@@ -168,7 +190,7 @@ def images_figure(
     for k, axis in enumerate(axes.flat):
         axis.axis("off")
         if k < count:
-            axis.imshow(images[k].clip(0, 1))
-            axis.set_title(class_names[labels[k]], fontsize=9)
-    figure.suptitle(title)
+            axis.imshow(pixels[k].clip(0, 1))
+            axis.set_title(class_names[int(labels[k])], fontsize=9)
+    figure.suptitle("Training images, augmented")
     return figure

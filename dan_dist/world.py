@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 POLL_S = 0.2
@@ -25,7 +27,7 @@ class World:
     size: int
     local_size: int
     device: torch.device
-    store: dist.Store | None = None  # where ranks leave word for each other; None when alone
+    store: Store | None = None  # where ranks leave word for each other; None when alone
 
     @property
     def is_main(self) -> bool:
@@ -83,14 +85,6 @@ class World:
         self.store.set(name, "")
         return None
 
-    def broadcast(self, value: T) -> T:
-        """Rank 0's `value` (a small picklable object) on every rank."""
-        if self.size == 1:
-            return value
-        values: list[Any] = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
-
 
 def init_world(device: str = "auto", *, timeout_s: float = 60.0) -> World:
     """Reads torchrun's environment (alone: world size 1) and joins the process group.
@@ -119,10 +113,10 @@ def init_world(device: str = "auto", *, timeout_s: float = 60.0) -> World:
     store = None
     if size > 1:
         timeout = timedelta(seconds=timeout_s)
-        store, _, _ = next(dist.rendezvous("env://"))
+        store, _, _ = next(rendezvous("env://"))
         dist.init_process_group(
             "nccl" if gpus else "gloo",
-            store=dist.PrefixStore("group", store),
+            store=PrefixStore("group", store),
             rank=rank,
             world_size=size,
             timeout=timeout,

@@ -88,7 +88,7 @@ def pack(
     """Packs `release` into `out` at size×size pixels (None keeps sizes); returns the manifest.
 
     workers: processes, 0 for one a core. An unfinished pack of the same release and options is
-    continued; any other non-empty folder needs `overwrite`, which removes shards, never other files.
+    continued; any other non-empty folder needs `overwrite`, which removes shards and nothing else.
 
     Raises:
         ValueError: an empty class or split, a key twice, more than 1 % unreadable images, or a
@@ -219,12 +219,13 @@ def _run(
 def _without_main() -> Iterator[None]:
     """Worker processes import `__main__` again, which may be a training script: hide its path."""
     main = sys.modules["__main__"]
-    hidden = {n: main.__dict__.pop(n) for n in ("__file__", "__spec__") if n in main.__dict__}
+    names = vars(main)
+    hidden: dict[str, Any] = {n: names.pop(n) for n in ("__file__", "__spec__") if n in names}
     try:
         main.__spec__ = None
         yield
     finally:
-        main.__dict__.update(hidden)
+        names.update(hidden)
 
 
 def write_job(
@@ -276,8 +277,8 @@ def _finish(release: Release, jobs: list[Job], out: Path, size: int | None) -> P
         release=release.release,
         class_names=release.class_names,
         image_size=size,
-        image_policy=f"{verbatim} of {total} images are the original bytes; the others: bilinear to "
-        f"{pixels}, JPEG quality {JPEG_QUALITY}, 4:4:4",
+        image_policy=f"{verbatim} of {total} images are the original bytes; the others: bilinear "
+        f"to {pixels}, JPEG quality {JPEG_QUALITY}, 4:4:4",
         splits=splits,
         dropped={**release.dropped, **({"unreadable": len(drops)} if drops else {})},
         dropped_names=drops[:NAMES_KEPT],
