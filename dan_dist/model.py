@@ -132,6 +132,11 @@ def load_backbone(network: DAN, source: str) -> str:
             f"model.backbone {source}: {len(wanted) - len(missing)} of {len(wanted)} ResNet-18 "
             f"tensors match; missing or of another shape: {', '.join(missing[:3])} …"
         )
+    extra = [k for k in state if k not in own and not k.startswith("fc.")]
+    if extra:
+        raise ValueError(
+            f"model.backbone {source}: more than a ResNet-18: {', '.join(extra[:3])} …"
+        )
     network.backbone.load_state_dict(found, strict=False)
     return f"backbone: {len(wanted)} tensors from {source}"
 

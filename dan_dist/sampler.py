@@ -145,9 +145,7 @@ def _layouts(n: int, block: int, cycles: int, seed: int, c: int, batch: int) -> 
     return layout[layout < n].reshape(cycles, n)  # the last block may be short
 
 
-def _lane(
-    draw: NDArray[np.int64], c: int, classes: int, global_batch: int
-) -> NDArray[np.integer]:
+def _lane(draw: NDArray[np.int64], c: int, classes: int, global_batch: int) -> NDArray[np.integer]:
     """The position of each draw (consecutive numbers) inside its step's share of class c."""
     low = max(0, int(draw[0]) * classes // global_batch - 2 * classes)
     high = int(draw[-1]) * classes // global_batch + 2 * classes

@@ -21,7 +21,8 @@ def main(arguments: list[str]) -> int:
     # Rank 0 speaks; the others only when something is wrong.
     prefix = "" if rank == 0 else f"rank {rank}: "
     logging.basicConfig(format=f"{prefix}%(message)s", stream=sys.stdout, force=True)
-    logging.getLogger("dan_dist").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for name in ("dan_dist", "shards"):
+        logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
 

@@ -1,0 +1,79 @@
+"""Small real shards and small real trainings that several tests share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dan_dist.shardset import ShardSet, open_shardset
+from shards import synthetic
+from shards.writer import pack
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# A tiny run of the real story: the baseline network, which is the quickest; DAN turns it to DAN.
+TINY = """
+data: {{shards: {shards}, sampling: balanced, augment: {{flip_p: 0.5, affine_p: 0.7, degrees: 20,
+  scale: [0.8, 1.0], translate: 0.2, erase_p: 0.5}}}}
+model: {{image_size: 32, heads: 0}}
+loss: {{fcn: none, afn: none}}
+optim: {{name: sgd, lr: 1e-2, momentum: 0.9}}
+schedule: {{gamma: 0.5}}
+train: {{epochs: 2, global_batch: 8, output: {output}, device: cpu, log_every: 1}}
+tracking: {{enabled: false}}
+"""
+
+
+DAN = ["model.heads=2", "loss.fcn=affinity", "loss.afn=partition"]
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """80 training faces in AffectNet's proportions, 16 balanced for validation, 32 px."""
+    folder = tmp_path_factory.mktemp("faces") / "shards"
+    release = synthetic.release(80, 16, size=32, seed=7)
+    pack(release, folder, size=32, workers=1, shard_size=20)
+    return open_shardset(folder)
+
+
+@pytest.fixture
+def tiny(faces: ShardSet, tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a tiny configuration whose output is `tmp_path`/NAME; returns its path."""
+
+    def write(name: str) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(TINY.format(shards=faces.root, output=tmp_path / name))
+        return path
+
+    return write
+
+
+def run(
+    *command: str | Path, cwd: Path, timeout_s: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command of the project in `cwd`, with a hard time limit and nothing left behind."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [str(part) for part in command], cwd=cwd, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        out, err = process.communicate()
+        pytest.fail(f"{command} took more than {timeout_s} s\n{out}\n{err}")
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def train(ranks: int, *arguments: str | Path, cwd: Path, timeout_s: float = 240) -> str:
+    """Trains on `ranks` CPU processes by the documented command; returns what it printed."""
+    script = REPOSITORY / "launch" / "train.py"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
+    done = run(*command, script, *arguments, cwd=cwd, timeout_s=timeout_s)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

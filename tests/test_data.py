@@ -1,0 +1,211 @@
+"""Pixels and labels: the same at every world size, after every resume, and as Pillow reads them."""
+
+import io
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from dan_dist.augment import ERASE_RATIO, UNIFORMS, Augment, place
+from dan_dist.data import MEAN, STD, Batch, Stream, evaluation_stream, train_stream
+from dan_dist.sampler import augmentation_uniforms
+from dan_dist.shardset import ShardSet, Split, open_shardset
+
+CPU = torch.device("cpu")
+AUGMENT = Augment(0.5, 0.7, 20, (0.8, 1.0), 0.2, 0.5)
+
+
+def training(split: Split, *, rank: int = 0, world: int = 1, start: int = 0, **change) -> Stream:
+    options = {
+        "global_batch": 12, "seed": 3, "balanced": True, "augment": AUGMENT, "max_bad": 0,
+        "image_size": 32, "shard_image_size": 32, "device": CPU, "threads": 1,
+    } | change  # fmt: skip
+    return train_stream(split, rank=rank, world_size=world, start=start, **options)
+
+
+def take(stream: Stream, steps: int) -> list[Batch]:
+    batches = [next(stream) for _ in range(steps)]
+    stream.close()
+    return batches
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(faces: ShardSet) -> list[Batch]:
+    return take(training(faces.split("train")), 15)  # 6 steps an epoch: two borders
+
+
+@pytest.mark.parametrize("world", [2, 4, 5])
+def test_every_world_size_sees_the_same_global_batches(
+    faces: ShardSet, uninterrupted: list[Batch], world: int
+) -> None:
+    split = faces.split("train")
+    ranks = [take(training(split, rank=r, world=world), 15) for r in range(world)]
+    for step, whole in enumerate(uninterrupted):
+        for field in range(3):
+            joined = torch.cat([batches[step][field] for batches in ranks])
+            assert torch.equal(joined, whole[field]), (step, field)
+
+
+@pytest.mark.parametrize("start", [1, 6, 10])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_resumed_stream_goes_on_as_if_never_stopped(
+    faces: ShardSet, uninterrupted: list[Batch], start: int, threads: int
+) -> None:
+    resumed = take(training(faces.split("train"), start=start, threads=threads), 15 - start)
+    for ours, whole in zip(resumed, uninterrupted[start:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, whole, strict=True))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_gives_every_image_once(faces: ShardSet, world: int) -> None:
+    split = faces.split("val")
+    for repeat in range(2):  # two passes: nothing is left over from the first
+        ids: list[int] = []
+        for rank in range(world):
+            stream, steps = evaluation_stream(
+                split, rank=rank, world_size=world, global_batch=5, image_size=32,
+                shard_image_size=32, device=CPU, threads=1,
+            )  # fmt: skip
+            batches = take(stream, steps * (repeat + 1))[steps * repeat :]
+            for batch in batches:
+                real = batch.labels >= 0
+                assert torch.equal(real, batch.ids >= 0)
+                ids += batch.ids[real].tolist()
+        assert sorted(ids) == list(range(len(split)))
+
+
+def pillow(split: Split, sample: int) -> Image.Image:
+    row = split.index[sample]
+    data = split.path(row["shard"]).read_bytes()[row["offset"] :][: row["size"]]
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def test_evaluation_pixels_are_pillows_and_normalised(faces: ShardSet) -> None:
+    split = faces.split("val")
+    stream, _ = evaluation_stream(
+        split, rank=0, world_size=1, global_batch=16, image_size=32, shard_image_size=32,
+        device=CPU, threads=1,
+    )  # fmt: skip
+    (batch,) = take(stream, 1)
+    transform = v2.Compose(
+        [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+    )
+    for image, sample in zip(batch.images, batch.ids.tolist(), strict=True):
+        assert torch.allclose(image, transform(pillow(split, sample)), atol=1e-6)
+
+
+def test_affine_warp_is_torchvisions(faces: ShardSet) -> None:
+    """The same flip, angle, scale and shift through torchvision give the same pixels."""
+    split = faces.split("train")
+    augment = replace(AUGMENT, erase_p=0.0)
+    (batch,) = take(training(split, augment=augment, global_batch=48), 1)
+    uniforms = augmentation_uniforms(3, 0, 48, UNIFORMS).astype(np.float64)
+    scale = torch.tensor(STD).view(3, 1, 1)
+    mean = torch.tensor(MEAN).view(3, 1, 1)
+    different = []
+    for image, sample, u in zip(batch.images, batch.ids.tolist(), uniforms, strict=True):
+        reference = v2.functional.pil_to_tensor(pillow(split, sample))
+        if u[0] < 0.5:
+            reference = v2.functional.horizontal_flip(reference)
+        if u[1] < 0.7:
+            shift = np.round((2 * u[4:6] - 1) * 0.2 * 32).astype(int).tolist()
+            angle, size = (2 * u[2] - 1) * 20, 0.8 + u[3] * 0.2
+            reference = v2.functional.affine(reference, angle, shift, size, [0.0, 0.0])
+        ours = ((image * scale + mean) * 255).round()
+        different.append((ours != reference).any(dim=0).float().mean().item())
+    assert np.mean(different) < 0.005  # rounding at pixel borders only
+    assert (uniforms[:, 1] < 0.7).any() and (uniforms[:, 0] < 0.5).any()
+
+
+def test_erased_boxes_follow_torchvisions_rule() -> None:
+    uniforms = np.random.default_rng(0).random((20_000, UNIFORMS)).astype(np.float32)
+    placement = place(uniforms, Augment(erase_p=0.5, erase_area=(0.02, 0.33)), 224)
+    height, width = placement.shape.T
+    erased = height > 0
+    assert erased.mean() == pytest.approx(0.5, abs=0.02)
+    area = (height * width / 224**2)[erased]
+    # torchvision's RandomErasing: mean area 0.1733 (0.33 is cut where the box does not fit)
+    assert area.mean() == pytest.approx(0.174, abs=0.004) and area.min() > 0.019
+    ratio = (height / np.maximum(width, 1))[erased]
+    assert ratio.min() > ERASE_RATIO[0] * 0.95 and ratio.max() < ERASE_RATIO[1] * 1.05
+    corner = placement.anchor + placement.shape
+    assert (placement.anchor >= 0).all() and (corner <= 224).all()
+
+
+def test_no_augmentation_is_the_identity(faces: ShardSet) -> None:
+    split = faces.split("train")
+    (batch,) = take(training(split, augment=Augment()), 1)
+    scale = torch.tensor(STD).view(3, 1, 1)
+    for image, sample in zip(batch.images, batch.ids.tolist(), strict=True):
+        pixels = v2.functional.pil_to_tensor(pillow(split, sample)) / 255
+        assert torch.allclose(image * scale + torch.tensor(MEAN).view(3, 1, 1), pixels, atol=1e-6)
+
+
+def damage(faces: ShardSet, folder: Path, kind: str, samples: list[int]) -> Split:
+    """A copy of the shards in which some training images are damaged."""
+    shutil.copytree(faces.root, folder)
+    split = open_shardset(folder).split("train")
+    for sample in samples:
+        row = split.index[sample]
+        path = split.path(row["shard"])
+        data = bytearray(path.read_bytes())
+        start, size = int(row["offset"]), int(row["size"])
+        if kind == "flipped":
+            data[start + size // 2] ^= 0xFF
+        else:  # zeros, with a checksum that agrees: only the decoder notices
+            data[start : start + size] = bytes(size)
+            index = np.load(folder / "index-train.npy")
+            index[sample]["crc32"] = __import__("zlib").crc32(bytes(size))
+            np.save(folder / "index-train.npy", index)
+        path.write_bytes(data)
+    return open_shardset(folder).split("train")
+
+
+@pytest.mark.parametrize("kind", ["flipped", "undecodable"])
+def test_damaged_images_are_replaced_within_their_class(
+    faces: ShardSet, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    whole = faces.split("train")
+    bad = [0, 25, 26]
+    split = damage(faces, tmp_path / "damaged", kind, bad)
+    streams = [training(split, max_bad=5) for _ in range(2)]
+    ours, again = (take(s, 12) for s in streams)
+    reference = take(training(whole), 12)
+    replaced = 0
+    for a, b, whole_batch in zip(ours, again, reference, strict=True):
+        assert torch.equal(a.images, b.images)  # the substitutes are deterministic
+        assert torch.equal(a.labels, whole_batch.labels)
+        hit = np.isin(whole_batch.ids.numpy(), bad)
+        same = (a.images == whole_batch.images).flatten(1).all(dim=1).numpy()
+        assert same[~hit].all()
+        replaced += (hit & ~same).sum()
+    assert replaced > 0
+    assert set(streams[0].reader.bad) <= set(bad)
+    named = {record.args[0] for record in caplog.records}
+    assert {whole.key(s) for s in streams[0].reader.bad} <= named
+
+
+@pytest.mark.parametrize("kind", ["flipped", "undecodable"])
+def test_past_the_limit_the_image_is_named(faces: ShardSet, tmp_path: Path, kind: str) -> None:
+    split = damage(faces, tmp_path / "damaged", kind, list(range(len(faces.split("train")))))
+    stream = training(split, max_bad=2)
+    with pytest.raises(OSError, match=r"train-\d\d-\d{5}\.tar/face_\d+.* at most 2 are tolerated"):
+        take(stream, 3)
+
+
+def test_other_sizes_are_resized_in_one_linear_step(faces: ShardSet) -> None:
+    stream, _ = evaluation_stream(
+        faces.split("val"), rank=0, world_size=1, global_batch=4, image_size=64,
+        shard_image_size=faces.image_size, device=CPU, threads=1,
+    )  # fmt: skip
+    (batch,) = take(stream, 1)
+    assert batch.images.shape == (4, 3, 64, 64)
+    image = pillow(faces.split("val"), 0).resize((64, 64), Image.Resampling.BILINEAR)
+    scale, mean = torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1)
+    ours = (batch.images[0] * scale + mean) * 255
+    assert (ours - v2.functional.pil_to_tensor(image)).abs().mean() < 1

@@ -1,0 +1,59 @@
+"""The architecture: imports point one way, leaves import nothing of ours."""
+
+import ast
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+ALLOWED = {
+    "dan_dist.augment": set(),
+    "dan_dist.checkpoint": set(),
+    "dan_dist.config": set(),
+    "dan_dist.metrics": set(),
+    "dan_dist.sampler": set(),
+    "dan_dist.shardset": set(),
+    "dan_dist.sync": set(),
+    "dan_dist.model": set(),
+    "dan_dist.world": set(),
+    "dan_dist.losses": {"model", "sync"},
+    "dan_dist.data": {"augment", "sampler", "shardset"},
+    "dan_dist.engine": {"data", "losses", "metrics", "sync", "world"},
+    "dan_dist.tracking": {"data"},
+    "dan_dist.progress": {"data", "tracking"},
+    "dan_dist.train": {"*"},
+    "shards.images": set(),
+    "shards.faces": set(),
+    "shards.writer": {"dan_dist.shardset", "images"},
+    "shards.folder": {"writer"},
+    "shards.synthetic": {"dan_dist.shardset", "faces", "images", "writer"},
+    "shards.pack": {"dan_dist.shardset", "folder", "synthetic", "writer"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Our modules that a file imports, as `package.module`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name in ALLOWED}
+
+
+def test_every_module_imports_only_what_its_place_allows() -> None:
+    files = [*(REPOSITORY / "dan_dist").glob("*.py"), *(REPOSITORY / "shards").glob("*.py")]
+    modules = {f"{f.parent.name}.{f.stem}": f for f in files if f.stem != "__init__"}
+    assert set(modules) == set(ALLOWED)
+    for module, path in modules.items():
+        package = module.split(".")[0]
+        allowed = {name if "." in name else f"{package}.{name}" for name in ALLOWED[module]}
+        if "*" not in ALLOWED[module]:
+            assert imports_of(path) <= allowed, module
+        assert "dan_dist.train" not in imports_of(path), f"{module} imports the story"
+
+
+def test_the_environment_is_read_in_one_place() -> None:
+    for path in [*(REPOSITORY / "dan_dist").glob("*.py"), *(REPOSITORY / "shards").glob("*.py")]:
+        if "WORLD_SIZE" in path.read_text() or "LOCAL_RANK" in path.read_text():
+            assert path.name == "world.py"

@@ -1,0 +1,94 @@
+"""The losses against hand-worked float64 cases of the paper's equations."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dan_dist.losses import (
+    VARIANCE_GUARD,
+    Objective,
+    affinity_loss,
+    center_loss,
+    partition_batch_loss,
+    partition_loss,
+)
+from dan_dist.model import DAN
+
+FEATURES = torch.tensor([[1.0, 2.0], [0.0, -1.0], [3.0, 0.0]], dtype=torch.float64)
+CENTERS = torch.tensor([[0.0, 0.0], [2.0, 4.0]], dtype=torch.float64)
+LABELS = torch.tensor([0, 1, 1])
+
+
+def test_center_loss() -> None:
+    # |(1,2)−(0,0)|² = 5; |(0,−1)−(2,4)|² = 29; |(3,0)−(2,4)|² = 17
+    assert center_loss(FEATURES, LABELS, CENTERS).tolist() == [5, 29, 17]
+
+
+def test_affinity_loss_is_equation_2() -> None:
+    # The centres' unbiased variances are 2 (of 0, 2) and 8 (of 0, 4): σ_c² = 10
+    assert affinity_loss(FEATURES, LABELS, CENTERS).tolist() == [0.5, 2.9, 1.7]
+
+
+def test_partition_loss_is_equation_6() -> None:
+    heads = torch.tensor([[[0.0, 1.0], [2.0, 1.0]], [[1.0, 0.0], [1.0, 6.0]]], dtype=torch.float64)
+    # Unbiased variances over the k = 2 heads: image 0 → (2, 0), image 1 → (0, 18)
+    e = VARIANCE_GUARD
+    expected = [
+        (math.log(1 + 2 / (2 + e)) + math.log(1 + 2 / e)) / 2,
+        (math.log(1 + 2 / e) + math.log(1 + 2 / (18 + e))) / 2,
+    ]
+    assert partition_loss(heads).tolist() == pytest.approx(expected, rel=1e-14)
+    # The release's form: batch means of the variances, (1, 9), inside the log
+    batch = (math.log(1 + 2 / (1 + e)) + math.log(1 + 2 / (9 + e))) / 2
+    assert partition_batch_loss(heads).item() == pytest.approx(batch, rel=1e-14)
+
+
+def test_attention_fusion_is_equation_5() -> None:
+    """log-softmax across the heads, summed, linear, BatchNorm on the logits."""
+    torch.manual_seed(0)
+    network = DAN(classes=3, heads=2).double().eval()
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        output = network(images)
+        x = network.backbone(images)
+        a, b = (head(x) for head in network.heads)
+    normaliser = (a.exp() + b.exp()).log()
+    fused = (a - normaliser) + (b - normaliser)
+    logits = F.linear(fused, network.classifier.weight, network.classifier.bias)
+    logits = logits / math.sqrt(1 + network.logit_norm.eps)  # fresh running statistics: 0 and 1
+    assert torch.allclose(output.logits, logits, rtol=1e-10)
+    assert output.heads is not None and output.heads.shape == (4, 2, 512)
+    assert torch.allclose(output.heads.exp().sum(dim=1), torch.ones(4, 512).double())
+
+
+@pytest.mark.parametrize("fcn", ["affinity", "center", "none"])
+@pytest.mark.parametrize("afn", ["partition", "partition_batch", "none"])
+def test_objective_is_equation_7_and_its_parts_add_up(fcn: str, afn: str) -> None:
+    torch.manual_seed(0)
+    objective = Objective(DAN(5, 2), 5, fcn=fcn, afn=afn, lambda_fcn=0.5, lambda_afn=2.0).double()
+    images, labels = torch.randn(6, 3, 32, 32).double(), torch.arange(6) % 5
+    loss = objective(images, labels, 6)
+    total, classification, fcn_loss, afn_loss = loss.parts.tolist()
+    assert total == pytest.approx(classification + 0.5 * fcn_loss + 2 * afn_loss, rel=1e-12)
+    assert classification == pytest.approx(F.cross_entropy(loss.logits, labels).item(), rel=1e-12)
+    assert (fcn_loss > 0) == (fcn != "none") and (afn_loss > 0) == (afn != "none")
+    loss.total.backward()
+    assert all(p.grad is not None for p in objective.parameters())  # DDP waits for every one
+
+
+def test_one_head_has_no_partition_loss() -> None:
+    objective = Objective(DAN(5, 1), 5)
+    loss = objective(torch.randn(4, 3, 32, 32), torch.arange(4), 4)
+    assert loss.parts[3] == 0 and torch.isfinite(loss.total)
+
+
+def test_part_of_a_global_batch_contributes_its_share() -> None:
+    """Without BatchNorm in play (eval), the parts of a batch add up to the whole."""
+    torch.manual_seed(0)
+    objective = Objective(DAN(5, 2), 5).double().eval()
+    images, labels = torch.randn(7, 3, 32, 32).double(), torch.arange(7) % 5
+    whole = objective(images, labels, 7).parts
+    parts = objective(images[:3], labels[:3], 7).parts + objective(images[3:], labels[3:], 7).parts
+    assert torch.allclose(whole, parts, rtol=1e-12)

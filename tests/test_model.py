@@ -1,0 +1,70 @@
+"""The network's shape, and backbones from files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from dan_dist.model import DAN, load_backbone
+
+
+@pytest.mark.parametrize(
+    ("classes", "heads", "count"), [(7, 4, 19_723_733), (8, 4, 19_724_248), (8, 1, 13_316_536)]
+)
+def test_parameter_counts_of_the_authors_network(classes: int, heads: int, count: int) -> None:
+    assert sum(p.numel() for p in DAN(classes, heads).parameters()) == count
+
+
+@pytest.mark.parametrize("heads", [0, 1, 3])
+@pytest.mark.parametrize("size", [32, 96])
+def test_shapes(heads: int, size: int) -> None:
+    output = DAN(8, heads).eval()(torch.randn(2, 3, size, size))
+    assert output.logits.shape == (2, 8) and output.features.shape == (2, 512)
+    assert (output.heads is None) if heads == 0 else (output.heads.shape == (2, heads, 512))
+
+
+def test_baseline_is_torchvisions_resnet18() -> None:
+    network, reference = DAN(1000, 0).eval(), torchvision.models.resnet18(weights=None).eval()
+    load = {**{f"backbone.{k}": v for k, v in reference.state_dict().items() if "fc" not in k}}
+    load |= {f"classifier.{k}": v for k, v in reference.fc.state_dict().items()}
+    network.load_state_dict(load)
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.allclose(network(images).logits, reference(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_backbone_files_in_circulation_load(tmp_path: Path, prefix: str, wrapped: bool) -> None:
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    renamed = {prefix + k: v for k, v in state.items()}
+    torch.save({"state_dict": renamed} if wrapped else renamed, tmp_path / "backbone.pth")
+    network = DAN(7, 1)
+    assert "100 tensors" in load_backbone(network, str(tmp_path / "backbone.pth"))
+    assert torch.equal(network.backbone.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+
+
+def test_backbone_of_another_network_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": torchvision.models.resnet34().state_dict()}, tmp_path / "r34.pth")
+    with pytest.raises(ValueError, match=r"more than a ResNet-18: layer1\.2\.conv1\.weight"):
+        load_backbone(DAN(7, 1), str(tmp_path / "r34.pth"))
+    state = {f"net.{k}": v for k, v in torchvision.models.resnet18().state_dict().items()}
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="0 of 100 ResNet-18 tensors match"):
+        load_backbone(DAN(7, 1), str(tmp_path / "other.pth"))
+
+
+def test_missing_backbone_names_the_choices(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file; give the path .* 'imagenet', or 'n"):
+        load_backbone(DAN(7, 1), str(tmp_path / "missing.pth"))
+
+
+def test_backbone_files_run_no_code(tmp_path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save({"state_dict": Harmful()}, tmp_path / "harmful.pth")
+    with pytest.raises(ValueError, match="not a weights file"):
+        load_backbone(DAN(7, 1), str(tmp_path / "harmful.pth"))
+    assert not (tmp_path / "executed").exists()

@@ -1,0 +1,142 @@
+"""The order's claims, over a grid of class sizes, global batches, worlds and seeds."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dan_dist.sampler import (
+    augmentation_uniforms,
+    epoch_order,
+    evaluation_order,
+    group_samples,
+    rank_columns,
+)
+
+SIZES = [(1, 3, 40, 9), (7, 7, 7), (5, 200, 31, 64, 12, 2, 90, 3), (130,)]
+BATCHES = [1, 3, 8, 13, 64, 100]
+GRID = [(s, b) for s, b in itertools.product(SIZES, BATCHES) if sum(s) >= b]
+EPOCHS = 3
+
+
+def labels_of(sizes: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Labels in a mixed-up index order, as an unsorted data set has them."""
+    return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+
+
+def orders(labels: np.ndarray, batch: int, seed: int, *, balanced: bool = True) -> np.ndarray:
+    groups = group_samples(labels, balanced=balanced)
+    epochs = [epoch_order(groups, global_batch=batch, seed=seed, epoch=e) for e in range(EPOCHS)]
+    return np.concatenate(epochs)
+
+
+@pytest.mark.parametrize(("sizes", "batch"), GRID)
+@pytest.mark.parametrize("seed", [0, 12345])
+def test_balanced_to_the_sample_over_any_run_of_steps(
+    sizes: tuple[int, ...], batch: int, seed: int
+) -> None:
+    labels = labels_of(sizes)
+    drawn = labels[orders(labels, batch, seed)]
+    per_step = np.stack([(drawn == c).sum(axis=1) for c in range(len(sizes))], axis=1)
+    until = np.concatenate([np.zeros((1, len(sizes)), int), per_step.cumsum(axis=0)])
+    starts = np.random.default_rng(1).integers(0, len(until), 200)
+    stops = np.random.default_rng(2).integers(0, len(until), 200)
+    runs = np.abs(until[stops] - until[starts])  # class totals of 200 runs, across epochs too
+    assert (np.ptp(runs, axis=1) <= 1).all()
+    share = batch // len(sizes) * len(sizes)
+    assert (drawn[:, :share] == np.arange(share) % len(sizes)).all()
+
+
+@pytest.mark.parametrize(("sizes", "batch"), GRID)
+@pytest.mark.parametrize("balanced", [True, False])
+def test_each_cycle_is_a_permutation_and_no_batch_holds_an_image_twice(
+    sizes: tuple[int, ...], batch: int, balanced: bool
+) -> None:
+    labels = labels_of(sizes)
+    order = orders(labels, batch, seed=3, balanced=balanced)
+    groups = group_samples(labels, balanced=balanced)
+    for ids in groups:
+        draws = order[np.isin(order, ids)]  # row by row: a class's draws in their order
+        cycles = draws[: len(draws) // len(ids) * len(ids)].reshape(-1, len(ids))
+        assert (np.sort(cycles, axis=1) == ids).all()
+        rest = draws[cycles.size :]
+        assert len(np.unique(rest)) == len(rest)
+        starts = np.cumsum([0, *np.isin(order, ids).sum(axis=1)])
+        for row, start, stop in zip(order, starts[:-1], starts[1:], strict=True):
+            own = row[np.isin(row, ids)]
+            cycle_ends_inside = start // len(ids) != (stop - 1) // len(ids)
+            assert cycle_ends_inside or len(np.unique(own)) == len(own)
+
+
+@pytest.mark.parametrize(("n", "batch", "classes"), [(4096, 64, 8), (1024, 64, 8), (2048, 256, 1)])
+def test_lanes_read_blocks_of_neighbours(n: int, batch: int, classes: int) -> None:
+    """A lane's consecutive draws lie in few blocks, not all over the class."""
+    labels = np.repeat(np.arange(classes), n)
+    order = orders(labels, batch, seed=0)
+    lanes = batch // classes
+    block = min(64, n // (4 * lanes))
+    lane = order[: n // lanes, 0]  # class 0's first lane in its first cycle: one contiguous run
+    assert len(np.unique(lane)) == len(lane) == n // lanes
+    assert len(np.unique(lane // block)) <= len(lane) // block + 2
+    # … while a single global batch draws from many blocks: the lanes are apart
+    first_batch = order[0, labels[order[0]] == 0]
+    assert len(np.unique(first_batch // block)) >= lanes - 1
+
+
+@pytest.mark.parametrize(("sizes", "batch"), [((512,) * 8, 64), ((64,) * 8, 64), ((256,), 16)])
+def test_no_batch_recurs_in_the_next_epoch(sizes: tuple[int, ...], batch: int) -> None:
+    """n = lanes × block is where unpermuted blocks would bring the same batches back."""
+    order = np.sort(orders(labels_of(sizes), batch, seed=0), axis=1)
+    assert len(np.unique(order, axis=0)) == len(order)
+
+
+@pytest.mark.parametrize("batch", [8, 13, 64])
+@pytest.mark.parametrize("world", range(1, 9))
+def test_ranks_partition_every_global_batch(batch: int, world: int) -> None:
+    columns = [np.arange(batch)[rank_columns(batch, rank, world)] for rank in range(world)]
+    assert (np.concatenate(columns) == np.arange(batch)).all()
+    sizes = [len(c) for c in columns]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_ranks_see_every_class() -> None:
+    labels = labels_of((50,) * 8)
+    drawn = labels[orders(labels, 64, seed=0)]
+    for rank in range(8):
+        own = drawn[:, rank_columns(64, rank, 8)]
+        assert all(len(np.unique(row)) == 8 for row in own)
+
+
+def test_an_epoch_does_not_need_the_ones_before() -> None:
+    groups = group_samples(labels_of((40, 300, 5)), balanced=True)
+    alone = epoch_order(groups, global_batch=13, seed=1, epoch=2)
+    steps = len(alone)
+    assert (orders(labels_of((40, 300, 5)), 13, seed=1)[2 * steps :] == alone).all()
+    assert alone.dtype == np.int32
+
+
+def test_seeds_differ_and_epochs_differ() -> None:
+    groups = group_samples(labels_of((40, 300, 5)), balanced=True)
+    a, b = (epoch_order(groups, global_batch=8, seed=s, epoch=0) for s in (0, 1))
+    c = epoch_order(groups, global_batch=8, seed=0, epoch=1)
+    assert (a != b).mean() > 0.5 and (a != c).mean() > 0.5
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(1, 1), (7, 3), (16, 16), (17, 16), (5, 100)])
+def test_evaluation_holds_every_sample_once(samples: int, batch: int) -> None:
+    order = evaluation_order(samples, batch)
+    assert order.shape[1] == batch and len(order) == -(-samples // batch)
+    assert (np.sort(order[order >= 0]) == np.arange(samples)).all()
+
+
+def test_augmentation_numbers_belong_to_the_global_column() -> None:
+    whole = augmentation_uniforms(5, 17, 64, 3)
+    assert (whole == augmentation_uniforms(5, 17, 64, 3)).all()
+    assert not np.array_equal(whole, augmentation_uniforms(5, 18, 64, 3))
+    assert not np.array_equal(whole, augmentation_uniforms(6, 17, 64, 3))
+    assert whole.min() >= 0 and whole.max() < 1
+
+
+def test_too_few_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 samples do not fill a global batch of 4"):
+        epoch_order([np.arange(3, dtype=np.int32)], global_batch=4, seed=0, epoch=0)

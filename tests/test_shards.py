@@ -1,0 +1,321 @@
+"""The shard format and the packer, through the real command where a user would use it."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from nvidia.dali import fn, pipeline_def
+from PIL import Image
+
+from conftest import REPOSITORY, run
+from dan_dist.shardset import INDEX_DTYPE, MANIFEST, open_shardset
+from shards import folder
+from shards.images import plain_jpeg_size, to_jpeg
+from shards.writer import pack
+
+CLASSES = ("angry", "happy")
+
+
+def picture(seed: int, size: tuple[int, int] = (24, 24), mode: str = "RGB") -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)  # smooth: JPEG is close
+    return image.convert(mode)
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def tree(root: Path, *, train: int = 9, val: int = 3) -> Path:
+    """A folder data set of plain 24 px JPEGs."""
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(CLASSES):
+            path = root / split / name
+            path.mkdir(parents=True)
+            for k in range(count):
+                jpeg = encoded(picture(1000 * label + 10 * k + (split == "val")), "JPEG")
+                (path / f"{k}.jpg").write_bytes(jpeg)
+    return root
+
+
+def digests(root: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in root.iterdir()}
+
+
+def packed(source: Path, out: Path, **options: object) -> Path:
+    pack(folder.release(source), out, **({"size": 24, "workers": 1, "shard_size": 4} | options))
+    return out
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    return packed(tree(tmp_path / "source"), tmp_path / "out")
+
+
+def test_every_image_is_where_the_index_says(shards: Path) -> None:
+    opened = open_shardset(shards)
+    assert opened.class_names == CLASSES and opened.image_size == 24
+    assert opened.counts == {"train": (9, 9), "val": (3, 3)}
+    split = opened.split("train")
+    assert split.index.dtype == INDEX_DTYPE and isinstance(split.index, np.memmap)
+    sources = {p.read_bytes() for p in (shards.parent / "source" / "train").rglob("*.jpg")}
+    for sample, row in enumerate(split.index):
+        data = split.path(row["shard"]).read_bytes()[row["offset"] :][: row["size"]]
+        assert data in sources  # the original bytes
+        assert zlib.crc32(data) == row["crc32"]
+        assert split.shards[row["shard"]].label == row["label"]
+        assert f"/{CLASSES[row['label']]}_" in split.key(sample)
+    for shard in split.shards:
+        content = (shards / shard.name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == shard.sha256
+        assert len(content) == shard.size_bytes
+
+
+def test_webdataset_reads_the_tars(shards: Path) -> None:
+    split = open_shardset(shards).split("train")
+    urls = [str(shards / s.name) for s in split.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len(samples) == len(split)
+    for sample, row in zip(samples, split.index, strict=True):
+        assert zlib.crc32(sample["jpg"]) == row["crc32"]
+        assert int(sample["cls"]) == row["label"]
+
+
+def test_dali_reads_the_tars_by_their_idx(shards: Path) -> None:
+    split = open_shardset(shards).split("train")
+
+    @pipeline_def(batch_size=len(split), num_threads=1, device_id=None)
+    def reader():  # type: ignore[no-untyped-def]
+        return tuple(
+            fn.readers.webdataset(
+                paths=[str(shards / s.name) for s in split.shards],
+                index_paths=[str(shards / s.name.replace(".tar", ".idx")) for s in split.shards],
+                ext=["jpg", "cls"],
+                missing_component_behavior="error",
+            )
+        )
+
+    jpegs, labels = reader().run()
+    assert [zlib.crc32(bytes(np.asarray(x))) for x in jpegs] == split.index["crc32"].tolist()
+    assert [int(bytes(np.asarray(x))) for x in labels] == split.index["label"].tolist()
+
+
+def rotated(image: Image.Image) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(image, "JPEG", exif=exif.tobytes())
+
+
+KINDS: dict[str, tuple[Callable[[], bytes], bool]] = {  # name → bytes, kept as they are
+    "plain": (lambda: encoded(picture(0), "JPEG"), True),
+    "progressive": (lambda: encoded(picture(0), "JPEG", progressive=True), True),
+    "gray": (lambda: encoded(picture(0, mode="L"), "JPEG"), True),
+    "4:4:4": (lambda: encoded(picture(0), "JPEG", subsampling=0), True),
+    "with EXIF, upright": (lambda: encoded(picture(0), "JPEG", exif=Image.Exif().tobytes()), True),
+    "other size": (lambda: encoded(picture(0, (31, 17)), "JPEG"), False),
+    "rotated by EXIF": (lambda: rotated(picture(0)), False),
+    "trailing junk": (lambda: encoded(picture(0), "JPEG") + b"junk", False),
+    "CMYK": (lambda: encoded(picture(0, mode="CMYK"), "JPEG"), False),
+    "PNG": (lambda: encoded(picture(0), "PNG"), False),
+    "16-bit PNG": (
+        lambda: encoded(Image.fromarray(np.full((24, 24), 40_000, np.uint16)), "PNG"),
+        False,
+    ),
+    "transparent": (lambda: encoded(picture(0, mode="RGBA"), "PNG"), False),
+    "palette GIF": (lambda: encoded(picture(0, mode="P"), "GIF"), False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_and_what_is_encoded_anew(kind: str) -> None:
+    make, kept = KINDS[kind]
+    data = make()
+    jpeg, verbatim = to_jpeg(data, 24)
+    assert verbatim == kept and (jpeg == data) == kept
+    assert plain_jpeg_size(jpeg) == (24, 24)
+    image = Image.open(io.BytesIO(jpeg))
+    assert image.mode in ("RGB", "L")
+    if kind == "16-bit PNG":
+        assert abs(np.asarray(image).mean() - 40_000 / 256) < 2
+    if kind == "rotated by EXIF":
+        upright = np.asarray(picture(0).rotate(-90)).astype(int)
+        assert np.abs(np.asarray(image).astype(int) - upright).mean() < 6
+    if kind == "other size":
+        whole = picture(0, (31, 17)).resize((24, 24), Image.Resampling.BILINEAR)
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(whole).astype(int)).mean() < 6
+        assert to_jpeg(data, None) == (data, True)  # native sizes keep it
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"GIF89a", b"<html>", encoded(picture(0), "JPEG")[:300], bytes(500)]
+)
+def test_unreadable_bytes_are_refused(data: bytes) -> None:
+    assert plain_jpeg_size(data) is None
+    with pytest.raises(ValueError, match="cannot be decoded|is empty"):
+        to_jpeg(data, 24)
+
+
+def test_image_bombs_are_refused_undecoded() -> None:
+    bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")
+    with pytest.raises(ValueError, match="20000×20000 pixels|exceeds limit"):
+        to_jpeg(bomb, 24)
+
+
+def test_unreadable_images_are_named_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tree(tmp_path / "source", train=110)
+    (source / "train" / "happy" / "7.jpg").write_bytes(b"nothing")
+    out = packed(source, tmp_path / "out", shard_size=50)
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["dropped"] == {"unreadable": 1}
+    assert "happy/7.jpg" in manifest["dropped_names"][0] and "happy/7.jpg" in caplog.text
+    assert open_shardset(out).counts["train"] == (110, 109)
+
+
+def test_more_than_one_per_cent_unreadable_stops_the_pack(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source")
+    (source / "train" / "happy" / "7.jpg").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"1 of 24 images are unreadable .*happy/7\.jpg.* 1%"):
+        packed(source, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="no finished shards"):
+        open_shardset(tmp_path / "out")
+
+
+def test_workers_do_not_change_a_byte(shards: Path, tmp_path: Path) -> None:
+    again = packed(tmp_path / "source", tmp_path / "again", workers=2)
+    assert digests(again) == digests(shards)
+    assert MANIFEST in digests(again) and not list(again.glob("*.done"))
+
+
+def test_a_killed_pack_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source", train=400, val=10)
+    whole = packed(source, tmp_path / "whole", shard_size=20, size=48)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "shards.pack", "folder", "--source", source, "--out", out]
+    options = ["--size", "48", "--shard-size", "20", "--workers", "2"]
+    for _ in range(3):
+        process = subprocess.Popen(
+            [*map(str, command), *options], cwd=tmp_path, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            start_new_session=True,
+        )  # fmt: skip
+        before = len(list(out.glob("*.done")))
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("*.done"))) < before + 3 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (out / MANIFEST).exists() and list(out.glob("*.done"))
+    done = run(*command, *options, cwd=tmp_path)
+    assert done.returncode == 0 and "packed into" in done.stdout, done.stderr
+    assert digests(out) == digests(whole)
+
+
+def fails(*arguments: str | Path, cwd: Path) -> str:
+    """The one line that the packer says of bad input."""
+    done = run(sys.executable, "-m", "shards.pack", *arguments, cwd=cwd)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_bad_input_gets_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source", train=2, val=1)
+    command = ("folder", "--source", source, "--out")
+    line = fails(*command[:2], tmp_path / "no", "--out", tmp_path / "out", cwd=tmp_path)
+    assert f"{tmp_path}/no/train not found" in line
+    (source / "val" / "bored").mkdir()
+    assert "class 'bored' is not in train/" in fails(*command, tmp_path / "out", cwd=tmp_path)
+    shutil.rmtree(source / "val" / "bored")
+    assert "is a file" in fails(*command, source / "val" / "angry" / "0.jpg", cwd=tmp_path)
+
+
+def test_other_folders_need_overwrite_and_foreign_files_stay(shards: Path) -> None:
+    source = shards.parent / "source"
+    with pytest.raises(ValueError, match="holds finished shards; choose another"):
+        packed(source, shards)
+    packed(source, shards, shard_size=9, overwrite=True)
+    assert open_shardset(shards).split("train").shards[0].samples == 9
+    (shards / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"thesis\.tex, which no pack wrote"):
+        packed(source, shards, overwrite=True)
+    assert open_shardset(shards)  # nothing was removed
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_empty_split_is_refused(tmp_path: Path, split: str) -> None:
+    source = tree(tmp_path / "source", **{split: 0})
+    with pytest.raises(ValueError, match=f"split '{split}' holds no images"):
+        packed(source, tmp_path / "out")
+
+
+def test_links_out_of_the_source_are_not_followed(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source")
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(encoded(picture(5), "JPEG"))
+    (source / "train" / "happy" / "link.jpg").symlink_to(secret)
+    assert len(folder.release(source).splits["train"]) == 18
+
+
+def test_files_that_share_a_stem_keep_apart(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source", train=1, val=1)
+    for name in ("a b.jpg", "a.b.jpg", "0.png"):
+        (source / "train" / "happy" / name).write_bytes(encoded(picture(1), "JPEG"))
+    keys = [item.key for item in folder.release(source).splits["train"]]
+    assert len(set(keys)) == len(keys) == 5 and not any("." in k or " " in k for k in keys)
+
+
+def edit(shards: Path, change: Callable[[dict], object]) -> None:
+    manifest = json.loads((shards / MANIFEST).read_text())
+    change(manifest)
+    (shards / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_damaged_sets_are_refused_by_name(shards: Path) -> None:
+    tar = shards / "train-01-00000.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[:-512])
+    expected = rf"{tar.name} holds {len(whole) - 512} bytes, the manifest says {len(whole)}"
+    with pytest.raises(ValueError, match=expected):
+        open_shardset(shards).split("train")
+    tar.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{tar.name} not found"):
+        open_shardset(shards).split("train")
+    tar.write_bytes(whole)
+    index = np.load(shards / "index-train.npy")
+    np.save(shards / "index-train.npy", index[:-1])
+    with pytest.raises(ValueError, match=r"index-train\.npy: .* the manifest says 18 samples"):
+        open_shardset(shards).split("train")
+    with pytest.raises(ValueError, match="no split 'test', it has train, val"):
+        open_shardset(shards).split("test")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.tar", "/etc/passwd", ".."])
+def test_a_manifest_cannot_name_files_elsewhere(shards: Path, name: str) -> None:
+    edit(shards, lambda m: m["splits"]["train"]["shards"][0].update(name=name))
+    with pytest.raises(ValueError, match="is not a plain file name"):
+        open_shardset(shards)
+
+
+def test_a_broken_manifest_is_refused(shards: Path) -> None:
+    edit(shards, lambda m: m.pop("class_names"))
+    with pytest.raises(ValueError, match=r"manifest\.json: .*'class_names' is missing"):
+        open_shardset(shards)
+    (shards / MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json: not a manifest of shards"):
+        open_shardset(shards)

@@ -1,0 +1,300 @@
+"""Whole trainings of the real network at small size: the claims that users rely on."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import DAN, REPOSITORY, run, train
+from dan_dist import checkpoint
+from dan_dist import model as networks
+from dan_dist import train as story
+from dan_dist.config import load_config
+from dan_dist.data import Batch
+from dan_dist.engine import Engine
+from dan_dist.losses import Objective
+from dan_dist.shardset import ShardSet
+from dan_dist.world import World
+
+Write = Callable[[str], Path]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, centres, statistics and optimiser state of a run's newest checkpoint."""
+    found = checkpoint.newest(folder)
+    assert found is not None
+    content = found[1]
+    moments = content["optimizer"]["state"]
+    flat = {f"{i}.{k}": v for i, s in moments.items() for k, v in s.items()}
+    return {**content["objective"], **{k: v for k, v in flat.items() if torch.is_tensor(v)}}
+
+
+def largest_difference(
+    a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], only: str = ""
+) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a if k.endswith(only))
+
+
+def single(config: Path, *overrides: str) -> dict[str, float]:
+    return story.main(load_config(config, overrides))
+
+
+# From a random start DAN is chaotic: a difference of 1e-16 grows to 1 within some 10 steps at
+# the recipes' learning rates (the partition loss is steepest where heads agree). With 1e-5 every
+# gradient is the same DAN gradient, and an error in it is still 1e4 times the tolerance.
+EQUAL = {
+    "baseline": ["optim.lr=1e-2"],
+    "partition": [*DAN, "optim.lr=1e-5", "optim.momentum=0.0"],
+    "partition_batch": [*DAN, "loss.afn=partition_batch", "optim.lr=1e-5", "optim.momentum=0.0"],
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "worlds"), [("baseline", [2, 3]), ("partition", [2, 3]), ("partition_batch", [3])]
+)
+def test_two_and_three_ranks_equal_one(
+    tiny: Write, tmp_path: Path, case: str, worlds: list[int]
+) -> None:
+    """50 steps in float64; three ranks do not divide the global batch of 8."""
+    steps = 10 if case == "partition_batch" else 50
+    options = [*EQUAL[case], "train.precision=float64", f"train.max_steps={steps}"]
+    options += ["train.epochs=5"]
+    single(tiny("start"), *options, "train.max_steps=1")
+    single(tiny("one"), *options)
+    start, one = weights(tmp_path / "start"), weights(tmp_path / "one")
+    assert largest_difference(start, one, only="weight") > 1e-5  # it was trained
+    for ranks in worlds:
+        train(ranks, tiny(f"ranks{ranks}"), *options, cwd=tmp_path)
+        assert largest_difference(one, weights(tmp_path / f"ranks{ranks}")) < 1e-9, ranks
+
+
+def test_accumulation_gives_the_same_gradient_where_no_batch_statistics_are_in_play() -> None:
+    """Micro-batches and whole batches differ by BatchNorm's statistics alone."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 32, 32).double(), torch.arange(8)
+    gradients = []
+    for micro_batch in (None, 3):
+        torch.manual_seed(1)
+        engine = Engine(
+            Objective(networks.DAN(8, 2), 8), World(0, 0, 1, 1, torch.device("cpu")),
+            optimizer="sgd", lr=0.0, momentum=0.0, weight_decay=0.0, precision="float64",
+            sync_bn=True, compile=False, global_batch=8, micro_batch=micro_batch,
+        )  # fmt: skip
+        for module in engine.objective.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.train = lambda mode=True, module=module: module  # stays in evaluation
+                module.training = False
+        parts = engine.train_step(Batch(images, labels, labels), lr=0.0)
+        gradients.append([p.grad.clone() for p in engine.objective.parameters()] + [parts])
+    for whole, micro in zip(*gradients, strict=True):
+        assert torch.allclose(whole, micro, rtol=1e-9, atol=1e-12)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tiny: Write, tmp_path: Path) -> None:
+    """In mid-epoch, across an epoch's border, and in float32 with Adam as the recipes have it."""
+    options = [*DAN, "optim.name=adam", "optim.lr=1e-3"]
+    whole = single(tiny("whole"), *options)
+    for stop in (7, 13):  # 10 steps an epoch
+        assert stop % 10
+        single(tiny("parts"), *options, f"train.max_steps={stop}")
+    parts = single(tiny("parts"), *options)
+    assert whole == parts
+    assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "parts")) == 0
+    both = [checkpoint.load(tmp_path / n / checkpoint.BEST) for n in ("whole", "parts")]
+    assert both[0]["best"] == both[1]["best"]
+
+
+def test_resume_at_another_world_size_goes_on_with_the_same_batches(
+    tiny: Write, tmp_path: Path
+) -> None:
+    single(tiny("whole"), "train.precision=float64")
+    single(tiny("parts"), "train.precision=float64", "train.max_steps=7")
+    out = train(2, tiny("parts"), "train.precision=float64", cwd=tmp_path)
+    assert "resumed after step 7" in out
+    assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "parts")) < 1e-9
+
+
+def test_checkpoints_are_whole_and_few(tiny: Write, tmp_path: Path) -> None:
+    single(tiny("run"), *DAN, "train.checkpoint_every=6", "train.keep_checkpoints=2")
+    names = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert names == ["best.pt", "step-00000018.pt", "step-00000020.pt"]
+    best = checkpoint.load(tmp_path / "run" / "best.pt")
+    assert best["class_names"][1] == "happy" and "optimizer" not in best
+    assert "centers" in best["objective"] and best["config"]["model"]["heads"] == 2
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = single(tiny("whole"))
+    single(tiny("run"), "train.checkpoint_every=4")
+    newest = checkpoint.steps_saved(tmp_path / "run")[0]
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert single(tiny("run")) == whole
+    assert f"{newest}: not a readable checkpoint" in caplog.text
+
+
+def test_mlflow_holds_one_run_and_resume_continues_it(
+    tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    options = ["tracking.enabled=true", "train.log_every=5"]
+    train(2, tiny("run"), *options, "train.max_steps=10", cwd=tmp_path)
+    out = train(1, tiny("run"), *options, cwd=tmp_path)
+    assert f"mlflow ui --backend-store-uri {store}" in out
+    client = mlflow.MlflowClient(store)
+    experiment = client.get_experiment_by_name("dan_dist")
+    (run_,) = client.search_runs([experiment.experiment_id])  # two ranks, two starts: one run
+    assert run_.info.status == "FINISHED" and run_.info.run_name == "run"
+    assert run_.data.params["model.heads"] == "0" and run_.data.tags["dataset"] == "synthetic"
+    assert run_.data.tags["release"] == "seed 7, 32 px" and len(run_.data.tags["commit"]) >= 7
+    steps = [m.step for m in client.get_metric_history(run_.info.run_id, "train/loss")]
+    assert steps == [5, 10, 15, 20]
+    steps = [m.step for m in client.get_metric_history(run_.info.run_id, "val/accuracy")]
+    assert steps == [10, 20]
+    assert {
+        "val/recall/happy",
+        "train/wait_share",
+        "train/images_per_s",
+    } <= run_.data.metrics.keys()
+    artifacts = {a.path for a in client.list_artifacts(run_.info.run_id)}
+    assert {
+        "config.yaml",
+        "confusion_matrix.png",
+        "training_images.png",
+        "checkpoints",
+    } <= artifacts
+
+
+def test_a_dead_tracking_server_does_not_stop_training(
+    tiny: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert "accuracy" in single(tiny("run"), "tracking.enabled=true", "train.max_steps=2")
+    assert caplog.text.count("failed, going on without it") == 1
+
+
+def test_bf16_trains(tiny: Write) -> None:
+    assert math.isfinite(
+        single(tiny("run"), *DAN, "train.precision=bf16", "train.max_steps=3")["accuracy"]
+    )
+
+
+def test_evaluation_is_the_same_on_any_number_of_ranks(tiny: Write, tmp_path: Path) -> None:
+    """The confusion matrix behind the metrics counts each of 16 images once: steps of 1/16."""
+    options = ["train.precision=float64", "train.max_steps=5"]
+    results = []
+    for ranks in (1, 2, 3):
+        train(ranks, tiny(f"run{ranks}"), *options, cwd=tmp_path)
+        content = checkpoint.newest(tmp_path / f"run{ranks}")
+        assert content is not None
+        results.append(content[1]["metrics"])
+    assert results[0] == results[1] == results[2]
+    assert results[0]["accuracy"] * 16 == round(results[0]["accuracy"] * 16)
+
+
+def test_without_sync_bn_ranks_still_agree_on_what_is_saved(tiny: Write, tmp_path: Path) -> None:
+    out = train(2, tiny("run"), "model.sync_bn=false", "train.max_steps=4", cwd=tmp_path)
+    assert "finished after 4 steps" in out
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "misspelt key": (
+        ["train.epoch=3"],
+        r"unknown key 'train\.epoch'; did you mean 'train\.epochs'",
+    ),
+    "unknown section": (["modell.heads=3"], r"unknown key 'modell'; did you mean 'model'"),
+    "wrong type": (["train.epochs=many"], r"train\.epochs is 'many': input should be a valid int"),
+    "not an override": (["epochs"], r"override 'epochs': expected section\.key=value"),
+    "no shards": (["data.shards=/nowhere"], r"/nowhere/manifest\.json not found"),
+    "class count": (["data.classes=[a, b]"], r"data\.classes has 2 classes .* has 8 \(neutral, h"),
+    "batch too large": (["train.global_batch=81"], r"80 training images, fewer than .* \(81\)"),
+    "no such split": (["data.val_split=test"], r"no split 'test', it has train, val"),
+    "no backbone": (["model.backbone=/no.pth"], r"/no\.pth: no such file; give the path"),
+    "image size": (["model.image_size=50"], r"model\.image_size is 50: .*multiple of 32"),
+    "BatchNorm of one": (["train.micro_batch=1"], r"leaves BatchNorm 1 images"),
+    "unwritable": (["train.output=/proc/run"], r"train\.output /proc/run cannot be written"),
+    "no GPU": (["train.device=cuda"], r"train\.device is cuda, but torch finds no GPU"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_before_training(tiny: Write, tmp_path: Path, case: str) -> None:
+    if case == "no GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    overrides, message = BAD[case]
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        single(tiny("run"), *overrides)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path).rglob("*.pt*"))
+
+
+def test_a_checkpoint_of_something_else_is_refused(
+    tiny: Write, tmp_path: Path, faces: ShardSet
+) -> None:
+    single(tiny("run"), "train.max_steps=1")
+    with pytest.raises(ValueError, match=r"another configuration: model\.heads was 0, is 4"):
+        single(tiny("run"), "model.heads=4")
+    with pytest.raises(ValueError, match=r"of an earlier run; train\.resume=auto goes on"):
+        single(tiny("run"), "train.resume=never")
+    from shards import synthetic
+
+    synthetic.ensure(tmp_path / "other", 80, 16, size=32, seed=8)
+    with pytest.raises(ValueError, match="was trained on other images"):
+        single(tiny("run"), f"data.shards={tmp_path / 'other'}")
+
+
+def test_the_command_says_one_line_and_fails(tiny: Write, tmp_path: Path) -> None:
+    script = REPOSITORY / "launch" / "train.py"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    done = run(sys.executable, script, tiny("run"), "train.epoch=1", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "epochs" in done.stderr
+    done = run(sys.executable, *torchrun, script, tiny("run"), "train.global_batch=2", cwd=tmp_path)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0
+    assert ours == ["error: 3 ranks, more than train.global_batch (2)"]
+
+
+def test_a_non_finite_loss_stops_all_ranks_and_names_the_step(tiny: Write, tmp_path: Path) -> None:
+    script = REPOSITORY / "launch" / "train.py"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["optim.lr=1e300", "loss.fcn=center"]
+    done = run(sys.executable, *torchrun, script, tiny("run"), *options, cwd=tmp_path)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(ours) == 1
+    assert "the loss is not finite at step 2 (loss " in ours[0]
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_the_demo_makes_its_own_shards(tmp_path: Path) -> None:
+    """The documented command from another working folder, with a smaller budget."""
+    options = ["data.synthetic.train=64", "data.synthetic.val=8", "data.synthetic.size=32"]
+    small = ["model.image_size=32", "train.global_batch=16", "train.epochs=1", "train.log_every=2"]
+    out = train(2, *options, *small, cwd=tmp_path)
+    assert "drawing 72 faces into data/demo" in out and "finished after 4 steps" in out
+    assert "img/s, waiting for data" in out
+    assert (tmp_path / "data" / "demo" / "contact_sheet.png").exists()
+    assert (tmp_path / "mlflow.db").exists() and (tmp_path / "runs" / "demo" / "best.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_shipped_configuration_is_valid(path: Path) -> None:
+    config = load_config(f"configs/{path.name}")
+    assert json.dumps(config.model_dump())
+    assert config.train.output == f"runs/{path.stem}"
+
+
+def test_numbers_in_yaml_are_numbers(tiny: Write) -> None:
+    assert load_config(tiny("run"), ["optim.lr=1e-4"]).optim.lr == 1e-4
+    assert load_config(tiny("run"), ["optim.lr=5E-3"]).optim.lr == 5e-3
+    assert load_config(tiny("run"), ["data.val_split=1e5x"]).data.val_split == "1e5x"
