@@ -9,6 +9,7 @@ with a manifest is complete.
 import hashlib
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 FORMAT = "dan_dist shards, version 1"
 MANIFEST = "manifest.json"
+MAX_KEY = 90  # bytes: a USTAR header has 100 for `<key>.json`
 INDEX_DTYPE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")]
 )
@@ -30,7 +32,7 @@ INDEX_DTYPE = np.dtype(
 class Sample(NamedTuple):
     """One image as it goes into a tar."""
 
-    key: str  # unique within its split; no dots, no slashes
+    key: str  # unique within its split; see check_key
     jpeg: bytes
     label: int
     meta: Mapping[str, Any] | None = None
@@ -124,6 +126,8 @@ def open_shardset(root: str | Path) -> ShardSet:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}, expected {FORMAT!r}")
+        if not isinstance(manifest["class_names"], list):
+            raise ValueError(f"class_names is {manifest['class_names']!r}, expected a list")
         splits = manifest["splits"]
         shards = {n: tuple(Shard(**s) for s in v["shards"]) for n, v in splits.items()}
         result = ShardSet(
@@ -137,14 +141,37 @@ def open_shardset(root: str | Path) -> ShardSet:
             shards=shards,
             index_names={n: v["index"] for n, v in splits.items()},
         )
-        for name in [s.name for v in shards.values() for s in v] + [*result.index_names.values()]:
-            if Path(name).name != name or name in ("", ".", ".."):
-                raise ValueError(f"{name!r} is not a plain file name")
+        _check_values(result)
     except KeyError as error:
         raise ValueError(f"{path}: not a manifest of shards: {error} is missing") from error
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: not a manifest of shards: {error}") from error
     return result
+
+
+def _check_values(found: ShardSet) -> None:
+    """JSON holds any type, and a manifest may come from elsewhere."""
+    classes, shards = len(found.class_names), [s for v in found.shards.values() for s in v]
+    for name in [s.name for s in shards] + [*found.index_names.values()]:
+        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
+            raise ValueError(f"{name!r} is not a plain file name")
+    if not classes or not all(isinstance(name, str) for name in found.class_names):
+        raise ValueError(f"class_names is {list(found.class_names)}, expected a list of names")
+    if found.image_size is not None and (not _whole(found.image_size) or not found.image_size):
+        raise ValueError(f"image_size is {found.image_size!r}, expected pixels or null")
+    for shard in shards:
+        if not _whole(shard.samples) or not _whole(shard.size_bytes):
+            raise ValueError(f"{shard.name}: samples and size_bytes must be whole numbers")
+        if shard.label is not None and not (_whole(shard.label) and shard.label < classes):
+            raise ValueError(f"{shard.name}: label {shard.label!r}, there are {classes} classes")
+    for split, counts in found.counts.items():
+        samples = sum(shard.samples for shard in found.shards[split])
+        if len(counts) != classes or not all(map(_whole, counts)) or sum(counts) != samples:
+            raise ValueError(f"counts of '{split}' are {counts}, its shards hold {samples} samples")
+
+
+def _whole(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _fingerprint(manifest: Mapping[str, Any]) -> str:
@@ -170,8 +197,9 @@ def _open_index(path: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found, but the manifest lists it: copy the whole set")
     try:
-        index: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        # Not np.load, which opens zip archives too.
+        index: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # the header is parsed as Python text: errors of many kinds
         raise ValueError(f"{path}: not an index: {error}") from error
     expected = sum(s.samples for s in shards)
     if index.dtype != INDEX_DTYPE or index.shape != (expected,):
@@ -181,12 +209,14 @@ def _open_index(path: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[
     if not expected:
         return index
     sizes = np.array([s.size_bytes for s in shards])
-    shard, label = index["shard"], index["label"]
-    if shard.min() < 0 or shard.max() >= len(shards):
-        raise ValueError(f"{path}: shard number {shard.max()}, there are {len(shards)} shards")
-    if label.min() < 0 or label.max() >= classes:
-        raise ValueError(f"{path}: label {label.max()}, there are {classes} classes")
-    if (index["offset"] < 0).any() or (index["offset"] + index["size"] > sizes[shard]).any():
+    for field, limit in (("shard", len(shards)), ("label", classes)):
+        low, high = int(index[field].min()), int(index[field].max())
+        if low < 0 or high >= limit:
+            value = low if low < 0 else high
+            raise ValueError(f"{path}: {field} {value}, expected 0 to {limit - 1}")
+    size, offset = index["size"], index["offset"]
+    last = sizes[index["shard"]] - size  # a difference cannot overflow, offset + size can
+    if size.min() < 1 or offset.min() < 0 or (offset > last).any():
         raise ValueError(f"{path}: an image lies outside its shard")
     return index
 
@@ -223,6 +253,14 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, NDArray[A
         sha256=sha256_of(path),
     )
     return shard, np.array(rows, INDEX_DTYPE)
+
+
+def check_key(key: str) -> None:
+    """Raises ValueError for a key that WebDataset or a tar header would not keep as it is."""
+    if re.search(r"[./\\\s]", key) or not 0 < len(key.encode()) <= MAX_KEY:
+        raise ValueError(
+            f"key {key!r} must be 1 to {MAX_KEY} bytes without dots, slashes and spaces"
+        )
 
 
 def _add(tar: tarfile.TarFile, file: BinaryIO, name: str, data: bytes) -> int:

@@ -7,9 +7,11 @@ world size 1.
 import logging
 import os
 import sys
+import time
 import warnings
 
 USAGE = 2  # exit code for bad input
+RANK_0_FIRST_S = 5.0
 
 
 def main(arguments: list[str]) -> int:
@@ -40,8 +42,11 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DAN_TRACEBACK"):
             raise
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if rank:
+            # Rank 0 mostly fails of the same and says so; torchrun then ends this process. Where
+            # it does not, this rank alone knows what is wrong.
+            time.sleep(RANK_0_FIRST_S)
+        print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
         return USAGE
     except KeyboardInterrupt:
         return 130

@@ -3,9 +3,11 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 JPEG_QUALITY = 95
+# Not all that Pillow knows: its EPS reader, for one, starts Ghostscript on the file.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000")
 MAX_PIXELS = 100_000_000  # beyond this a file is refused unread: an image bomb, or not a face
 
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended sequential, progressive; Huffman coded
@@ -33,8 +35,9 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
             return size
         if marker in _FRAMES and len(segment) >= 6:
             bits, components = segment[0], segment[5]
-            if bits != 8 or components not in (1, 3) or (components == 3 and segment[6] == 82):
-                return None  # component id 'R': the channels are RGB, not YCbCr
+            is_rgb = segment[6:7] == b"R"  # the first component's id: not YCbCr
+            if bits != 8 or components not in (1, 3) or (components == 3 and is_rgb):
+                return None
             size = int.from_bytes(segment[3:5], "big"), int.from_bytes(segment[1:3], "big")
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return None  # lossless, arithmetic or hierarchical coding
@@ -81,7 +84,7 @@ def to_jpeg(source: bytes | Image.Image, size: int | None) -> tuple[bytes, bool]
             return source, True
         image = _decode(source)
     else:
-        image = source
+        image = source if source.mode in ("RGB", "L") else _to_rgb(source)
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return encode(image), False
@@ -98,12 +101,14 @@ def _decode(data: bytes) -> Image.Image:
     if not data:
         raise ValueError("the file is empty")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(
                     f"{image.width}×{image.height} pixels, at most {MAX_PIXELS} are read"
                 )
             return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:  # its own text holds a memory address
+        raise ValueError(f"cannot be decoded: none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
     except (OSError, SyntaxError, EOFError) as error:  # what Pillow raises for damaged files

@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _size(text: str) -> int | None:
+    if text != "native" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be pixels or 'native', got {text!r}")
     return None if text == "native" else int(text)
 
 

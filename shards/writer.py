@@ -11,16 +11,21 @@ import json
 import logging
 import multiprocessing
 import os
+import re
+import signal
 import sys
-from collections import Counter
+import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
@@ -29,6 +34,7 @@ from dan_dist.shardset import (
     MANIFEST,
     Sample,
     Shard,
+    check_key,
     write_atomically,
     write_manifest,
     write_shard,
@@ -40,6 +46,10 @@ MAX_UNREADABLE = 0.01  # of the listed images; more stop the pack
 NAMES_KEPT = 100  # dropped images named in the manifest
 STATE, CONTACT_SHEET = "packing.json", "contact_sheet.png"
 
+_OURS = re.compile(
+    rf"({STATE}|{MANIFEST}|index-.+\.npy|.+-\d\d+-\d{{5}}\.(tar|idx|done))(\.partial)?"
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +57,7 @@ log = logging.getLogger(__name__)
 class Item:
     """One listed image of a release."""
 
-    key: str  # unique within its split; no dots, no slashes
+    key: str  # unique within its split; shardset.check_key says what it may be
     label: int
     source: Any  # what the release's `read` needs; small and picklable
     meta: dict[str, Any] | None = None
@@ -61,10 +71,11 @@ class Release:
     release: str
     class_names: tuple[str, ...]  # in label order
     splits: dict[str, list[Item]]
-    read: Callable[
-        [Item], bytes | Image.Image
-    ]  # a module-level function; OSError, ValueError: dropped
+    read: "Read"  # a module-level function; OSError, ValueError: dropped
     dropped: dict[str, int] = field(default_factory=dict)  # reason → images left out by rule
+
+
+Read = Callable[[Item], bytes | Image.Image]
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,16 @@ class Job:
     items: list[Item]
 
 
+@dataclass(frozen=True)
+class Record:
+    """What is known of a finished shard before the manifest is written."""
+
+    shard: Shard
+    rows: NDArray[Any]  # (samples,) INDEX_DTYPE, shard number 0
+    drops: list[str]  # names and reasons of the images left out
+    verbatim: int  # images whose bytes are the original ones
+
+
 def pack(
     release: Release,
     out: str | Path,
@@ -84,6 +105,7 @@ def pack(
     workers: int = 0,
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> Path:
     """Packs `release` into `out` at size×size pixels (None keeps sizes); returns the manifest.
 
@@ -93,19 +115,19 @@ def pack(
     Raises:
         ValueError: an empty class or split, a key twice, more than 1 % unreadable images, or a
             folder that holds something else.
-        OSError: `out` cannot be written.
+        OSError: `out` cannot be written, or a worker process died.
     """
+    if min(shard_size, 1 if size is None else size) < 1:
+        raise ValueError(f"size and shard_size must be at least 1, got {size} and {shard_size}")
     _check(release)
     out = Path(out)
     jobs = _cut(release, shard_size)
     _claim(out, _describe(release, size, shard_size), overwrite)
-    todo = [job for job in jobs if not (out / f"{job.name}.done").exists()]
-    listed = sum(len(j.items) for j in jobs)
-    done = listed - sum(len(j.items) for j in todo)
-    drops = sum(len(_record(out, j)["drops"]) for j in jobs if j not in todo) if done else 0
-    bar = tqdm(
-        total=listed, initial=done, desc=f"packing {release.dataset}", unit="img", disable=None
-    )
+    listed = sum(len(job.items) for job in jobs)
+    todo, drops = _remaining(jobs, out, int(MAX_UNREADABLE * listed))
+    bar = tqdm(desc=f"packing {release.dataset}", total=listed, unit="img",
+               initial=listed - sum(len(job.items) for job in todo),
+               disable=None if progress else True)  # fmt: skip
     with bar, _run(todo, release.read, out, size, workers) as finished:
         for job, job_drops in finished:
             bar.update(len(job.items))
@@ -120,6 +142,19 @@ def pack(
     return _finish(release, jobs, out, size)
 
 
+def _remaining(jobs: list[Job], out: Path, limit: int) -> tuple[list[Job], int]:
+    """The jobs without a record, and how many images the recorded ones left out.
+
+    Where those are more than `limit`, an earlier run stopped for it: their shards are tried again,
+    as the source may have been mended since.
+    """
+    done = {job.name for job in jobs if (out / f"{job.name}.done").exists()}
+    dropped = {job.name: len(_record(out, job).drops) for job in jobs if job.name in done}
+    if sum(dropped.values()) > limit:
+        done = {name for name in done if not dropped[name]}
+    return [job for job in jobs if job.name not in done], sum(dropped[name] for name in done)
+
+
 def _check(release: Release) -> None:
     for split, items in release.splits.items():
         if not items:
@@ -127,6 +162,10 @@ def _check(release: Release) -> None:
         key, count = Counter(item.key for item in items).most_common(1)[0]
         if count > 1:
             raise ValueError(f"{release.dataset}: key '{key}' stands {count} times in '{split}'")
+        for item in items:
+            check_key(item.key)
+            if not 0 <= item.label < len(release.class_names):
+                raise ValueError(f"'{item.key}' has label {item.label}, outside class_names")
     present = {item.label for item in release.splits.get("train", [])}
     for label, name in enumerate(release.class_names):
         if "train" in release.splits and label not in present:
@@ -136,8 +175,10 @@ def _check(release: Release) -> None:
 def _cut(release: Release, shard_size: int) -> list[Job]:
     jobs = []
     for split, items in release.splits.items():
-        for label in range(len(release.class_names)):
-            own = [item for item in items if item.label == label]
+        classes: defaultdict[int, list[Item]] = defaultdict(list)
+        for item in items:
+            classes[item.label].append(item)
+        for label, own in sorted(classes.items()):
             for k, start in enumerate(range(0, len(own), shard_size)):
                 name = f"{split}-{label:02d}-{k:05d}"
                 jobs.append(Job(name, split, own[start : start + shard_size]))
@@ -149,7 +190,7 @@ def _describe(release: Release, size: int | None, shard_size: int) -> str:
     digest = hashlib.sha256()
     for split, items in release.splits.items():
         for item in items:
-            digest.update(f"{split} {item.key} {item.label} {item.source}\n".encode())
+            digest.update(f"{split} {item.key} {item.label} {item.source} {item.meta}\n".encode())
     described = {
         "dataset": release.dataset,
         "release": release.release,
@@ -186,19 +227,13 @@ def _claim(out: Path, description: str, overwrite: bool) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    name = path.name.removesuffix(".partial")
-    if name in (STATE, MANIFEST) or (name.startswith("index-") and name.endswith(".npy")):
-        return True
-    parts = name.split(".")[0].rsplit("-", 2)
-    endings = (".tar", ".idx", ".done")
-    return name.endswith(endings) and len(parts) == 3 and (parts[1] + parts[2]).isdigit()
+    return path.is_file() and _OURS.fullmatch(path.name) is not None
 
 
 @contextmanager
 def _run(
-    jobs: list[Job], read: Callable[[Item], bytes | Image.Image], out: Path, size: int | None,
-    workers: int,
-) -> Iterator[Iterator[tuple[Job, list[str]]]]:  # fmt: skip
+    jobs: list[Job], read: Read, out: Path, size: int | None, workers: int
+) -> Iterator[Iterator[tuple[Job, list[str]]]]:
     """Writes the jobs' shards in worker processes; yields each as it is done."""
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     if workers <= 1:
@@ -206,13 +241,33 @@ def _run(
         return
     # Not fork: the caller may hold torch's threads. The fork server starts from a clean process.
     context = multiprocessing.get_context("forkserver")
-    with _without_main(), ProcessPoolExecutor(workers, context) as pool:
+    with _without_main(), ProcessPoolExecutor(workers, context, _start_worker) as pool:
         futures = {pool.submit(write_job, job, read, out, size): job for job in jobs}
         try:
             yield ((futures[done], done.result()) for done in as_completed(futures))
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a packing process died (out of memory?); the same command continues where it was"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _start_worker() -> None:
+    """Ctrl-C is the parent's to handle; when the parent is killed, its workers end with it.
+
+    Left alone, they would go on writing while the next run writes the same shards.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 @contextmanager
@@ -228,9 +283,7 @@ def _without_main() -> Iterator[None]:
         names.update(hidden)
 
 
-def write_job(
-    job: Job, read: Callable[[Item], bytes | Image.Image], out: Path, size: int | None
-) -> list[str]:
+def write_job(job: Job, read: Read, out: Path, size: int | None) -> list[str]:
     """Writes one shard and its record; returns the names and reasons of the images left out."""
     drops: list[str] = []
     kept = 0
@@ -252,9 +305,11 @@ def write_job(
     return drops
 
 
-def _record(out: Path, job: Job) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((out / f"{job.name}.done").read_text(encoding="utf-8"))
-    return record
+def _record(out: Path, job: Job) -> Record:
+    record = json.loads((out / f"{job.name}.done").read_text(encoding="utf-8"))
+    # An array at once: as Python numbers, the rows of ten million samples fill gigabytes.
+    rows = np.array([tuple(row) for row in record["rows"]], INDEX_DTYPE)
+    return Record(Shard(**record["shard"]), rows, record["drops"], record["verbatim"])
 
 
 def _finish(release: Release, jobs: list[Job], out: Path, size: int | None) -> Path:
@@ -263,12 +318,14 @@ def _finish(release: Release, jobs: list[Job], out: Path, size: int | None) -> P
     splits: dict[str, tuple[list[Shard], Any]] = {}
     for split in release.splits:
         own = [records[job.name] for job in jobs if job.split == split]
-        rows = [np.array([tuple(r) for r in record["rows"]], INDEX_DTYPE) for record in own]
-        for number, part in enumerate(rows):
-            part["shard"] = number
-        splits[split] = [Shard(**record["shard"]) for record in own], np.concatenate(rows)
-    drops = [name for record in records.values() for name in record["drops"]]
-    verbatim = sum(record["verbatim"] for record in records.values())
+        own = [record for record in own if record.shard.samples]
+        if not own:
+            raise ValueError(f"{release.dataset}: no image of split '{split}' is readable")
+        for number, record in enumerate(own):
+            record.rows["shard"] = number
+        splits[split] = [r.shard for r in own], np.concatenate([r.rows for r in own])
+    drops = [name for record in records.values() for name in record.drops]
+    verbatim = sum(record.verbatim for record in records.values())
     total = sum(len(index) for _, index in splits.values())
     pixels = f"{size}×{size}" if size else "their own size"
     manifest = write_manifest(
@@ -284,6 +341,9 @@ def _finish(release: Release, jobs: list[Job], out: Path, size: int | None) -> P
         dropped_names=drops[:NAMES_KEPT],
     )
     for job in jobs:
+        if not records[job.name].shard.samples:  # all its images were unreadable
+            (out / f"{job.name}.tar").unlink()
+            (out / f"{job.name}.idx").unlink()
         (out / f"{job.name}.done").unlink()
     (out / STATE).unlink()
     return manifest

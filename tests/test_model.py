@@ -55,7 +55,7 @@ def test_backbone_of_another_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_backbone_names_the_choices(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such file; give the path .* 'imagenet', or 'n"):
+    with pytest.raises(FileNotFoundError, match=r"no such file; give the path .* 'imagenet'"):
         load_backbone(DAN(7, 1), str(tmp_path / "missing.pth"))
 
 

@@ -23,7 +23,7 @@ from conftest import REPOSITORY, run
 from dan_dist.shardset import INDEX_DTYPE, MANIFEST, open_shardset
 from shards import folder
 from shards.images import plain_jpeg_size, to_jpeg
-from shards.writer import pack
+from shards.writer import Item, pack
 
 CLASSES = ("angry", "happy")
 
@@ -114,6 +114,17 @@ def test_dali_reads_the_tars_by_their_idx(shards: Path) -> None:
     assert [int(bytes(np.asarray(x))) for x in labels] == split.index["label"].tolist()
 
 
+def test_the_idx_is_what_dalis_own_tool_writes(shards: Path, tmp_path: Path) -> None:
+    tool = Path(sys.executable).with_name("wds2idx")
+    if not tool.exists():
+        pytest.skip("this DALI comes without wds2idx")
+    for tar in sorted(shards.glob("*.tar")):
+        done = run(tool, tar, tmp_path / "theirs.idx", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        theirs = (tmp_path / "theirs.idx").read_text().split()
+        assert tar.with_suffix(".idx").read_text().split() == theirs
+
+
 def rotated(image: Image.Image) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -153,25 +164,39 @@ def test_what_is_kept_and_what_is_encoded_anew(kind: str) -> None:
         assert abs(np.asarray(image).mean() - 40_000 / 256) < 2
     if kind == "rotated by EXIF":
         upright = np.asarray(picture(0).rotate(-90)).astype(int)
-        assert np.abs(np.asarray(image).astype(int) - upright).mean() < 6
+        assert np.abs(np.asarray(image).astype(int) - upright).mean() < 10
     if kind == "other size":
         whole = picture(0, (31, 17)).resize((24, 24), Image.Resampling.BILINEAR)
-        assert np.abs(np.asarray(image).astype(int) - np.asarray(whole).astype(int)).mean() < 6
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(whole).astype(int)).mean() < 10
         assert to_jpeg(data, None) == (data, True)  # native sizes keep it
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "P", "CMYK", "L"])
+def test_images_made_in_memory_need_not_be_rgb(mode: str) -> None:
+    jpeg, verbatim = to_jpeg(picture(0, (30, 30), mode), 24)
+    assert not verbatim and plain_jpeg_size(jpeg) == (24, 24)
+
+
 @pytest.mark.parametrize(
-    "data", [b"", b"GIF89a", b"<html>", encoded(picture(0), "JPEG")[:300], bytes(500)]
+    "data",
+    [
+        b"",
+        b"\xff\xd8\xff\xc0\x00\x08\x08\x00\x18\x00\x18\x03\xff\xd9",
+        b"GIF89a",
+        b"<html>",
+        encoded(picture(0), "JPEG")[:300],
+        bytes(500),
+    ],
 )
 def test_unreadable_bytes_are_refused(data: bytes) -> None:
     assert plain_jpeg_size(data) is None
-    with pytest.raises(ValueError, match="cannot be decoded|is empty"):
+    with pytest.raises(ValueError, match=r"cannot be decoded|is empty"):
         to_jpeg(data, 24)
 
 
 def test_image_bombs_are_refused_undecoded() -> None:
     bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")
-    with pytest.raises(ValueError, match="20000×20000 pixels|exceeds limit"):
+    with pytest.raises(ValueError, match=r"20000×20000 pixels|exceeds limit"):
         to_jpeg(bomb, 24)
 
 
@@ -190,10 +215,23 @@ def test_unreadable_images_are_named_and_counted(
 def test_more_than_one_per_cent_unreadable_stops_the_pack(tmp_path: Path) -> None:
     source = tree(tmp_path / "source")
     (source / "train" / "happy" / "7.jpg").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"1 of 24 images are unreadable .*happy/7\.jpg.* 1%"):
-        packed(source, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="no finished shards"):
-        open_shardset(tmp_path / "out")
+    for _ in range(3):  # however often it is tried
+        with pytest.raises(ValueError, match=r"1 of 24 images are unreadable .*happy/7\.jpg.* 1%"):
+            packed(source, tmp_path / "out")
+        with pytest.raises(FileNotFoundError, match="no finished shards"):
+            open_shardset(tmp_path / "out")
+    shutil.copy(source / "train" / "happy" / "6.jpg", source / "train" / "happy" / "7.jpg")
+    assert open_shardset(packed(source, tmp_path / "out")).counts["train"] == (9, 9)
+
+
+def test_a_shard_of_unreadable_images_alone_is_not_shipped(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source", train=101)
+    (source / "train" / "happy" / "99.jpg").write_bytes(b"nothing")  # by name, the last
+    out = packed(source, tmp_path / "out", shard_size=100)
+    assert [s.samples for s in open_shardset(out).split("train").shards] == [100, 1, 100]
+    assert len(list(out.glob("*.tar"))) == len(list(out.glob("*.idx"))) == 5
+    again = packed(source, tmp_path / "again", shard_size=100, workers=2)
+    assert digests(again) == digests(out)  # the reasons in the manifest, too
 
 
 def test_workers_do_not_change_a_byte(shards: Path, tmp_path: Path) -> None:
@@ -226,6 +264,28 @@ def test_a_killed_pack_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert digests(out) == digests(whole)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_pack_leaves_no_process_and_no_manifest(tmp_path: Path, number: int) -> None:
+    source, out = tree(tmp_path / "source", train=400), tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shards.pack", "folder", "--source", source, "--out", out,
+         "--size", "256", "--shard-size", "20", "--workers", "2"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*.done")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)  # to the command alone, not to its workers
+    assert process.wait(30) in (143, -number)
+    with pytest.raises(ProcessLookupError):  # raised once its process group is empty
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not (out / MANIFEST).exists()
+
+
 def fails(*arguments: str | Path, cwd: Path) -> str:
     """The one line that the packer says of bad input."""
     done = run(sys.executable, "-m", "shards.pack", *arguments, cwd=cwd)
@@ -251,10 +311,25 @@ def test_other_folders_need_overwrite_and_foreign_files_stay(shards: Path) -> No
         packed(source, shards)
     packed(source, shards, shard_size=9, overwrite=True)
     assert open_shardset(shards).split("train").shards[0].samples == 9
-    (shards / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"thesis\.tex, which no pack wrote"):
-        packed(source, shards, overwrite=True)
-    assert open_shardset(shards)  # nothing was removed
+    for name in ("thesis.tex", "thesis-2024-11.tar"):
+        (shards / name).write_text("years of work")
+        with pytest.raises(ValueError, match=rf"{name}, which no pack wrote"):
+            packed(source, shards, overwrite=True)
+        assert open_shardset(shards)  # nothing was removed
+        (shards / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("key", "label", "line"),
+    [("a.b", 0, "without dots"), ("a/b", 0, "without dots"), ("k" * 91, 0, "1 to 90 bytes"),
+     ("k", 2, "label 2"), ("angry_0", 0, "'angry_0' stands 2 times")],
+)  # fmt: skip
+def test_impossible_items_are_refused(tmp_path: Path, key: str, label: int, line: str) -> None:
+    release = folder.release(tree(tmp_path / "source"))
+    release.splits["train"].append(Item(key, label, release.splits["train"][0].source))
+    with pytest.raises(ValueError, match=line):
+        pack(release, tmp_path / "out", size=24)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -269,15 +344,20 @@ def test_links_out_of_the_source_are_not_followed(tmp_path: Path) -> None:
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(encoded(picture(5), "JPEG"))
     (source / "train" / "happy" / "link.jpg").symlink_to(secret)
-    assert len(folder.release(source).splits["train"]) == 18
+    (source / "train" / "sad").symlink_to(tree(tmp_path / "other") / "val" / "angry")
+    release = folder.release(source)
+    assert release.class_names == CLASSES and len(release.splits["train"]) == 18
 
 
 def test_files_that_share_a_stem_keep_apart(tmp_path: Path) -> None:
     source = tree(tmp_path / "source", train=1, val=1)
-    for name in ("a b.jpg", "a.b.jpg", "0.png"):
+    (source / "train" / "happy_a").mkdir()
+    for name in ("a b.jpg", "a.b.jpg", "0.png", "n" * 200 + ".jpg", "n" * 201 + ".jpg", "é.jpg"):
         (source / "train" / "happy" / name).write_bytes(encoded(picture(1), "JPEG"))
+    (source / "train" / "happy_a" / "b.jpg").write_bytes(encoded(picture(1), "JPEG"))
     keys = [item.key for item in folder.release(source).splits["train"]]
-    assert len(set(keys)) == len(keys) == 5 and not any("." in k or " " in k for k in keys)
+    assert len(set(keys)) == len(keys) == 9
+    packed(source, tmp_path / "out")  # which refuses keys that a tar would not keep
 
 
 def edit(shards: Path, change: Callable[[dict], object]) -> None:
@@ -310,6 +390,43 @@ def test_a_manifest_cannot_name_files_elsewhere(shards: Path, name: str) -> None
     edit(shards, lambda m: m["splits"]["train"]["shards"][0].update(name=name))
     with pytest.raises(ValueError, match="is not a plain file name"):
         open_shardset(shards)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(class_names="ab"),
+        lambda m: m.update(image_size="big"),
+        lambda m: m["splits"]["train"].update(counts=[9]),
+        lambda m: m["splits"]["train"]["shards"][0].update(samples="4"),
+        lambda m: m["splits"]["train"]["shards"][0].update(label=2),
+    ],
+)
+def test_manifest_values_of_a_wrong_kind_are_refused(
+    shards: Path, change: Callable[[dict], object]
+) -> None:
+    edit(shards, change)
+    with pytest.raises(ValueError, match=r"manifest\.json: not a manifest of shards: .*"):
+        open_shardset(shards)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("shard", -1), ("label", 2), ("size", 0), ("offset", -1), ("offset", 2**63 - 2)],
+)
+def test_index_values_out_of_range_are_refused(shards: Path, field: str, value: int) -> None:
+    index = np.load(shards / "index-train.npy")
+    index[field][3] = value
+    np.save(shards / "index-train.npy", index)
+    with pytest.raises(ValueError, match=rf"{field} {value}, expected 0 to|outside its shard"):
+        open_shardset(shards).split("train")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip", b"\x93NUMPY\x01\x00\x04\x00{[[["])
+def test_a_file_that_is_no_index_is_refused(shards: Path, content: bytes) -> None:
+    (shards / "index-train.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"index-train\.npy: not an index"):
+        open_shardset(shards).split("train")
 
 
 def test_a_broken_manifest_is_refused(shards: Path) -> None:

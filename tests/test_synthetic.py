@@ -55,7 +55,7 @@ def test_validation_is_balanced_and_shares_no_face_with_training() -> None:
     ("train", "val", "size"), [(50, 15, 32), (50, 0, 32), (5, 8, 32), (50, 8, 4)]
 )
 def test_impossible_requests_are_refused(train: int, val: int, size: int) -> None:
-    with pytest.raises(ValueError, match="--train|--val|--size"):
+    with pytest.raises(ValueError, match=r"--train|--val|--size"):
         synthetic.release(train, val, size=size, seed=0)
 
 
