@@ -42,10 +42,16 @@ def run(config: Config, world: World) -> dict[str, float]:
     """One training run in a world that is already there."""
     world.main_only("shards", lambda: make_synthetic(config))
     shards, train, val = world.together(lambda: open_data(config, world))
-    engine = world.together(lambda: build_engine(config, world, shards))
+    objective = world.together(lambda: build_objective(config, shards))
+    engine = build_engine(config, world, objective)
     saved = world.together(lambda: resume(config, engine, shards))
     steps = steps_per_epoch(len(train), config.train.global_batch)
     total = min(steps * config.train.epochs, config.train.max_steps or steps * config.train.epochs)
+    if saved["step"] > total:
+        raise ValueError(
+            f"train.output {config.train.output} is at step {saved['step']} already, "
+            f"train.epochs and train.max_steps end at {total}"
+        )
 
     tracker = open_tracker(config, world, shards, saved["run_id"])
     batches = open_train_stream(config, world, shards, train, start=saved["step"])
@@ -136,13 +142,13 @@ def open_data(config: Config, world: World) -> tuple[ShardSet, Split, Split]:
     return shards, train, val
 
 
-def build_engine(config: Config, world: World, shards: ShardSet) -> Engine:
-    """The objective with its start: 1. seed, 2. backbone file; a checkpoint comes after."""
+def build_objective(config: Config, shards: ShardSet) -> Objective:
+    """Network and losses at their start: 1. the seed, 2. a backbone file, later a checkpoint."""
     torch.manual_seed(config.train.seed)
     classes = len(shards.class_names)
     network = DAN(classes, config.model.heads)
     log.info(load_backbone(network, config.model.backbone))
-    objective = Objective(
+    return Objective(
         network,
         classes,
         fcn=config.loss.fcn,
@@ -150,6 +156,10 @@ def build_engine(config: Config, world: World, shards: ShardSet) -> Engine:
         lambda_fcn=config.loss.lambda_affinity,
         lambda_afn=config.loss.lambda_partition,
     )
+
+
+def build_engine(config: Config, world: World, objective: Objective) -> Engine:
+    """The objective on this rank's device, with its optimiser."""
     return Engine(
         objective,
         world,

@@ -26,6 +26,7 @@ ALLOWED = {
     "shards.writer": {"dan_dist.shardset", "images"},
     "shards.folder": {"writer"},
     "shards.synthetic": {"dan_dist.shardset", "faces", "images", "writer"},
+    "shards.layouts": {"faces", "images", "synthetic"},
     "shards.pack": {"dan_dist.shardset", "folder", "synthetic", "writer"},
 }
 

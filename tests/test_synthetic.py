@@ -1,12 +1,13 @@
 """The drawn faces: reproducible, balanced as AffectNet is, different where they should be."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from shards import synthetic
+from shards import folder, layouts, synthetic
 from shards.faces import CLASSES, face
 
 
@@ -62,3 +63,37 @@ def test_impossible_requests_are_refused(train: int, val: int, size: int) -> Non
 def test_contact_sheet(tmp_path: Path) -> None:
     synthetic.contact_sheet(tmp_path / "sheet.png", size=32, seed=0, columns=3)
     assert Image.open(tmp_path / "sheet.png").size == (110 + 3 * 32, 8 * 32)
+
+
+def test_layouts_are_those_of_the_releases(tmp_path: Path) -> None:
+    layouts.write_folder(tmp_path / "tree", {"train": 16, "val": 8}, size=32, seed=0)
+    packed = folder.release(tmp_path / "tree")
+    assert packed.class_names == tuple(sorted(CLASSES))
+    assert {name: len(items) for name, items in packed.splits.items()} == {"train": 16, "val": 8}
+
+    layouts.write_affectnet_reduced(tmp_path / "reduced", 16, 8, size=32, seed=0)
+    notes = tmp_path / "reduced" / "val_set" / "annotations"
+    labels = [int(np.load(p, allow_pickle=False)) for p in sorted(notes.glob("*_exp.npy"))]
+    assert sorted(labels) == list(range(8)) and len(list(notes.iterdir())) == 4 * 8
+    images = sorted((tmp_path / "reduced" / "val_set" / "images").iterdir())
+    assert {p.stem for p in images} == {p.name.split("_")[0] for p in notes.iterdir()}
+
+    layouts.write_affectnet_full(tmp_path / "full", 16, 8, size=32, seed=0)
+    rows = list(csv.DictReader((tmp_path / "full" / "training.csv").open()))
+    assert len(rows) == 16 and {int(r["expression"]) for r in rows} == set(range(8))
+    row = rows[5]
+    photo = Image.open(tmp_path / "full/Manually_Annotated_Images" / row["subDirectory_filePath"])
+    x, y, w = (int(row[k]) for k in ("face_x", "face_y", "face_width"))
+    crop = np.asarray(photo.crop((x, y, x + w, y + w))).astype(int)
+    drawn = np.asarray(face(0, 5, int(row["expression"]), size=32)).astype(int)
+    assert np.abs(crop - drawn).mean() < 8  # JPEG noise
+
+    layouts.write_rafdb(tmp_path / "raf", 14, 7, seed=0)
+    lines = (tmp_path / "raf/EmoLabel/list_patition_label.txt").read_text().split("\n")
+    assert lines[0] == "train_00001.jpg 1" and lines[-1] == "test_0007.jpg 7" and len(lines) == 21
+    assert Image.open(tmp_path / "raf/Image/aligned/train_00001_aligned.jpg").size == (100, 100)
+
+    layouts.write_sfew(tmp_path / "sfew", 7, 7, seed=0)
+    layouts.write_sfew(tmp_path / "raw", 7, 7, seed=0, aligned=False)
+    assert len(list((tmp_path / "sfew").glob("Train/Train_Aligned_Faces/Angry/*.png"))) == 1
+    assert len(list((tmp_path / "raw").glob("Val/Surprise/*.png"))) == 1
