@@ -207,13 +207,15 @@ class Stream:
         return Batch(pixels, labels, both[:, 1])
 
     def close(self) -> None:
-        """Ends the reader threads and frees DALI's buffers; the shards' files stay the reader's."""
+        """Frees DALI's buffers, ends the reader threads, closes the shards."""
         del self._pipeline
         self._pool.shutdown(cancel_futures=True)
+        self.reader.close()
 
     def _build(self) -> None:
         """A pipeline whose iteration 0 is global step `self.step`."""
-        self._first, self._fetched = self.step, {}
+        self._first = self.step
+        self._fetched: dict[int, tuple[Request, list[Future[list[NDArray[np.uint8]]]]]] = {}
         samples = len(self.order(self.step).ids)
         on_gpu = self.device.type == "cuda"
         self._pipeline = _graph(
@@ -229,8 +231,6 @@ class Stream:
             exec_dynamic=True,  # its outputs own their memory: a held batch is never overwritten
         )
         self._pipeline.build()
-
-    _fetched: dict[int, tuple[Request, list[Future[list[NDArray[np.uint8]]]]]]
 
     def _feed(self, iteration: int) -> tuple[object, ...]:
         """DALI's batch callback: the inputs of global step `first + iteration`."""
