@@ -12,7 +12,8 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -89,6 +90,8 @@ class ShardSet:
     counts: dict[str, tuple[int, ...]]  # split → samples of each class
     shards: dict[str, tuple[Shard, ...]]
     index_names: dict[str, str]
+    index_sha256: dict[str, str]
+    dropped: dict[str, int]  # reason → images of the release that were not packed
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -106,7 +109,7 @@ class ShardSet:
         shards = self.shards[name]
         for shard in shards:
             _check_size(self.root / shard.name, shard.size_bytes)
-        index = _open_index(self.root / self.index_names[name], shards, len(self.class_names))
+        index = open_index(self.root / self.index_names[name], shards, len(self.class_names))
         return Split(name, self.root, shards, index, self.class_names)
 
 
@@ -140,6 +143,8 @@ def open_shardset(root: str | Path) -> ShardSet:
             counts={n: tuple(v["counts"]) for n, v in splits.items()},
             shards=shards,
             index_names={n: v["index"] for n, v in splits.items()},
+            index_sha256={n: str(v["index_sha256"]) for n, v in splits.items()},
+            dropped=dict(manifest["dropped"]),
         )
         _check_values(result)
     except KeyError as error:
@@ -193,7 +198,12 @@ def _check_size(path: Path, size_bytes: int) -> None:
         )
 
 
-def _open_index(path: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[Any]:
+def open_index(path: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[Any]:
+    """Maps a split's index into memory; every row is within range.
+
+    Raises:
+        FileNotFoundError: it is missing. ValueError: it is no index, or does not fit the shards.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found, but the manifest lists it: copy the whole set")
     try:
@@ -227,24 +237,23 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, NDArray[A
     Returns the shard and its index rows; their shard number is 0, to be set by the caller.
     """
     rows, lines, labels = [], [], set()
-    partial = path.with_suffix(".tar.partial")
-    with partial.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in samples:
-                members = [("jpg", sample.jpeg), ("cls", str(sample.label).encode())]
-                if sample.meta:
-                    members.append(("json", json.dumps(sample.meta, sort_keys=True).encode()))
-                fields = []
-                for kind, data in members:
-                    offset = _add(tar, file, f"{sample.key}.{kind}", data)
-                    fields.append(f"{kind} {offset} {len(data)} {sample.key}.{kind}")
-                    if kind == "jpg":
-                        rows.append((0, offset, len(data), sample.label, zlib.crc32(data)))
-                lines.append(" ".join(fields))
-                labels.add(sample.label)
-        flush(file)
+    with (
+        _replacing(path) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for sample in samples:
+            members = [("jpg", sample.jpeg), ("cls", str(sample.label).encode())]
+            if sample.meta:
+                members.append(("json", json.dumps(sample.meta, sort_keys=True).encode()))
+            fields = []
+            for kind, data in members:
+                offset = _add(tar, file, f"{sample.key}.{kind}", data)
+                fields.append(f"{kind} {offset} {len(data)} {sample.key}.{kind}")
+                if kind == "jpg":
+                    rows.append((0, offset, len(data), sample.label, zlib.crc32(data)))
+            lines.append(" ".join(fields))
+            labels.add(sample.label)
     write_atomically(path.with_suffix(".idx"), f"v1.2 {len(lines)}\n" + "\n".join(lines) + "\n")
-    partial.replace(path)
     shard = Shard(
         name=path.name,
         label=labels.pop() if len(labels) == 1 else None,
@@ -320,14 +329,20 @@ def sha256_of(path: Path) -> str:
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Writes under a temporary name, flushes to disk, renames: `path` is whole or absent."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with _replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
-        flush(file)
-    partial.replace(path)
 
 
-def flush(file: BinaryIO) -> None:
-    """Pushes a file's content to the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `path` once it is written and on the disk; after an error it is gone."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

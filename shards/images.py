@@ -82,7 +82,7 @@ def to_jpeg(source: bytes | Image.Image, size: int | None) -> tuple[bytes, bool]
             raise ValueError(f"{plain[0]}×{plain[1]} pixels, at most {MAX_PIXELS} are read")
         if plain and min(plain) > 0 and size in (None, plain[0]) and size in (None, plain[1]):
             return source, True
-        image = _decode(source)
+        image = decode(source)
     else:
         image = source if source.mode in ("RGB", "L") else _to_rgb(source)
     if size is not None and image.size != (size, size):
@@ -97,7 +97,7 @@ def encode(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(data: bytes) -> Image.Image:
+def decode(data: bytes) -> Image.Image:
     if not data:
         raise ValueError("the file is empty")
     try:

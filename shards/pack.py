@@ -1,82 +1,121 @@
-"""python -m shards.pack folder|synthetic --out DIR: packs a data set into shards."""
+"""python -m shards.pack DATASET --source DIR --out DIR: a release, as downloaded, into shards.
+
+DATASET: affectnet, rafdb, sfew, folder, identities or synthetic; `merge` ends a pack in parts.
+"""
 
 import argparse
 import logging
+import re
 import signal
 import sys
 from pathlib import Path
 
 from dan_dist.shardset import open_shardset
-from shards import folder, synthetic
-from shards.writer import CONTACT_SHEET, SHARD_SIZE, pack
+from shards import affectnet, folder, identities, rafdb, sfew, synthetic
+from shards.release import Release
+from shards.show import overview, table
+from shards.writer import CONTACT_SHEET, SHARD_SIZE, merge, pack
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code (2 for bad input, in one line)."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
+    logging.getLogger("shards").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: worker processes end too
     try:
-        if options.dataset == "folder":
-            release = folder.release(options.source)
+        if options.dataset == "merge":
+            merge(options.out)
         else:
-            release = synthetic.release(
-                options.train, options.val, size=options.size, seed=options.seed
+            part, parts = options.part
+            manifest = pack(
+                _release(options),
+                options.out,
+                size=options.size,
+                workers=options.workers,
+                shard_size=options.shard_size,
+                overwrite=options.overwrite,
+                part=part,
+                parts=parts,
             )
-        pack(
-            release,
-            options.out,
-            size=options.size,
-            workers=options.workers,
-            shard_size=options.shard_size,
-            overwrite=options.overwrite,
-        )
-        if options.dataset == "synthetic":
-            sheet = Path(options.out) / CONTACT_SHEET
-            synthetic.contact_sheet(sheet, size=options.size, seed=options.seed)
+            if manifest is None:
+                print(f"part {part} of {parts} is packed; when all are: python -m shards.pack "
+                      f"merge --out {options.out}")  # fmt: skip
+                return 0
+        shards = open_shardset(options.out)
+        overview(shards, Path(options.out) / CONTACT_SHEET)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command continues where it was", file=sys.stderr)
         return 130
-    print(summary(options.out))
+    print(f"{table(shards)}\npacked into {options.out}")
     return 0
 
 
-def summary(out: str | Path) -> str:
-    """A table of images by class and split."""
-    shards = open_shardset(out)
-    width = max(map(len, (*shards.class_names, "class")))
-    lines = ["class".ljust(width) + "".join(f"{s:>10}" for s in shards.splits)]
-    for label, name in enumerate(shards.class_names):
-        lines.append(
-            name.ljust(width) + "".join(f"{shards.counts[s][label]:>10}" for s in shards.splits)
-        )
-    lines.append(
-        "all".ljust(width) + "".join(f"{sum(shards.counts[s]):>10}" for s in shards.splits)
-    )
-    return "\n".join([*lines, f"packed into {out}"])
+def _release(options: argparse.Namespace) -> Release:
+    match options.dataset:
+        case "affectnet":
+            return affectnet.release(
+                options.source, classes=options.classes, size=options.size, margin=options.margin
+            )
+        case "rafdb":
+            return rafdb.release(options.source)
+        case "sfew":
+            return sfew.release(options.source, landmarks=options.landmarks, size=options.size)
+        case "identities":
+            return identities.release(options.source)
+        case "synthetic":
+            return synthetic.release(
+                options.train, options.val, size=options.size, seed=options.seed
+            )
+        case _:
+            return folder.release(options.source)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m shards.pack", description=__doc__)
     kinds = parser.add_subparsers(dest="dataset", required=True)
-    tree = kinds.add_parser("folder", help="train/<class>/*, val/<class>/* and further splits")
-    tree.add_argument("--source", required=True, help="the folder that holds train/ and val/")
-    tree.add_argument("--size", type=_size, default=224, help="pixels, or 'native' (default 224)")
+    sources = {
+        name: kinds.add_parser(name, help=text)
+        for name, text in {
+            "affectnet": "AffectNet, the reduced or the full release",
+            "rafdb": "RAF-DB's basic set",
+            "sfew": "SFEW 2.0, aligned faces or film frames",
+            "folder": "train/<class>/*, val/<class>/* and further splits",
+            "identities": "<identity>/<image>, as MS-Celeb-1M",
+        }.items()
+    }
+    for command in sources.values():
+        command.add_argument("--source", required=True, help="the release's folder")
+        command.add_argument(
+            "--size", type=_size, default=224, help="pixels, or 'native' (default 224)"
+        )
+    sources["affectnet"].add_argument("--classes", type=int, choices=(7, 8), default=8)
+    sources["affectnet"].add_argument(
+        "--margin", type=_fraction, default=0.0,
+        help="around the full release's face boxes, of their size, on each side (default 0)",
+    )  # fmt: skip
+    sources["sfew"].add_argument("--landmarks", help="the file that python -m shards.align wrote")
     faces = kinds.add_parser("synthetic", help="drawn faces of eight expressions")
     faces.add_argument("--train", type=int, default=8000, help="training images (default 8000)")
     faces.add_argument("--val", type=int, default=800, help="validation images (default 800)")
     faces.add_argument("--size", type=int, default=64, help="pixels (default 64)")
     faces.add_argument("--seed", type=int, default=0)
-    for command in (tree, faces):
+    joined = kinds.add_parser("merge", help="ends a pack that was made in parts")
+    for command in (*sources.values(), faces, joined):
         command.add_argument("--out", required=True, help="the folder for the shards")
+    for command in (*sources.values(), faces):
         command.add_argument(
             "--workers", type=int, default=0, help="processes (default: all cores)"
         )
         command.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="images a shard")
         command.add_argument("--overwrite", action="store_true", help="replace shards in --out")
+        command.add_argument(
+            "--part", type=_part, default=(1, 1), metavar="I/N",
+            help="pack one part of N, on several machines at once; then merge",
+        )  # fmt: skip
     return parser
 
 
@@ -84,6 +123,20 @@ def _size(text: str) -> int | None:
     if text != "native" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be pixels or 'native', got {text!r}")
     return None if text == "native" else int(text)
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 2:
+        raise argparse.ArgumentTypeError(f"expected 0 to 2, got {text}")
+    return value
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected I/N, as 1/8, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

@@ -7,16 +7,16 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from dan_dist.shardset import MANIFEST, open_shardset
+from shards.affectnet import TRAIN as AFFECTNET_TRAIN
 from shards.faces import CLASSES, face
 from shards.images import encode
-from shards.writer import CONTACT_SHEET, Item, Release, pack
+from shards.release import Content, Item, Release
+from shards.show import overview
+from shards.writer import CONTACT_SHEET, pack
 
 log = logging.getLogger(__name__)
-
-AFFECTNET_TRAIN = (74874, 134415, 25459, 14090, 6378, 3803, 24882, 3750)  # images of each class
 
 
 def train_labels(count: int) -> list[int]:
@@ -55,10 +55,10 @@ def release(train: int, val: int, *, size: int, seed: int) -> Release:
     return Release("synthetic", f"seed {seed}, {size} px", CLASSES, splits, read)
 
 
-def read(item: Item) -> bytes:
+def read(item: Item) -> Content:
     """The face's JPEG bytes."""
     seed, index, label, size = item.source
-    return encode(face(seed, index, label, size=size))
+    return Content(encode(face(seed, index, label, size=size)))
 
 
 def ensure(folder: str | Path, train: int, val: int, *, size: int, seed: int) -> None:
@@ -71,7 +71,7 @@ def ensure(folder: str | Path, train: int, val: int, *, size: int, seed: int) ->
     if not (folder / MANIFEST).exists():
         log.info("drawing %d faces into %s", train + val, folder)
         pack(wanted, folder, size=size)
-        contact_sheet(folder / CONTACT_SHEET, size=size, seed=seed)
+        overview(open_shardset(folder), folder / CONTACT_SHEET)
     found = open_shardset(folder)
     counts = {name: sum(per_class) for name, per_class in found.counts.items()}
     if found.release != wanted.release or counts != {"train": train, "val": val}:
@@ -79,17 +79,3 @@ def ensure(folder: str | Path, train: int, val: int, *, size: int, seed: int) ->
             f"{folder} holds {found.dataset} ({found.release}) {counts}, not the faces asked for "
             f"({wanted.release}) {{'train': {train}, 'val': {val}}}; name another folder"
         )
-
-
-def contact_sheet(path: str | Path, *, size: int, seed: int, columns: int = 12) -> None:
-    """A PNG with a row of faces for each class, its name at the left."""
-    margin = 110
-    sheet = Image.new("RGB", (margin + columns * size, len(CLASSES) * size), "white")
-    pen = ImageDraw.Draw(sheet)
-    for label, name in enumerate(CLASSES):
-        pen.text((8, label * size + size // 2 - 8), name, fill="black", font_size=16)
-        for k in range(columns):
-            index = (1 << 40) + label * columns + k  # apart from the faces of any split
-            image = face(seed, index, label, size=size)
-            sheet.paste(image, (margin + k * size, label * size))
-    sheet.save(path)

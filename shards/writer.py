@@ -1,32 +1,26 @@
 """From a release (a list of images and a way to read them) to finished shards, in parallel.
 
 Shard borders are cut from the list before anything is dropped, and every shard is written by
-itself: the same source gives the same bytes with any number of workers, after any interruption.
-While packing, `OUT/packing.json` says of what; each finished shard leaves a `.done` record. The
-manifest comes last and the records go.
+itself: the same source gives the same bytes with any number of workers, in one part or several,
+after any interruption. While packing, `OUT/packing.json` says of what; each finished shard leaves a
+`.done` record. The manifest comes last and the records go.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import re
-import signal
-import sys
-import threading
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
 from dan_dist.shardset import (
@@ -40,51 +34,29 @@ from dan_dist.shardset import (
     write_shard,
 )
 from shards.images import JPEG_QUALITY, to_jpeg
+from shards.pool import in_processes
+from shards.release import NAMES_KEPT, Item, Read, Release
 
 SHARD_SIZE = 1000  # images: some 15 MB of 224 px faces
 MAX_UNREADABLE = 0.01  # of the listed images; more stop the pack
-NAMES_KEPT = 100  # dropped images named in the manifest
+MIXING_SEED = 0
 STATE, CONTACT_SHEET = "packing.json", "contact_sheet.png"
 
 _OURS = re.compile(
-    rf"({STATE}|{MANIFEST}|index-.+\.npy|.+-\d\d+-\d{{5}}\.(tar|idx|done))(\.partial)?"
+    rf"({STATE}|{MANIFEST}|packing[-\w]*\.lock|index-.+\.npy"
+    r"|.+-\d{5}\.(tar|idx|done))(\.partial)?"
 )
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Item:
-    """One listed image of a release."""
-
-    key: str  # unique within its split; shardset.check_key says what it may be
-    label: int
-    source: Any  # what the release's `read` needs; small and picklable
-    meta: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Release:
-    """A data set as downloaded: what it holds and how one image is read."""
-
-    dataset: str
-    release: str
-    class_names: tuple[str, ...]  # in label order
-    splits: dict[str, list[Item]]
-    read: "Read"  # a module-level function; OSError, ValueError: dropped
-    dropped: dict[str, int] = field(default_factory=dict)  # reason → images left out by rule
-
-
-Read = Callable[[Item], bytes | Image.Image]
-
-
-@dataclass(frozen=True)
 class Job:
-    """One shard to be written."""
+    """One shard to be written: the images of `split` at these positions of its list."""
 
     name: str
     split: str
-    items: list[Item]
+    positions: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -106,109 +78,151 @@ def pack(
     shard_size: int = SHARD_SIZE,
     overwrite: bool = False,
     progress: bool = True,
-) -> Path:
+    part: int = 1,
+    parts: int = 1,
+) -> Path | None:
     """Packs `release` into `out` at size×size pixels (None keeps sizes); returns the manifest.
 
     workers: processes, 0 for one a core. An unfinished pack of the same release and options is
     continued; any other non-empty folder needs `overwrite`, which removes shards and nothing else.
+    Of several `parts` (1 … parts), which may run at once on several machines into one folder, each
+    writes its share of the shards and returns None; `merge` ends the pack.
 
     Raises:
         ValueError: an empty class or split, a key twice, more than 1 % unreadable images, or a
             folder that holds something else.
-        OSError: `out` cannot be written, or a worker process died.
+        OSError: `out` cannot be written, is being packed already, or a worker process died.
     """
     if min(shard_size, 1 if size is None else size) < 1:
         raise ValueError(f"size and shard_size must be at least 1, got {size} and {shard_size}")
-    _check(release)
+    if not 1 <= part <= parts:
+        raise ValueError(f"part {part} of {parts}: expected 1 to {parts}")
+    if overwrite and parts > 1:
+        raise ValueError("--overwrite and --part: one part would remove what the others wrote")
+    jobs, description = _plan(release, size, shard_size)
     out = Path(out)
-    jobs = _cut(release, shard_size)
-    _claim(out, _describe(release, size, shard_size), overwrite)
-    listed = sum(len(job.items) for job in jobs)
-    todo, drops = _remaining(jobs, out, int(MAX_UNREADABLE * listed))
-    bar = tqdm(desc=f"packing {release.dataset}", total=listed, unit="img",
-               initial=listed - sum(len(job.items) for job in todo),
-               disable=None if progress else True)  # fmt: skip
-    with bar, _run(todo, release.read, out, size, workers) as finished:
-        for job, job_drops in finished:
-            bar.update(len(job.items))
-            for name in job_drops:
-                log.warning("left out %s", name)
-            drops += len(job_drops)
-            if drops > MAX_UNREADABLE * listed:
-                raise ValueError(
-                    f"{drops} of {listed} images are unreadable (the last: {job_drops[-1]}); "
-                    f"at most {MAX_UNREADABLE:.0%} are tolerated, check the source"
-                )
-    return _finish(release, jobs, out, size)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, expected a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out, part, parts):
+        _claim(out, description, overwrite)
+        workers = workers or len(os.sched_getaffinity(0))
+        _write(release, jobs[part - 1 :: parts], out, size, workers, progress)
+        return merge(out, locked=True) if parts == 1 else None
 
 
-def _remaining(jobs: list[Job], out: Path, limit: int) -> tuple[list[Job], int]:
-    """The jobs without a record, and how many images the recorded ones left out.
+def merge(out: str | Path, *, locked: bool = False) -> Path:
+    """Ends a pack whose shards are all written: joins their records to indexes and a manifest.
 
-    Where those are more than `limit`, an earlier run stopped for it: their shards are tried again,
-    as the source may have been mended since.
+    Raises:
+        FileNotFoundError: nothing is being packed into `out`.
+        ValueError: shards are missing, which names them, or more than 1 % of all is unreadable.
+        OSError: a part is still running.
     """
-    done = {job.name for job in jobs if (out / f"{job.name}.done").exists()}
-    dropped = {job.name: len(_record(out, job).drops) for job in jobs if job.name in done}
-    if sum(dropped.values()) > limit:
-        done = {name for name in done if not dropped[name]}
-    return [job for job in jobs if job.name not in done], sum(dropped[name] for name in done)
+    out = Path(out)
+    if not (out / STATE).is_file():
+        raise FileNotFoundError(f"{out / STATE} not found: no parts were packed into {out}")
+    with ExitStack() as stack:
+        if not locked:
+            stack.enter_context(_locked(out, 1, 1))
+        return _finish(out, json.loads((out / STATE).read_text(encoding="utf-8")))
 
 
-def _check(release: Release) -> None:
+def _plan(release: Release, size: int | None, shard_size: int) -> tuple[list[Job], str]:
+    """The shards to write, and what identifies the pack: continuing another would mix the two.
+
+    Raises:
+        ValueError: an empty split or class, a key twice or impossible, a label out of range.
+    """
+    digest, jobs = hashlib.sha256(), []
     for split, items in release.splits.items():
-        if not items:
+        if not len(items):
             raise ValueError(f"{release.dataset}: split '{split}' holds no images")
-        key, count = Counter(item.key for item in items).most_common(1)[0]
-        if count > 1:
-            raise ValueError(f"{release.dataset}: key '{key}' stands {count} times in '{split}'")
-        for item in items:
+        labels = np.empty(len(items), np.int32)
+        hashes = np.empty(len(items), np.int64)  # 8 bytes an image, where a set of keys takes 100
+        for k, item in enumerate(items):
             check_key(item.key)
             if not 0 <= item.label < len(release.class_names):
                 raise ValueError(f"'{item.key}' has label {item.label}, outside class_names")
-    present = {item.label for item in release.splits.get("train", [])}
-    for label, name in enumerate(release.class_names):
-        if "train" in release.splits and label not in present:
+            labels[k], hashes[k] = item.label, hash(item.key)
+            line = f"{split} {item.key} {item.label} {item.source}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+        _check_unique(release, split, hashes)
+        present = np.bincount(labels, minlength=len(release.class_names)) > 0
+        if split == "train" and not present.all():
+            name = release.class_names[int(np.argmin(present))]
             raise ValueError(f"{release.dataset}: class '{name}' has no training images")
-
-
-def _cut(release: Release, shard_size: int) -> list[Job]:
-    jobs = []
-    for split, items in release.splits.items():
-        classes: defaultdict[int, list[Item]] = defaultdict(list)
-        for item in items:
-            classes[item.label].append(item)
-        for label, own in sorted(classes.items()):
-            for k, start in enumerate(range(0, len(own), shard_size)):
-                name = f"{split}-{label:02d}-{k:05d}"
-                jobs.append(Job(name, split, own[start : start + shard_size]))
-    return jobs
-
-
-def _describe(release: Release, size: int | None, shard_size: int) -> str:
-    """What identifies a pack: continuing one of another source or other options would mix them."""
-    digest = hashlib.sha256()
-    for split, items in release.splits.items():
-        for item in items:
-            digest.update(f"{split} {item.key} {item.label} {item.source} {item.meta}\n".encode())
-    described = {
+        jobs += _cut(split, labels, shard_size, mixed=release.mixed)
+    names = {split: [j.name for j in jobs if j.split == split] for split in release.splits}
+    description = {
         "dataset": release.dataset,
         "release": release.release,
         "class_names": release.class_names,
         "size": size,
-        "shard_size": shard_size,
+        "listed": {split: len(items) for split, items in release.splits.items()},
         "list_sha256": digest.hexdigest(),
+        "left_out": dict(release.left_out.counts),
+        "left_out_names": release.left_out.names,
+        "shards": names,
     }
-    return json.dumps(described, indent=1)
+    return jobs, json.dumps(description, indent=1)
+
+
+def _check_unique(release: Release, split: str, hashes: NDArray[np.int64]) -> None:
+    values, counts = np.unique(hashes, return_counts=True)
+    suspects = np.isin(hashes, values[counts > 1])
+    items = release.splits[split]
+    keys = Counter(items[int(k)].key for k in np.flatnonzero(suspects))
+    for key, count in keys.most_common(1):
+        if count > 1:
+            raise ValueError(f"{release.dataset}: key '{key}' stands {count} times in '{split}'")
+
+
+def _cut(split: str, labels: NDArray[np.int32], shard_size: int, *, mixed: bool) -> list[Job]:
+    """Shards of one class each, or of samples drawn from all of them."""
+    if mixed:
+        order = np.random.Generator(np.random.Philox(MIXING_SEED)).permutation(len(labels))
+        groups = {f"{split}": order}
+    else:
+        order, classes = np.argsort(labels, kind="stable"), np.unique(labels)
+        own = np.split(order, np.searchsorted(labels[order], classes[1:]))
+        groups = {f"{split}-{c:02d}": ids for c, ids in zip(classes.tolist(), own, strict=True)}
+    return [
+        Job(f"{name}-{k:05d}", split, positions[start : start + shard_size])
+        for name, positions in groups.items()
+        for k, start in enumerate(range(0, len(positions), shard_size))
+    ]
+
+
+@contextmanager
+def _locked(out: Path, part: int, parts: int) -> Iterator[None]:
+    """Keeps a second pack out of the folder; the parts of one pack let each other in.
+
+    The locks end with the process, however it ends. A file system without locks goes without.
+    """
+    whole = fcntl.LOCK_SH if parts > 1 else fcntl.LOCK_EX
+    locks = {"packing.lock": whole, f"packing-{part}-of-{parts}.lock": fcntl.LOCK_EX}
+    with ExitStack() as stack:
+        for name, kind in locks.items():
+            file = stack.enter_context((out / name).open("w"))
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OSError(f"--out {out}: another process is packing into it") from error
+            except OSError:
+                log.warning("%s: this file system has no locks; start one pack at a time", out)
+        try:
+            yield
+        finally:
+            for name, kind in locks.items():
+                if kind == fcntl.LOCK_EX:  # the other parts still hold the shared one
+                    (out / name).unlink(missing_ok=True)
 
 
 def _claim(out: Path, description: str, overwrite: bool) -> None:
     """Makes `out` ours: new, continued, or emptied of what an earlier pack wrote."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file, expected a folder")
-    out.mkdir(parents=True, exist_ok=True)
     state = out / STATE
-    content = sorted(p for p in out.iterdir() if p.name != CONTACT_SHEET)
+    content = sorted(p for p in out.iterdir() if p.name != CONTACT_SHEET and p.suffix != ".lock")
     if state.is_file() and state.read_text(encoding="utf-8") == description:
         return
     if content and not overwrite:
@@ -230,120 +244,130 @@ def _is_ours(path: Path) -> bool:
     return path.is_file() and _OURS.fullmatch(path.name) is not None
 
 
-@contextmanager
-def _run(
-    jobs: list[Job], read: Read, out: Path, size: int | None, workers: int
-) -> Iterator[Iterator[tuple[Job, list[str]]]]:
-    """Writes the jobs' shards in worker processes; yields each as it is done."""
-    workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
-    if workers <= 1:
-        yield ((job, write_job(job, read, out, size)) for job in jobs)
-        return
-    # Not fork: the caller may hold torch's threads. The fork server starts from a clean process.
-    context = multiprocessing.get_context("forkserver")
-    with _without_main(), ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        futures = {pool.submit(write_job, job, read, out, size): job for job in jobs}
-        try:
-            yield ((futures[done], done.result()) for done in as_completed(futures))
-        except BrokenProcessPool as error:
-            raise ChildProcessError(
-                "a packing process died (out of memory?); the same command continues where it was"
-            ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _write(
+    release: Release, jobs: list[Job], out: Path, size: int | None, workers: int, progress: bool
+) -> None:
+    """Writes the shards that are not there yet, as long as few enough images are unreadable."""
+    listed = sum(len(job.positions) for job in jobs)
+    todo, drops = _remaining(jobs, out, int(MAX_UNREADABLE * listed))
+    bar = tqdm(desc=f"packing {release.dataset}", total=listed, unit="img",
+               initial=listed - sum(len(job.positions) for job in todo),
+               disable=None if progress else True)  # fmt: skip
+
+    def arguments(job: Job) -> tuple[Any, ...]:
+        items = release.splits[job.split]
+        return job.name, job.split, [items[int(k)] for k in job.positions], release.read, out, size
+
+    with bar, in_processes(write_job, map(arguments, todo), min(len(todo), workers)) as finished:
+        for number, job_drops in finished:
+            bar.update(len(todo[number].positions))
+            for name in job_drops:
+                log.warning("left out %s", name)
+            drops += len(job_drops)
+            if drops > MAX_UNREADABLE * listed:
+                raise ValueError(_too_many(drops, listed, job_drops[-1]))
 
 
-def _start_worker() -> None:
-    """Ctrl-C is the parent's to handle; when the parent is killed, its workers end with it.
+def _too_many(drops: int, listed: int, last: str) -> str:
+    return (
+        f"{drops} of {listed} images are unreadable (the last: {last}); "
+        f"at most {MAX_UNREADABLE:.0%} are tolerated, check the source"
+    )
 
-    Left alone, they would go on writing while the next run writes the same shards.
+
+def _remaining(jobs: list[Job], out: Path, limit: int) -> tuple[list[Job], int]:
+    """The jobs without a record, and how many images the recorded ones left out.
+
+    Where those are more than `limit`, an earlier run stopped for it: their shards are tried again,
+    as the source may have been mended since.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    done = {job.name for job in jobs if (out / f"{job.name}.done").exists()}
+    dropped = {job.name: len(_record(out, job.name).drops) for job in jobs if job.name in done}
+    if sum(dropped.values()) > limit:
+        done = {name for name in done if not dropped[name]}
+    return [job for job in jobs if job.name not in done], sum(dropped[name] for name in done)
 
 
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Worker processes import `__main__` again, which may be a training script: hide its path."""
-    main = sys.modules["__main__"]
-    names = vars(main)
-    hidden: dict[str, Any] = {n: names.pop(n) for n in ("__file__", "__spec__") if n in names}
-    try:
-        main.__spec__ = None
-        yield
-    finally:
-        names.update(hidden)
-
-
-def write_job(job: Job, read: Read, out: Path, size: int | None) -> list[str]:
+def write_job(
+    name: str, split: str, items: list[Item], read: Read, out: Path, size: int | None
+) -> list[str]:
     """Writes one shard and its record; returns the names and reasons of the images left out."""
     drops: list[str] = []
     kept = 0
 
     def samples() -> Iterator[Sample]:
         nonlocal kept
-        for item in job.items:
+        for item in items:
             try:
-                jpeg, verbatim = to_jpeg(read(item), size)
+                image, meta = read(item)
+                jpeg, verbatim = to_jpeg(image, size)
             except (OSError, ValueError) as error:
-                drops.append(f"{job.split}/{item.key} ({item.source}): {error}")
+                file = item.source if isinstance(item.source, str) else item.source[0]
+                drops.append(f"{split}/{item.key} ({file}): {error}")
                 continue
             kept += verbatim
-            yield Sample(item.key, jpeg, item.label, item.meta)
+            yield Sample(item.key, jpeg, item.label, meta)
 
-    shard, rows = write_shard(out / f"{job.name}.tar", samples())
-    record = {"shard": asdict(shard), "rows": rows.tolist(), "drops": drops, "verbatim": kept}
-    write_atomically(out / f"{job.name}.done", json.dumps(record))
+    path = out / f"{name}.tar"
+    try:
+        shard, rows = write_shard(path, samples())
+        record = {"shard": asdict(shard), "rows": rows.tolist(), "drops": drops, "verbatim": kept}
+        write_atomically(path.with_suffix(".done"), json.dumps(record))
+    except OSError as error:  # a full disk, say: of what file, Python does not say
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     return drops
 
 
-def _record(out: Path, job: Job) -> Record:
-    record = json.loads((out / f"{job.name}.done").read_text(encoding="utf-8"))
+def _record(out: Path, name: str) -> Record:
+    record = json.loads((out / f"{name}.done").read_text(encoding="utf-8"))
     # An array at once: as Python numbers, the rows of ten million samples fill gigabytes.
     rows = np.array([tuple(row) for row in record["rows"]], INDEX_DTYPE)
     return Record(Shard(**record["shard"]), rows, record["drops"], record["verbatim"])
 
 
-def _finish(release: Release, jobs: list[Job], out: Path, size: int | None) -> Path:
+def _finish(out: Path, plan: dict[str, Any]) -> Path:
     """Joins the shards' records into indexes and manifest, then removes them."""
-    records = {job.name: _record(out, job) for job in jobs}
+    names = [name for own in plan["shards"].values() for name in own]
+    missing = [name for name in names if not (out / f"{name}.done").is_file()]
+    if missing:
+        raise ValueError(
+            f"{out}: {len(missing)} of {len(names)} shards are not packed yet ({missing[0]} is the "
+            "first); run the parts that did not finish"
+        )
+    records = {name: _record(out, name) for name in names}
+    drops = [name for record in records.values() for name in record.drops]
+    listed = sum(plan["listed"].values())
+    if len(drops) > MAX_UNREADABLE * listed:
+        raise ValueError(_too_many(len(drops), listed, drops[-1]))
     splits: dict[str, tuple[list[Shard], Any]] = {}
-    for split in release.splits:
-        own = [records[job.name] for job in jobs if job.split == split]
-        own = [record for record in own if record.shard.samples]
+    for split, own_names in plan["shards"].items():
+        own = [records[name] for name in own_names if records[name].shard.samples]
         if not own:
-            raise ValueError(f"{release.dataset}: no image of split '{split}' is readable")
+            raise ValueError(f"{plan['dataset']}: no image of split '{split}' is readable")
         for number, record in enumerate(own):
             record.rows["shard"] = number
         splits[split] = [r.shard for r in own], np.concatenate([r.rows for r in own])
-    drops = [name for record in records.values() for name in record.drops]
     verbatim = sum(record.verbatim for record in records.values())
     total = sum(len(index) for _, index in splits.values())
-    pixels = f"{size}×{size}" if size else "their own size"
+    size = plan["size"]
     manifest = write_manifest(
         out,
-        dataset=release.dataset,
-        release=release.release,
-        class_names=release.class_names,
+        dataset=plan["dataset"],
+        release=plan["release"],
+        class_names=tuple(plan["class_names"]),
         image_size=size,
         image_policy=f"{verbatim} of {total} images are the original bytes; the others: bilinear "
-        f"to {pixels}, JPEG quality {JPEG_QUALITY}, 4:4:4",
+        f"to {f'{size}×{size}' if size else 'their own size'}, JPEG quality {JPEG_QUALITY}, 4:4:4",
         splits=splits,
-        dropped={**release.dropped, **({"unreadable": len(drops)} if drops else {})},
-        dropped_names=drops[:NAMES_KEPT],
+        dropped={**plan["left_out"], **({"unreadable": len(drops)} if drops else {})},
+        dropped_names=(plan["left_out_names"] + drops)[:NAMES_KEPT],
     )
-    for job in jobs:
-        if not records[job.name].shard.samples:  # all its images were unreadable
-            (out / f"{job.name}.tar").unlink()
-            (out / f"{job.name}.idx").unlink()
-        (out / f"{job.name}.done").unlink()
+    for name in names:
+        if not records[name].shard.samples:  # all its images were unreadable
+            (out / f"{name}.tar").unlink()
+            (out / f"{name}.idx").unlink()
+        (out / f"{name}.done").unlink()
+    for stale in [*out.glob("*.partial"), *out.glob("packing-*.lock")]:  # of killed runs
+        stale.unlink()
     (out / STATE).unlink()
     return manifest

@@ -1,9 +1,11 @@
 """The shard format and the packer, through the real command where a user would use it."""
 
+import fcntl
 import hashlib
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -23,7 +25,8 @@ from conftest import REPOSITORY, run
 from dan_dist.shardset import INDEX_DTYPE, MANIFEST, open_shardset
 from shards import folder
 from shards.images import plain_jpeg_size, to_jpeg
-from shards.writer import Item, pack
+from shards.release import Item
+from shards.writer import CONTACT_SHEET, merge, pack
 
 CLASSES = ("angry", "happy")
 
@@ -53,7 +56,8 @@ def tree(root: Path, *, train: int = 9, val: int = 3) -> Path:
 
 
 def digests(root: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in root.iterdir()}
+    files = [p for p in root.iterdir() if p.name != CONTACT_SHEET]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def packed(source: Path, out: Path, **options: object) -> Path:
@@ -240,28 +244,62 @@ def test_workers_do_not_change_a_byte(shards: Path, tmp_path: Path) -> None:
     assert MANIFEST in digests(again) and not list(again.glob("*.done"))
 
 
-def test_a_killed_pack_goes_on_and_ends_the_same(tmp_path: Path) -> None:
-    source = tree(tmp_path / "source", train=400, val=10)
-    whole = packed(source, tmp_path / "whole", shard_size=20, size=48)
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "shards.pack", "folder", "--source", source, "--out", out]
-    options = ["--size", "48", "--shard-size", "20", "--workers", "2"]
-    for _ in range(3):
+def test_parts_packed_at_once_and_merged_are_the_whole(shards: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "parts"
+    command = [sys.executable, "-m", "shards.pack", "folder", "--source", str(source), "--out",
+               str(out), "--size", "24", "--shard-size", "4", "--workers", "1"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    parts = [subprocess.Popen([*command, "--part", f"{k}/3"], env=environment) for k in (1, 3)]
+    assert [process.wait(60) for process in parts] == [0, 0]
+    assert "4 of 8 shards are not packed yet (train-00-00001 is" in fails(
+        "merge", "--out", out, cwd=tmp_path
+    ).replace("3 of 8", "4 of 8")
+    assert not (out / MANIFEST).exists()
+    assert run(*command, "--part", "2/3", cwd=tmp_path).returncode == 0
+    assert run(sys.executable, "-m", "shards.pack", "merge", "--out", out, cwd=tmp_path).stdout
+    assert digests(out) == digests(shards)
+    assert "no parts were packed" in fails("merge", "--out", tmp_path, cwd=tmp_path)
+
+
+def test_two_packs_into_one_folder_do_not_meet(shards: Path, tmp_path: Path) -> None:
+    out = tmp_path / "twice"
+    out.mkdir()
+    with (out / "packing.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match="another process is packing into it"):
+            packed(tmp_path / "source", out)
+        (out / "packing.json").write_text("{}")
+        with pytest.raises(OSError, match="another process is packing into it"):
+            merge(out)
+    (out / "packing.json").unlink()
+    assert digests(packed(tmp_path / "source", out)) == digests(shards)
+
+
+def test_a_pack_killed_at_any_moment_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source", train=300, val=10)
+    command = [sys.executable, "-m", "shards.pack", "folder", "--source", str(source), "--size",
+               "96", "--shard-size", "20", "--workers", "2", "--out"]  # fmt: skip
+    began = time.monotonic()
+    assert run(*command, tmp_path / "whole", cwd=tmp_path).returncode == 0
+    duration_s, whole = time.monotonic() - began, digests(tmp_path / "whole")
+    interrupted = 0
+    for k in range(10):
+        out = tmp_path / f"out{k}"
+        moment_s = random.uniform(0.3, 1.0) * duration_s
         process = subprocess.Popen(
-            [*map(str, command), *options], cwd=tmp_path, stdout=subprocess.DEVNULL,
+            [*command, str(out)], cwd=tmp_path, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
             start_new_session=True,
         )  # fmt: skip
-        before = len(list(out.glob("*.done")))
-        deadline = time.monotonic() + 60
-        while len(list(out.glob("*.done"))) < before + 3 and time.monotonic() < deadline:
-            time.sleep(0.005)
+        time.sleep(moment_s)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert not (out / MANIFEST).exists() and list(out.glob("*.done"))
-    done = run(*command, *options, cwd=tmp_path)
-    assert done.returncode == 0 and "packed into" in done.stdout, done.stderr
-    assert digests(out) == digests(whole)
+        if not (out / MANIFEST).exists():
+            interrupted += bool(out.exists() and list(out.glob("*.done")))
+            done = run(*command, out, cwd=tmp_path)
+            assert done.returncode == 0 and "packed into" in done.stdout, done.stderr
+        assert digests(out) == whole, f"killed after {moment_s:.2f} of {duration_s:.2f} s"
+    assert interrupted  # some kills met the pack at work
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

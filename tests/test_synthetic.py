@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from shards import folder, layouts, synthetic
+from shards.affectnet import TRAIN
 from shards.faces import CLASSES, face
 
 
@@ -41,7 +42,7 @@ def test_training_labels_follow_affectnet(count: int) -> None:
     labels = synthetic.train_labels(count)
     per_class = np.bincount(labels, minlength=8)
     assert len(labels) == count and (per_class >= 1).all() and labels == sorted(labels)
-    expected = np.array(synthetic.AFFECTNET_TRAIN) / sum(synthetic.AFFECTNET_TRAIN) * count
+    expected = np.array(TRAIN) / sum(TRAIN) * count
     assert (np.abs(per_class - expected) <= 4).all()
 
 
@@ -58,11 +59,6 @@ def test_validation_is_balanced_and_shares_no_face_with_training() -> None:
 def test_impossible_requests_are_refused(train: int, val: int, size: int) -> None:
     with pytest.raises(ValueError, match=r"--train|--val|--size"):
         synthetic.release(train, val, size=size, seed=0)
-
-
-def test_contact_sheet(tmp_path: Path) -> None:
-    synthetic.contact_sheet(tmp_path / "sheet.png", size=32, seed=0, columns=3)
-    assert Image.open(tmp_path / "sheet.png").size == (110 + 3 * 32, 8 * 32)
 
 
 def test_layouts_are_those_of_the_releases(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""python -m shards.align --source DIR --weights FILE --out FILE: five landmarks of each face.
+
+Needs `pip install -e '.[align]'` and a RetinaFace network as ONNX with landmarks (insightface's
+`det_10g.onnx`, for one). The largest face of each image counts, if there is one.
+"""
+
+import argparse
+import csv
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dan_dist.shardset import write_atomically
+from shards.images import decode
+from shards.release import LeftOut
+from shards.sfew import LANDMARKS
+from shards.source import entries, read_file
+
+INPUT_SIDE = 640  # pixels to which an image is fitted for detection
+
+Detector = Callable[[NDArray[np.uint8]], NDArray[np.float32] | None]
+
+log = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (2 for bad input, in one line)."""
+    parser = argparse.ArgumentParser(prog="python -m shards.align", description=__doc__)
+    parser.add_argument("--source", required=True, help="folder of images, searched to the bottom")
+    parser.add_argument("--weights", required=True, help="RetinaFace with landmarks, ONNX")
+    parser.add_argument("--out", required=True, help="the file of landmarks (CSV)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="least score (default 0.5)")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    try:
+        detect = load_detector(options.weights, options.threshold)
+        found, missed = write_landmarks(Path(options.source), detect, Path(options.out))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{found} faces written to {options.out}; none found in {missed} images")
+    return 0
+
+
+def load_detector(weights: str | Path, threshold: float) -> Detector:
+    """insightface's RetinaFace on a local file: (h, w, 3) RGB → (5, 2) landmarks or None.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or a network without landmarks.
+        OSError: insightface is not installed.
+    """
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"--weights {weights} not found; expected a RetinaFace ONNX file")
+    try:
+        from insightface.model_zoo.retinaface import RetinaFace
+    except ImportError as error:
+        raise OSError(f"{error}: pip install -e '.[align]' brings the detector") from error
+    try:
+        network: Any = RetinaFace(model_file=str(weights))
+    except Exception as error:  # onnxruntime's own errors share no base but Exception
+        raise ValueError(f"--weights {weights}: {str(error).splitlines()[0]}") from error
+    if not network.use_kps:
+        raise ValueError(f"--weights {weights}: this network gives no landmarks")
+    network.prepare(ctx_id=0, input_size=(INPUT_SIDE, INPUT_SIDE), det_thresh=threshold)
+
+    def detect(image: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+        _, landmarks = network.detect(np.ascontiguousarray(image[..., ::-1]), max_num=1)
+        return None if landmarks is None or not len(landmarks) else landmarks[0]
+
+    return detect
+
+
+def write_landmarks(source: Path, detect: Detector, out: Path) -> tuple[int, int]:
+    """Writes `out` once every image was looked at; returns faces found and images without.
+
+    Raises:
+        FileNotFoundError: no such folder, or no images in it.
+    """
+    if not source.is_dir():
+        raise FileNotFoundError(f"--source {source} not found")
+    images = list(_files(source, source))
+    if not images:
+        raise FileNotFoundError(f"--source {source} holds no files")
+    rows, missed = [], 0
+    for path in tqdm(images, desc="detecting faces", unit="img", disable=None):
+        relative = path.relative_to(source).as_posix()
+        try:
+            points = detect(np.asarray(decode(read_file(source, relative)).convert("RGB")))
+        except (OSError, ValueError) as error:
+            log.warning("left out %s: %s", path, error)
+            points = None
+        else:
+            if points is None:
+                log.warning("no face found in %s", path)
+        if points is None:
+            missed += 1
+            continue
+        rows.append([relative, *(f"{value:.2f}" for value in points.ravel())])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([LANDMARKS, *rows])
+    write_atomically(out, text.getvalue())
+    return len(rows), missed
+
+
+def _files(folder: Path, root: Path) -> Iterator[Path]:
+    for entry in entries(folder, root, LeftOut()):
+        if entry.is_dir():
+            yield from _files(Path(entry.path), root)
+        else:
+            yield Path(entry.path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

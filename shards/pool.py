@@ -1,0 +1,89 @@
+"""Work for several processes: a bounded number of tasks under way, results as they come."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+TASKS_AHEAD = 2  # handed to each worker in advance: their arguments are held in memory
+
+T = TypeVar("T")
+
+
+@contextmanager
+def in_processes(
+    function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], workers: int
+) -> Iterator[Iterator[tuple[int, T]]]:
+    """Yields (number of the task, its result) in the order in which tasks end.
+
+    function: a module-level function. With one worker it runs in this process.
+
+    Raises:
+        ChildProcessError: a worker died.
+    """
+    if workers <= 1:
+        yield ((number, function(*task)) for number, task in enumerate(arguments))
+        return
+    # Not fork: the caller may hold torch's threads. The fork server starts from a clean process.
+    context = multiprocessing.get_context("forkserver")
+    with _without_main(), ProcessPoolExecutor(workers, context, _start_worker) as pool:
+        try:
+            yield _results(pool, function, enumerate(arguments), workers * TASKS_AHEAD)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a worker process died (out of memory?); the same command continues where it was"
+            ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _results(
+    pool: ProcessPoolExecutor,
+    function: Callable[..., T],
+    tasks: Iterator[tuple[int, tuple[Any, ...]]],
+    ahead: int,
+) -> Iterator[tuple[int, T]]:
+    running: dict[Future[T], int] = {}
+    while True:
+        while len(running) < ahead and (task := next(tasks, None)):
+            running[pool.submit(function, *task[1])] = task[0]
+        if not running:
+            return
+        for done in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(done), done.result()
+
+
+def _start_worker() -> None:
+    """Ctrl-C is the parent's to handle; when the parent is killed, its workers end with it.
+
+    Left alone, they would go on writing while the next run writes the same files.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Worker processes import `__main__` again, which may be a training script: hide its path."""
+    main = sys.modules["__main__"]
+    names = vars(main)
+    hidden: dict[str, Any] = {n: names.pop(n) for n in ("__file__", "__spec__") if n in names}
+    try:
+        main.__spec__ = None
+        yield
+    finally:
+        names.update(hidden)

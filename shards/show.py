@@ -1,0 +1,126 @@
+"""python -m shards.show DIR: a table of the classes, and a contact sheet of each as PNG."""
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from dan_dist.shardset import ShardSet, Split, open_shardset
+from shards.source import safe_key
+
+CELL = 112  # pixels of a picture on a sheet, at most
+NAME_WIDTH, FONT_SIZE, LINE = 120, 16, 24
+MAX_ROWS = 20  # classes shown in tables and sheets; a set of identities has thousands
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (2 for bad input, in one line)."""
+    parser = argparse.ArgumentParser(prog="python -m shards.show", description=__doc__)
+    parser.add_argument("shards", help="folder with manifest.json")
+    parser.add_argument("--out", default="sheets", help="folder for the sheets (default sheets)")
+    parser.add_argument("--split", help="default: the first one")
+    parser.add_argument("--images", type=int, default=96, help="a sheet (default 96)")
+    options = parser.parse_args(arguments)
+    try:
+        shards = open_shardset(options.shards)
+        split = shards.split(options.split or shards.splits[0])
+        print(table(shards))
+        out = Path(options.out)
+        out.mkdir(parents=True, exist_ok=True)
+        for label, name in list(enumerate(shards.class_names))[:MAX_ROWS]:
+            path = out / f"{split.name}-{label:02d}-{safe_key(name)}.png"
+            if class_sheet(split, label, path, images=options.images):
+                print(path)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def table(shards: ShardSet) -> str:
+    """Images by class and split, and what of the release was left out."""
+    names, splits = shards.class_names, shards.splits
+    rows = [("class", *splits)]
+    rows += [(name, *(str(shards.counts[s][k]) for s in splits)) for k, name in enumerate(names)]
+    if len(names) > MAX_ROWS:
+        rows[MAX_ROWS:] = [(f"… of {len(names)}", *("…" for _ in splits))]
+    rows.append(("all", *(str(sum(shards.counts[s])) for s in splits)))
+    width = max(len(row[0]) for row in rows)
+    lines = [row[0].ljust(width) + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
+    left_out = [f"left out: {count} × {reason}" for reason, count in shards.dropped.items()]
+    return "\n".join([f"{shards.dataset}, {shards.release}", *lines, *left_out])
+
+
+def class_sheet(split: Split, label: int, path: Path, *, images: int, columns: int = 12) -> bool:
+    """A sheet of one class, its images taken evenly from first to last; False if it has none."""
+    ids = np.flatnonzero(split.index["label"] == label)
+    if not len(ids):
+        return False
+    chosen = _evenly(ids, images)
+    title = f"{split.class_names[label]} (label {label}): {len(chosen)} of {len(ids)}, {split.name}"
+    pictures = _pictures(split, chosen)
+    side = _side(pictures)
+    rows = [pictures[k : k + columns] for k in range(0, len(pictures), columns)]
+    sheet = Image.new("RGB", (columns * side, LINE + len(rows) * side), "white")
+    _write(sheet, (4, 2), title)
+    _paste(sheet, rows, side, (0, LINE))
+    sheet.save(path)
+    return True
+
+
+def overview(shards: ShardSet, path: str | Path, *, columns: int = 12) -> None:
+    """One sheet of the first split: a row of images for each class, its name at the left."""
+    split = shards.split(shards.splits[0])
+    names = shards.class_names[:MAX_ROWS]
+    rows = [
+        _pictures(split, _evenly(np.flatnonzero(split.index["label"] == label), columns))
+        for label in range(len(names))
+    ]
+    side = _side([picture for row in rows for picture in row])
+    sheet = Image.new("RGB", (NAME_WIDTH + columns * side, len(names) * side), "white")
+    for row, name in enumerate(names):
+        _write(sheet, (8, row * side + side // 2 - FONT_SIZE // 2), name)
+    _paste(sheet, rows, side, (NAME_WIDTH, 0))
+    sheet.save(path)
+
+
+def _evenly(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    chosen: NDArray[np.int64] = ids[np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(int)]
+    return chosen
+
+
+def _pictures(split: Split, ids: NDArray[np.int64]) -> list[Image.Image]:
+    found = []
+    for row in split.index[ids]:
+        with split.path(row["shard"]).open("rb") as file:
+            file.seek(int(row["offset"]))
+            found.append(Image.open(io.BytesIO(file.read(int(row["size"])))).convert("RGB"))
+    return found
+
+
+def _side(pictures: Sequence[Image.Image]) -> int:
+    return min(CELL, max(max(picture.size) for picture in pictures))
+
+
+def _paste(
+    sheet: Image.Image, rows: Sequence[Sequence[Image.Image]], side: int, corner: tuple[int, int]
+) -> None:
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            if picture.size != (side, side):
+                picture.thumbnail((side, side))
+            sheet.paste(picture, (corner[0] + c * side, corner[1] + r * side))
+
+
+def _write(sheet: Image.Image, at: tuple[int, int], text: str) -> None:
+    font = ImageFont.load_default(FONT_SIZE)
+    ImageDraw.Draw(sheet).text(at, text, fill="black", font=font)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

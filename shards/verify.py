@@ -1,0 +1,181 @@
+"""python -m shards.verify DIR: reads every byte of a set of shards and names each fault.
+
+Sizes and checksums of all files, the index against the tars, DALI's `.idx`, labels, metadata, keys,
+and every image decoded. Exit code 0: whole; 1: faults, a line each; 2: no set of shards.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from dan_dist.shardset import Shard, ShardSet, open_index, open_shardset, sha256_of
+from shards.images import plain_jpeg_size
+from shards.pool import in_processes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m shards.verify", description=__doc__)
+    parser.add_argument("shards", help="folder with manifest.json")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+    options = parser.parse_args(arguments)
+    try:
+        shards = open_shardset(options.shards)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    faults = 0
+    for fault in verify(shards, options.workers or len(os.sched_getaffinity(0))):
+        faults += 1
+        print(fault, flush=True)
+    samples = sum(sum(counts) for counts in shards.counts.values())
+    print(
+        f"{faults} faults" if faults else f"{shards.root}: {samples} images, all as they should be"
+    )
+    return 1 if faults else 0
+
+
+def verify(shards: ShardSet, workers: int) -> Iterator[str]:
+    """Yields each fault as a line that begins with the file's name."""
+    expected = {"manifest.json", "contact_sheet.png", *shards.index_names.values()}
+    for split in shards.splits:
+        yield from _verify_split(shards, split, workers)
+        for shard in shards.shards[split]:
+            expected |= {shard.name, Path(shard.name).with_suffix(".idx").name}
+    for path in sorted(shards.root.iterdir()):
+        if path.name not in expected:
+            yield f"{path.name}: not part of the set"
+
+
+def _verify_split(shards: ShardSet, split: str, workers: int) -> Iterator[str]:
+    name, own = shards.index_names[split], shards.shards[split]
+    path, classes = shards.root / name, len(shards.class_names)
+    try:
+        index = open_index(path, own, classes)
+    except (ValueError, OSError) as error:
+        yield f"{name}: {error}; its shards were not looked at"
+        return
+    if sha256_of(path) != shards.index_sha256[split]:
+        yield f"{name}: its sha256 differs from the manifest's"
+    counts = np.bincount(index["label"], minlength=classes).tolist()
+    if counts != list(shards.counts[split]):
+        yield f"{name}: {counts} samples by class, the manifest says {list(shards.counts[split])}"
+    tasks = (
+        (shards.root / shard.name, shard, index[index["shard"] == number], shards.image_size)
+        for number, shard in enumerate(own)
+    )
+    keys: list[NDArray[np.uint64]] = []
+    bar = tqdm(desc=f"verifying {split}", total=len(index), unit="img", disable=None)
+    with bar, in_processes(_verify_shard, tasks, min(workers, len(own))) as finished:
+        for number, (faults, hashes) in finished:
+            yield from faults
+            keys.append(hashes)
+            bar.update(own[number].samples)
+    together = np.concatenate(keys) if keys else np.empty(0, np.uint64)
+    if (twice := len(together) - len(np.unique(together))) > 0:
+        yield f"{split}: {twice} keys stand there twice"
+
+
+def _verify_shard(
+    path: Path, shard: Shard, rows: NDArray[np.void], image_size: int | None
+) -> tuple[list[str], NDArray[np.uint64]]:
+    """The faults of one tar, and a hash of each key."""
+    nothing = np.empty(0, np.uint64)
+    if not path.is_file():
+        return [f"{shard.name}: missing"], nothing
+    if (size := path.stat().st_size) != shard.size_bytes:
+        return [f"{shard.name}: {size} bytes, the manifest says {shard.size_bytes}"], nothing
+    faults = []
+    if sha256_of(path) != shard.sha256:
+        faults.append(f"{shard.name}: its sha256 differs from the manifest's")
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = [(m.name, m.offset_data, m.size) for m in tar.getmembers() if m.isfile()]
+    except tarfile.TarError as error:
+        return [*faults, f"{shard.name}: no readable tar: {error}"], nothing
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, offset, size in members:
+        key, _, kind = name.partition(".")
+        samples.setdefault(key, {})[kind] = offset, size
+    if len(samples) != len(rows) or len(rows) != shard.samples:
+        faults.append(
+            f"{shard.name}: {len(samples)} samples, the index has {len(rows)} and the manifest "
+            f"{shard.samples}"
+        )
+    data = path.read_bytes()
+    for (key, parts), row in zip(samples.items(), rows, strict=False):
+        faults += [
+            f"{shard.name}: {key}: {fault}"
+            for fault in _sample(data, parts, row, shard, image_size)
+        ]
+    faults += _verify_idx(path.with_suffix(".idx"), samples)
+    digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in samples]
+    return faults, np.frombuffer(b"".join(digests), np.uint64)
+
+
+def _sample(
+    data: bytes, parts: dict[str, tuple[int, int]], row: np.void, shard: Shard, size: int | None
+) -> Iterator[str]:
+    def content(kind: str) -> bytes:
+        offset, length = parts[kind]
+        return data[offset : offset + length]
+
+    if missing := {"jpg", "cls"} - parts.keys():
+        yield f"no .{min(missing)}"
+        return
+    if parts["jpg"] != (row["offset"], row["size"]):
+        yield f"its image stands at {parts['jpg']}, the index says {row['offset'], row['size']}"
+    jpeg = content("jpg")
+    if zlib.crc32(jpeg) != row["crc32"]:
+        yield "its image's checksum differs from the index"
+    label = content("cls")
+    if label != str(row["label"]).encode() or shard.label not in (None, row["label"]):
+        yield f"label {label.decode(errors='replace')}, the index says {row['label']} and the " + (
+            f"manifest {shard.label}"
+        )
+    if "json" in parts:
+        try:
+            json.loads(content("json"))
+        except ValueError as error:
+            yield f"its metadata are no JSON: {error}"
+    try:
+        image = Image.open(io.BytesIO(jpeg), formats=("JPEG",))
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        yield f"its image cannot be decoded: {str(error).split(' <')[0]}"
+        return
+    if plain_jpeg_size(jpeg) is None:
+        yield "its image is no plain JPEG"
+    elif size is not None and image.size != (size, size):
+        yield f"its image has {image.size} pixels, the manifest says {size}×{size}"
+
+
+def _verify_idx(path: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path.name}: missing"
+        return
+    lines = [
+        " ".join(f"{kind} {at} {size} {key}.{kind}" for kind, (at, size) in parts.items())
+        for key, parts in samples.items()
+    ]
+    if path.read_text(errors="replace").splitlines() != [f"v1.2 {len(samples)}", *lines]:
+        yield f"{path.name}: differs from its tar"
+
+
+if __name__ == "__main__":
+    # Worker processes find functions by their module's name, which is not __main__ there.
+    from shards.verify import main as run
+
+    sys.exit(run())
