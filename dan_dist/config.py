@@ -47,7 +47,8 @@ class Augmentation(Section):
 
 
 class Data(Section):
-    shards: str  # folder with manifest.json; relative to the working folder
+    shards: str  # folder with manifest.json, or its URL; relative to the working folder
+    cache: str | None = None  # folder on each node into which the shards are copied first
     classes: list[str] | None = None  # expected names in label order; None takes the manifest's
     val_split: str = "val"
     sampling: Literal["balanced", "shuffle"] = "balanced"

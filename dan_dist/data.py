@@ -40,6 +40,7 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
 READERS = 4  # threads; they wait for storage, not for a core
 STEPS_AHEAD = 4  # steps whose bytes are fetched in advance, before DALI's own queue
+ADVISED_AHEAD = 12  # steps that the kernel is told of: cold reads are then under way in numbers
 CHUNK = 16  # images a reader thread fetches at a time
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,12 @@ class Reader:
             self.report(candidate, fault)
         raise OSError(f"no intact image is left of the class of {self.split.key(sample)}")
 
+    def advise(self, ids: list[int]) -> None:
+        """Tells the kernel that these images are wanted soon; it reads them while others go on."""
+        for row in self.split.index[ids]:
+            file = self._files[row["shard"]]
+            os.posix_fadvise(file, int(row["offset"]), int(row["size"]), os.POSIX_FADV_WILLNEED)
+
     def report(self, sample: int, fault: str) -> None:
         """Notes that `sample` is damaged, so that it is never read again."""
         with self._lock:
@@ -215,7 +222,8 @@ class Stream:
     def _build(self) -> None:
         """A pipeline whose iteration 0 is global step `self.step`."""
         self._first = self.step
-        self._fetched: dict[int, tuple[Request, list[Future[list[NDArray[np.uint8]]]]]] = {}
+        self._requests: dict[int, Request] = {}
+        self._fetched: dict[int, list[Future[list[NDArray[np.uint8]]]]] = {}
         samples = len(self.order(self.step).ids)
         on_gpu = self.device.type == "cuda"
         self._pipeline = _graph(
@@ -235,13 +243,16 @@ class Stream:
     def _feed(self, iteration: int) -> tuple[object, ...]:
         """DALI's batch callback: the inputs of global step `first + iteration`."""
         step = self._first + iteration
+        for ahead in range(step, step + ADVISED_AHEAD + 1):
+            if ahead not in self._requests:
+                self._requests[ahead] = self.order(ahead)
+                self._pool.submit(self.reader.advise, self._ids(ahead))
         for ahead in range(step, step + STEPS_AHEAD + 1):
             if ahead not in self._fetched:
-                request = self.order(ahead)
-                ids = np.maximum(request.ids, 0).tolist()
+                ids = self._ids(ahead)
                 chunks = [ids[i : i + CHUNK] for i in range(0, len(ids), CHUNK)]
-                self._fetched[ahead] = request, [self._pool.submit(self._read, c) for c in chunks]
-        request, futures = self._fetched.pop(step)
+                self._fetched[ahead] = [self._pool.submit(self._read, c) for c in chunks]
+        request, futures = self._requests.pop(step), self._fetched.pop(step)
         labels = self.reader.split.index["label"][np.maximum(request.ids, 0)].astype(np.int64)
         labels[request.ids < 0] = -1
         numbers = np.stack([labels, request.ids], axis=1)
@@ -249,6 +260,10 @@ class Stream:
         if self.augment is None or request.uniforms is None:
             return images, numbers
         return images, numbers, *place(request.uniforms, self.augment, self.image_size)
+
+    def _ids(self, step: int) -> list[int]:
+        ids: list[int] = np.maximum(self._requests[step].ids, 0).tolist()
+        return ids
 
     def _read(self, ids: list[int]) -> list[NDArray[np.uint8]]:
         return [self.reader.read(i) for i in ids]

@@ -125,8 +125,18 @@ def open_shardset(root: str | Path) -> ShardSet:
         raise FileNotFoundError(
             f"{path} not found: no finished shards there; make them with python -m shards.pack"
         )
+    return parse_manifest(Path(root), path.read_bytes())
+
+
+def parse_manifest(root: Path, content: bytes) -> ShardSet:
+    """The set that a manifest describes, to be found in `root`.
+
+    Raises:
+        ValueError: the manifest is of another format, incomplete, or names files elsewhere.
+    """
+    path = root / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(content)
         if manifest["format"] != FORMAT:
             raise ValueError(f"its format is {manifest['format']!r}, expected {FORMAT!r}")
         if not isinstance(manifest["class_names"], list):
@@ -134,7 +144,7 @@ def open_shardset(root: str | Path) -> ShardSet:
         splits = manifest["splits"]
         shards = {n: tuple(Shard(**s) for s in v["shards"]) for n, v in splits.items()}
         result = ShardSet(
-            root=Path(root),
+            root=root,
             dataset=str(manifest["dataset"]),
             release=str(manifest["release"]),
             class_names=tuple(manifest["class_names"]),

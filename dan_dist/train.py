@@ -8,6 +8,7 @@ import torch
 
 from dan_dist import checkpoint
 from dan_dist.augment import Augment
+from dan_dist.cache import is_remote, localise
 from dan_dist.config import Config, Schedule, flatten
 from dan_dist.data import Stream, evaluation_stream, train_stream
 from dan_dist.engine import Engine, Precision, check_split
@@ -40,8 +41,11 @@ def main(config: Config) -> dict[str, float]:
 
 def run(config: Config, world: World) -> dict[str, float]:
     """One training run in a world that is already there."""
-    world.main_only("shards", lambda: make_synthetic(config))
-    shards, train, val = world.together(lambda: open_data(config, world))
+    world.once("synthetic", lambda: make_synthetic(config))
+    folder = world.once(
+        "cache", lambda: localise(config.data.shards, config.data.cache), per_node=True
+    )
+    shards, train, val = world.together(lambda: open_data(config, world, folder))
     objective = world.together(lambda: build_objective(config, shards))
     engine = build_engine(config, world, objective)
     saved = world.together(lambda: resume(config, engine, shards))
@@ -107,19 +111,21 @@ def run(config: Config, world: World) -> dict[str, float]:
 def make_synthetic(config: Config) -> None:
     """Packs the drawn faces of the configuration where they are not yet."""
     faces = config.data.synthetic
+    if faces and is_remote(config.data.shards):
+        raise ValueError(f"data.synthetic: faces cannot be packed into {config.data.shards}")
     if faces:
         synthetic.ensure(
             config.data.shards, faces.train, faces.val, size=faces.size, seed=faces.seed
         )
 
 
-def open_data(config: Config, world: World) -> tuple[ShardSet, Split, Split]:
-    """The shards and their two splits, checked against the configuration and the world.
+def open_data(config: Config, world: World, folder: str) -> tuple[ShardSet, Split, Split]:
+    """The shards in `folder` and their two splits, checked against the configuration and the world.
 
     Raises:
         FileNotFoundError, ValueError: whatever would stop or spoil the training later.
     """
-    shards = open_shardset(config.data.shards)
+    shards = open_shardset(folder)
     expected = config.data.classes
     if expected is not None and tuple(expected) != shards.class_names:
         raise ValueError(

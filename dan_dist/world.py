@@ -63,27 +63,33 @@ class World:
             raise failure
         return results[0]
 
-    def main_only(self, name: str, task: Callable[[], None]) -> None:
-        """Runs `task` on rank 0 while the others wait, however long it takes.
+    def once(self, name: str, task: Callable[[], str | None], *, per_node: bool = False) -> str:
+        """Runs `task` on rank 0, or on one rank of each node, and gives all ranks its result.
 
-        They poll the store instead of standing in a collective, which would time out. `name` is
-        used once. A failure of `task` is raised on every rank.
+        The others wait however long it takes: they poll the store instead of standing in a
+        collective, which would time out. `name` is used once. If `task` fails anywhere, every rank
+        raises.
         """
         if self.store is None:
-            return task()
-        if not self.is_main:
-            while not self.store.check([name]):
-                time.sleep(POLL_S)
-            if word := self.store.get(name).decode():
-                raise ValueError(word)
-            return None
-        try:
-            task()
-        except (ValueError, OSError) as error:
-            self.store.set(name, str(error))
-            raise
-        self.store.set(name, "")
-        return None
+            return task() or ""
+        leads, ranks = self.is_main, self.size
+        place = f"{name}/result"
+        if per_node:
+            leads, ranks = self.local_rank == 0, self.local_size
+            place = f"{name}/result/{socket.gethostname()}"
+        if leads:
+            try:
+                result = task()
+            except (ValueError, OSError) as error:
+                self.store.set(f"{name}/failed", f"rank {self.rank}: {error}")
+                raise
+            self.store.set(place, result or "")
+            self.store.add(f"{name}/done", ranks)
+        while self.store.add(f"{name}/done", 0) < self.size:
+            if self.store.check([f"{name}/failed"]):
+                raise ValueError(self.store.get(f"{name}/failed").decode())
+            time.sleep(POLL_S)
+        return self.store.get(place).decode()
 
 
 def init_world(device: str = "auto", *, timeout_s: float = 60.0) -> World:

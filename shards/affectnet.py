@@ -9,8 +9,9 @@ which give each face's box.
 import csv
 import io
 import logging
+import math
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,22 @@ def _array(root: Path, relative: str) -> Any:
     """A number or text array from an .npy file; pickled objects are refused."""
     data = read_file(root, relative)
     try:
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+        start = data.index(b"\n") + 1  # the header ends with it
+        shape, dtype = _array_header(data[:start])
+        return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
     except Exception as error:  # the header is parsed as Python text: errors of many kinds
         raise ValueError(f"{root / relative}: no plain array: {error}") from error
+
+
+@lru_cache(64)  # a release's million arrays have a handful of headers
+def _array_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not of npy format 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects")
+    return shape, dtype
 
 
 def read_reduced(item: Item, root: Path, size: int | None) -> Content:

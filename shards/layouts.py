@@ -4,6 +4,7 @@ For trying the packers on data that everybody has. Labels are the release's own.
 """
 
 import csv
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from shards.synthetic import train_labels
 RAFDB = ("surprise", "fear", "disgust", "happy", "sad", "anger", "neutral")  # its labels 1 to 7
 SFEW = {"Angry": "anger", "Disgust": "disgust", "Fear": "fear", "Happy": "happy",
         "Neutral": "neutral", "Sad": "sad", "Surprise": "surprise"}  # fmt: skip
+ANNOTATIONS = ("exp", "val", "aro", "lnd")
 PHOTO_SIDE = 3  # a full release's photo is this many times as wide as the face in it
 
 
@@ -30,21 +32,35 @@ def write_folder(out: Path, counts: dict[str, int], *, size: int, seed: int) -> 
         start += count
 
 
-def write_affectnet_reduced(out: Path, train: int, val: int, *, size: int, seed: int) -> None:
-    """`train_set/images/<id>.jpg`, `annotations/<id>_{exp,val,aro,lnd}.npy`; `val_set` likewise."""
+def write_affectnet_reduced(
+    out: Path, train: int, val: int, *, size: int, seed: int, distinct: int | None = None
+) -> None:
+    """`train_set/images/<id>.jpg`, `annotations/<id>_{exp,val,aro,lnd}.npy`; `val_set` likewise.
+
+    distinct: different faces a split; the others are hard links to them.
+    """
     for split, count, start in (("train_set", train, 0), ("val_set", val, train)):
-        notes = out / split / "annotations"
+        images, notes = out / split / "images", out / split / "annotations"
         notes.mkdir(parents=True, exist_ok=True)
-        for index, label in _numbered(count, start):
-            _save(out / split / "images" / f"{index}.jpg", face(seed, index, label, size=size))
-            values = {
-                "exp": np.array(str(label)),
-                "val": np.array("0.1"),
-                "aro": np.array("-0.2"),
-                "lnd": np.linspace(0, size, 136),
-            }
-            for name, value in values.items():
-                np.save(notes / f"{index}_{name}.npy", value, allow_pickle=False)
+        own = np.bincount(train_labels(min(distinct or count, count)))  # faces of each class
+        drawn: list[list[int]] = [[] for _ in CLASSES]
+        for number, (index, label) in enumerate(_numbered(count, start)):
+            files = [(images, "", ".jpg"), *((notes, f"_{kind}", ".npy") for kind in ANNOTATIONS)]
+            if len(drawn[label]) == own[label]:
+                first = drawn[label][number % own[label]]
+                for folder, kind, suffix in files:
+                    os.link(folder / f"{first}{kind}{suffix}", folder / f"{index}{kind}{suffix}")
+                continue
+            drawn[label].append(index)
+            _save(images / f"{index}.jpg", face(seed, index, label, size=size))
+            values = (
+                np.array(str(label)),
+                np.array("0.1"),
+                np.array("-0.2"),
+                np.linspace(0, size, 136),
+            )
+            for kind, value in zip(ANNOTATIONS, values, strict=True):
+                np.save(notes / f"{index}_{kind}.npy", value, allow_pickle=False)
 
 
 def write_affectnet_full(out: Path, train: int, val: int, *, size: int, seed: int) -> None:

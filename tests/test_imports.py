@@ -7,6 +7,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 ALLOWED = {
     "dan_dist.augment": set(),
+    "dan_dist.cache": {"shardset"},
     "dan_dist.checkpoint": set(),
     "dan_dist.config": set(),
     "dan_dist.metrics": set(),
@@ -35,7 +36,7 @@ ALLOWED = {
     "shards.identities": {"release", "source"},
     "shards.align": {"dan_dist.shardset", "images", "release", "sfew", "source"},
     "shards.show": {"dan_dist.shardset", "source"},
-    "shards.verify": {"dan_dist.shardset", "images", "pool"},
+    "shards.verify": {"dan_dist.shardset", "images", "pool", "verify"},
     "shards.synthetic": {
         "dan_dist.shardset",
         "affectnet",

@@ -1,0 +1,126 @@
+"""Measures the pipeline on this machine: python launch/bench.py pack [--images N] [--workers N]
+
+Every figure stands beside a peer's, measured in the same run on the same input.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import webdataset
+
+from shards import affectnet, layouts
+
+POLL_S = 0.1
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one part; prints a table, and JSON to a file where asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = parser.add_subparsers(dest="part", required=True)
+    packing = parts.add_parser("pack", help="images/s of the packer beside webdataset.ShardWriter")
+    packing.add_argument("--images", type=int, default=30_000, help="default 30000")
+    packing.add_argument("--distinct", type=int, default=2000, help="the others are hard links")
+    packing.add_argument("--size", type=int, default=224, help="pixels (default 224)")
+    packing.add_argument("--workers", type=int, default=2, help="processes (default 2)")
+    packing.add_argument("--repeats", type=int, default=3, help="default 3; medians are printed")
+    packing.add_argument("--folder", help="where to write (default: a temporary folder)")
+    packing.add_argument("--json", help="a file for the figures")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        figures = pack(
+            Path(folder), options.images, options.distinct, options.size, options.workers,
+            options.repeats,
+        )  # fmt: skip
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+def pack(
+    folder: Path, images: int, distinct: int, size: int, workers: int, repeats: int
+) -> dict[str, float]:
+    """AffectNet's reduced release from listing to finished shards, in turn with the peer."""
+    source = folder / "source"
+    began = time.perf_counter()
+    layouts.write_affectnet_reduced(
+        source, images, 8, size=size, seed=0, distinct=min(distinct, images)
+    )
+    print(f"a reduced release of {images} images ({distinct} distinct) in "
+          f"{time.perf_counter() - began:.0f} s")  # fmt: skip
+    ours, theirs, peaks = [], [], []
+    for _ in range(repeats):
+        rate, peak_bytes = _pack_ours(source, folder / "ours", images + 8, size, workers)
+        ours.append(rate)
+        peaks.append(peak_bytes)
+        theirs.append(_pack_with_shardwriter(source, folder / "theirs", size))
+    ours_median, theirs_median = sorted(ours)[repeats // 2], sorted(theirs)[repeats // 2]
+    print(f"{'':34}{'images/s':>10}{'least':>10}{'most':>10}")
+    for name, rates in (
+        (f"shards.pack, {workers} workers", ours),
+        ("ShardWriter, 1 process", theirs),
+    ):
+        median = sorted(rates)[repeats // 2]
+        print(f"{name:34}{median:>10.0f}{min(rates):>10.0f}{max(rates):>10.0f}")
+    print(f"ratio {ours_median / theirs_median:.2f}; peak RSS of all processes "
+          f"{max(peaks) / 2**20:.0f} MiB")  # fmt: skip
+    return {
+        "images": images,
+        "workers": workers,
+        "images_per_s": ours_median,
+        "shardwriter_images_per_s": theirs_median,
+        "ratio": ours_median / theirs_median,
+        "peak_rss_bytes": max(peaks),
+    }
+
+
+def _pack_ours(source: Path, out: Path, images: int, size: int, workers: int) -> tuple[float, int]:
+    """Images/s of the documented command, and the most memory that its processes held together."""
+    command = [sys.executable, "-m", "shards.pack", "affectnet", "--source", str(source), "--out",
+               str(out), "--size", str(size), "--workers", str(workers)]  # fmt: skip
+    began, peak_bytes = time.perf_counter(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    tree = psutil.Process(process.pid)
+    while process.poll() is None:
+        try:
+            family = [tree, *tree.children(recursive=True)]
+            peak_bytes = max(peak_bytes, sum(p.memory_info().rss for p in family))
+        except psutil.NoSuchProcess:
+            pass
+        time.sleep(POLL_S)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    rate = images / (time.perf_counter() - began)
+    shutil.rmtree(out)
+    return rate, peak_bytes
+
+
+def _pack_with_shardwriter(source: Path, out: Path, size: int) -> float:
+    """Images/s of webdataset's own writer, fed with the same samples by this process."""
+    logging.disable(logging.WARNING)
+    out.mkdir()
+    began = time.perf_counter()
+    release = affectnet.release(source, size=size, margin=0.0)
+    count = 0
+    for split, items in release.splits.items():
+        pattern = str(out / f"{split}-%05d.tar")
+        with webdataset.ShardWriter(pattern, maxcount=1000, verbose=0) as writer:
+            for item in items:
+                image, meta = release.read(item)
+                sample = {"__key__": item.key, "jpg": image, "cls": item.label, "json": meta}
+                writer.write(sample)
+                count += 1
+    rate = count / (time.perf_counter() - began)
+    shutil.rmtree(out)
+    return rate
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,185 @@
+"""What verify finds and show shows, by their commands."""
+
+import json
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import run
+from dan_dist.shardset import MANIFEST, Sample, ShardSet, open_shardset, sha256_of, write_shard
+from shards.verify import verify
+
+
+def verified(root: Path) -> tuple[int, list[str]]:
+    done = run(sys.executable, "-m", "shards.verify", root, "--workers", "2", cwd=root.parent)
+    return done.returncode, done.stdout.splitlines()
+
+
+def edit(root: Path, change: Callable[[dict], object]) -> None:
+    manifest = json.loads((root / MANIFEST).read_text())
+    change(manifest)
+    (root / MANIFEST).write_text(json.dumps(manifest))
+
+
+def entry(manifest: dict, name: str) -> dict:
+    return next(s for v in manifest["splits"].values() for s in v["shards"] if s["name"] == name)
+
+
+def sign(root: Path, name: str) -> None:
+    """Makes the manifest say of a damaged shard what it is: only its content is wrong then."""
+    path = root / name
+    edit(root, lambda m: entry(m, name).update(
+        sha256=sha256_of(path), size_bytes=path.stat().st_size))  # fmt: skip
+
+
+def patch(root: Path, name: str, at: int, data: bytes) -> None:
+    content = bytearray((root / name).read_bytes())
+    content[at : at + len(data)] = data
+    (root / name).write_bytes(content)
+
+
+TAR = "train-01-00000.tar"
+
+
+def row(root: Path, sample: int = 3) -> np.void:
+    index = open_shardset(root).split("train").index
+    return index[np.flatnonzero(index["label"] == 1)[sample]]
+
+
+def flip_a_bit(root: Path) -> None:
+    at = int(row(root)["offset"]) + int(row(root)["size"]) // 2
+    patch(root, TAR, at, bytes([(root / TAR).read_bytes()[at] ^ 1]))
+
+
+def break_an_image(root: Path) -> None:
+    """Cut short by zeros: the tar and its signature are right, the picture is not."""
+    own = row(root)
+    patch(root, TAR, int(own["offset"]) + 300, bytes(int(own["size"]) - 300))
+    sign(root, TAR)
+
+
+def wrong_label(root: Path) -> None:
+    patch(root, TAR, (root / TAR).read_bytes().index(b".cls") // 512 * 512 + 512, b"5")
+    sign(root, TAR)
+
+
+def rewrite(root: Path, jpeg: Callable[[bytes], bytes], key: str = "") -> None:
+    """The shard with one image exchanged, index and signature kept as they were."""
+    index = open_shardset(root).split("train").index
+    own = index[index["shard"] == row(root)["shard"]]
+    data = (root / TAR).read_bytes()
+    samples = []
+    for k, r in enumerate(own):
+        image = data[r["offset"] : r["offset"] + r["size"]]
+        name = data[r["offset"] - 512 :][:100].split(b".")[0].decode()
+        samples.append(Sample(key if key and k == 3 else name, jpeg(image) if k == 3 else image, 1))
+    write_shard(root / TAR, samples)
+    sign(root, TAR)
+
+
+def another_index(root: Path) -> None:
+    index = np.load(root / "index-train.npy")
+    index["crc32"][5] ^= 1
+    np.save(root / "index-train.npy", index)
+
+
+def moved_offset(root: Path) -> None:
+    index = np.load(root / "index-train.npy")
+    index["offset"][5] += 512
+    np.save(root / "index-train.npy", index)
+
+
+def small(_: bytes) -> bytes:
+    from shards.images import encode
+
+    return encode(Image.new("RGB", (16, 16)))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a missing shard": (lambda r: (r / TAR).unlink(), f"{TAR}: missing"),
+    "a short shard": (lambda r: (r / TAR).write_bytes((r / TAR).read_bytes()[:-512]),
+                      "bytes, the manifest says"),
+    "a flipped bit": (flip_a_bit, f"{TAR}: its sha256 differs"),
+    "a broken image": (break_an_image, "its image"),
+    "a wrong label": (wrong_label, "label 5, the index says 1 and the manifest 1"),
+    "an image of another size": (lambda r: rewrite(r, small), "its image has (16, 16) pixels"),
+    "junk after an image": (lambda r: rewrite(r, lambda j: j + b"x"), "its image is no plain JPEG"),
+    "a key twice": (lambda r: rewrite(r, lambda j: j, "face_0000000"), "1 keys stand there twice"),
+    "a missing .idx": (lambda r: (r / TAR).with_suffix(".idx").unlink(), ".idx: missing"),
+    "another .idx": (lambda r: (r / TAR).with_suffix(".idx").write_text("v1.2 0\n"),
+                     ".idx: differs from its tar"),
+    "another index": (another_index, "index-train.npy: its sha256 differs"),
+    "an index that points elsewhere": (moved_offset, "its image stands at"),
+    "no index": (lambda r: (r / "index-train.npy").unlink(), "index-train.npy not found"),
+    "a shard too many": (lambda r: shutil.copy(r / TAR, r / "train-09-00000.tar"),
+                         "train-09-00000.tar: not part of the set"),
+    "no tar": (lambda r: ((r / TAR).write_bytes(b"x" * 102400), sign(r, TAR)), "no readable tar"),
+    "other counts": (lambda r: edit(r, lambda m: m["splits"]["train"]["counts"].reverse()),
+                     "samples by class, the manifest says"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_planted_damage_is_found_and_named(kind: str, faces: ShardSet, tmp_path: Path) -> None:
+    root = shutil.copytree(faces.root, tmp_path / "shards")
+    damage, said = DAMAGE[kind]
+    damage(root)
+    faults = list(verify(open_shardset(root), workers=1))
+    assert any(said in fault for fault in faults), faults
+
+
+def test_the_command_names_each_fault_and_counts_them(faces: ShardSet, tmp_path: Path) -> None:
+    root = shutil.copytree(faces.root, tmp_path / "shards")
+    (root / TAR).unlink()
+    wrong = root / "train-00-00000.idx"
+    wrong.write_text("")
+    expected = ["train-00-00000.idx: differs from its tar", f"{TAR}: missing", "2 faults"]
+    code, lines = verified(root)
+    assert code == 1 and sorted(lines[:-1]) == expected[:-1] and lines[-1] == expected[-1]
+
+
+def test_metadata_are_read(tmp_path: Path, faces: ShardSet) -> None:
+    root = shutil.copytree(faces.root, tmp_path / "shards")
+    own = open_shardset(root).split("train").index
+    data = (root / TAR).read_bytes()
+    samples = [
+        Sample(f"k{k}", data[r["offset"] : r["offset"] + r["size"]], 1, {"valence": 0.5})
+        for k, r in enumerate(own[own["shard"] == row(root)["shard"]])
+    ]
+    write_shard(root / TAR, samples)
+    patch(root, TAR, (root / TAR).read_bytes().index(b'{"valence"'), b"[")
+    sign(root, TAR)
+    faults = verify(open_shardset(root), workers=1)
+    assert any("k0: its metadata are no JSON" in fault for fault in faults)
+
+
+def test_a_whole_set_has_no_faults(faces: ShardSet) -> None:
+    assert verified(faces.root) == (0, [f"{faces.root}: 96 images, all as they should be"])
+
+
+def test_what_is_no_set_is_refused(tmp_path: Path) -> None:
+    for command in ("verify", "show"):
+        done = run(sys.executable, "-m", f"shards.{command}", tmp_path, cwd=tmp_path)
+        assert done.returncode == 2 and "no finished shards there" in done.stderr
+
+
+def test_show_draws_each_class(faces: ShardSet, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shards.show", faces.root, "--out", tmp_path / "sheets"]
+    done = run(*command, "--split", "val", "--images", "30", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1].split() == ["class", "train", "val"]
+    counts = faces.counts["train"]
+    assert ["contempt", str(counts[7]), "2"] in [x.split() for x in done.stdout.splitlines()]
+    sheets = sorted((tmp_path / "sheets").glob("*.png"))
+    assert [p.stem for p in sheets][:2] == ["val-00-neutral", "val-01-happy"]
+    for path in sheets:
+        with path.open("rb") as file:
+            width, height = struct.unpack(">II", file.read(24)[16:])
+        assert (width, height) == (12 * 32, 24 + 32)
+    assert "no split 'test'" in run(*command, "--split", "test", cwd=tmp_path).stderr
