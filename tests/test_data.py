@@ -1,7 +1,10 @@
 """Pixels and labels: the same at every world size, after every resume, and as Pillow reads them."""
 
 import io
+import os
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dan_dist.augment import ERASE_RATIO, UNIFORMS, Augment, place
-from dan_dist.data import MEAN, STD, Batch, Stream, evaluation_stream, train_stream
+from dan_dist import data
+from dan_dist.data import ADVISED_AHEAD, MEAN, STD, Batch, Stream, evaluation_stream, train_stream
 from dan_dist.sampler import augmentation_uniforms
 from dan_dist.shardset import ShardSet, Split, open_shardset
 
@@ -209,3 +213,27 @@ def test_other_sizes_are_resized_in_one_linear_step(faces: ShardSet) -> None:
     scale, mean = torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1)
     ours = (batch.images[0] * scale + mean) * 255
     assert (ours - v2.functional.pil_to_tensor(image)).abs().mean() < 1
+
+
+def test_the_kernel_is_told_of_reads_well_ahead(
+    faces: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split, told, lock = faces.split("train"), [], threading.Lock()
+
+    def note(file: int, offset: int, size: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        with lock:
+            told.append((os.readlink(f"/proc/self/fd/{file}"), offset, size))
+
+    monkeypatch.setattr(data.os, "posix_fadvise", note)
+    stream = training(split)
+    order = stream.order
+    next(stream)
+    deadline = time.monotonic() + 10
+    while len(told) < 12 * (ADVISED_AHEAD + 1) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    stream.close()
+    for step in range(ADVISED_AHEAD + 1):
+        for row in split.index[order(step).ids]:
+            own = str(split.path(row["shard"])), row["offset"], row["size"]
+            assert own in told

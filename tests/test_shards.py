@@ -151,6 +151,10 @@ KINDS: dict[str, tuple[Callable[[], bytes], bool]] = {  # name → bytes, kept a
         False,
     ),
     "transparent": (lambda: encoded(picture(0, mode="RGBA"), "PNG"), False),
+    "animated GIF": (
+        lambda: encoded(picture(0), "GIF", save_all=True, append_images=[picture(1)]),
+        False,
+    ),
     "palette GIF": (lambda: encoded(picture(0, mode="P"), "GIF"), False),
 }
 
