@@ -4,25 +4,29 @@ import logging
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 FORMAT = "dan_dist checkpoint, version 1"
 BEST = "best.pt"
+DAMAGE = "damaged-since-step"
 _STEP = re.compile(r"step-(\d+)\.pt")
 
 # Keys of the configuration that may change when a run goes on: they say how long, where and how
 # quickly it computes, not what.
 FREE_KEYS = (
-    "data.shards", "data.synthetic", "data.threads", "data.max_bad_images", "data.classes",
-    "train.epochs", "train.max_steps", "train.device", "train.compile", "train.output",
-    "train.resume", "train.keep_checkpoints", "train.checkpoint_every", "train.log_every",
-    "train.timeout_s", "tracking.", "model.backbone",
+    "data.shards", "data.cache", "data.synthetic", "data.threads", "data.max_bad_images",
+    "data.classes", "train.epochs", "train.max_steps", "train.device", "train.compile",
+    "train.output", "train.resume", "train.keep_checkpoints", "train.checkpoint_",
+    "train.log_every", "train.timeout_s", "tracking.", "model.backbone",
 )  # fmt: skip
 
 
@@ -46,6 +50,10 @@ def load(path: Path) -> dict[str, Any]:
         ValueError: not one of our checkpoints, or damaged.
     """
     try:
+        # torch writes a checksum of every part, but does not look at them.
+        with zipfile.ZipFile(path) as parts:
+            if (damaged := parts.testzip()) is not None:
+                raise ValueError(f"{damaged} does not have its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling garbage raises nearly anything
         reason = str(error).split("\n")[0]
@@ -53,6 +61,63 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this project, expected '{FORMAT}'")
     return content
+
+
+def to_cpu(value: Any) -> Any:
+    """A copy in the CPU's memory of all tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: to_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_cpu(item) for item in value)
+    return value
+
+
+class Writer:
+    """Writes checkpoints in a thread while training goes on.
+
+    Each is copied to the CPU's memory first. A disk that is full, or gone, costs that checkpoint
+    only: the former ones stay. `stop_on_error` makes it an error of the run instead.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, stop_on_error: bool) -> None:
+        self._folder, self._keep, self._stop_on_error = folder, keep, stop_on_error
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+
+    def write(self, step: int, content: Mapping[str, Any], *, is_best: bool) -> None:
+        """Starts writing the checkpoint of a step, and the best one, which has no optimiser state.
+
+        Raises:
+            OSError: the one before could not be written, and `stop_on_error`.
+        """
+        self.wait()
+        copied = to_cpu(content)
+        self._running = self._pool.submit(self._write, step, copied, is_best)
+
+    def wait(self) -> None:
+        """Waits for the checkpoint under way; raises as `write` does."""
+        if self._running is None:
+            return
+        running, self._running = self._running, None
+        try:
+            running.result()
+        except (OSError, RuntimeError) as error:  # torch's writer makes ENOSPC a RuntimeError
+            line = f"no checkpoint could be written into {self._folder}: {error}"
+            if self._stop_on_error:
+                raise OSError(line) from error
+            log.warning("%s; the one before stays, training goes on", line)
+
+    def close(self) -> None:
+        """Ends the thread when it has written what it was given."""
+        self._pool.shutdown()
+
+    def _write(self, step: int, content: dict[str, Any], is_best: bool) -> None:
+        save(step_path(self._folder, step), content)
+        prune(self._folder, self._keep)
+        if is_best:
+            save(self._folder / BEST, {k: v for k, v in content.items() if k != "optimizer"})
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -73,13 +138,38 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run that can be read; damaged ones are named and passed over."""
-    for path in steps_saved(folder):
+    """The newest checkpoint of a run that can be read; damaged ones are named and passed over.
+
+    After a run that ended for damaged images, one from before the first of them is preferred.
+    """
+    paths = steps_saved(folder)
+    if (since := _damaged_since(folder)) is not None:
+        intact = [path for path in paths if path < step_path(folder, since)]
+        paths = intact or paths
+    for path in paths:
         try:
             return path, load(path)
         except ValueError as error:
             log.warning("%s; trying the one before", error)
     return None
+
+
+def note_damage(folder: Path, since: int) -> None:
+    """Leaves word that training images were replaced from step `since` on, and then too many."""
+    (folder / DAMAGE).write_text(f"{since}\n")
+
+
+def forget_later(folder: Path, step: int) -> None:
+    """Removes the checkpoints after `step`, from which a run goes on, and the word on damage."""
+    for path in steps_saved(folder):
+        if path > step_path(folder, step):
+            path.unlink()
+    (folder / DAMAGE).unlink(missing_ok=True)
+
+
+def _damaged_since(folder: Path) -> int | None:
+    path = folder / DAMAGE
+    return int(path.read_text()) if path.is_file() else None
 
 
 def check_continues(

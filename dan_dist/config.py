@@ -97,9 +97,12 @@ class Train(Section):
     resume: Literal["auto", "never"] = "auto"
     max_steps: Count | None = None  # ends the run early
     keep_checkpoints: Count = 2
-    checkpoint_every: Count | None = None  # steps; None: after each epoch only
+    checkpoint_every: Count | None = None  # steps; an epoch's end has one in any case
+    checkpoint_minutes: Positive | None = 15.0  # since the last one; None: by steps alone
+    checkpoint_errors: Literal["continue", "stop"] = "continue"  # a full disk, say
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 0  # of a loss or gradient that is not finite
     log_every: Count = 20  # steps
-    timeout_s: Positive = 60.0  # after which a silent rank ends the job
+    timeout_s: Positive = 60.0  # without a step, after which the job ends and names the rank
 
 
 class Tracking(Section):

@@ -54,6 +54,10 @@ class Batch(NamedTuple):
     ids: Tensor  # (n,) int64 on the CPU: sample numbers in the split's index
 
 
+class TooMuchDamageError(OSError):
+    """More damaged images than the configuration tolerates."""
+
+
 class Request(NamedTuple):
     """What a rank needs for one step."""
 
@@ -104,7 +108,7 @@ class Reader:
     """Image bytes by sample number, checked; a damaged image is replaced by one of its class.
 
     The substitute is the next intact sample of the same class in index order, whatever the world
-    size. Each damaged image is named once in the log; more than `max_bad` raise OSError.
+    size. Each damaged image is named once in the log; more than `max_bad` raise TooMuchDamageError.
     """
 
     def __init__(self, split: Split, max_bad: int) -> None:
@@ -119,7 +123,7 @@ class Reader:
         """The JPEG bytes of `sample`, or of its substitute.
 
         Raises:
-            OSError: more than `max_bad` images are damaged, or a whole class is.
+            TooMuchDamageError: more than `max_bad` images are damaged, or a whole class is.
         """
         for candidate in self._candidates(sample):
             if candidate in self.bad:
@@ -128,7 +132,9 @@ class Reader:
             if not fault:
                 return np.frombuffer(data, np.uint8)
             self.report(candidate, fault)
-        raise OSError(f"no intact image is left of the class of {self.split.key(sample)}")
+        raise TooMuchDamageError(
+            f"no intact image is left of the class of {self.split.key(sample)}"
+        )
 
     def advise(self, ids: list[int]) -> None:
         """Tells the kernel that these images are wanted soon; it reads them while others go on."""
@@ -144,7 +150,7 @@ class Reader:
             self.bad[sample] = fault
             name, count = self.split.key(sample), len(self.bad)
         if count > self.max_bad:
-            raise OSError(
+            raise TooMuchDamageError(
                 f"{self.split.root / name}: {fault}; {count} images of split "
                 f"'{self.split.name}' are damaged, at most {self.max_bad} are tolerated"
             )
@@ -176,7 +182,8 @@ class Reader:
 class Stream:
     """Endless batches of one rank from global step `start` on.
 
-    `wait_s` adds up the time that `next` spent waiting. In evaluation (`augment` None) pixels are
+    `wait_s` adds up the time that `next` spent waiting; `replaced` is the number of images of the
+    last batch that stand in for damaged ones. In evaluation (`augment` None) pixels are
     decoded, resized where the shards' size differs, and normalised, nothing else.
     """
 
@@ -195,7 +202,7 @@ class Stream:
         self.reader, self.order, self.augment = reader, order, augment
         self.image_size, self.resize = image_size, shard_image_size != image_size
         self.device, self.threads = device, threads
-        self.step, self.wait_s = start, 0.0
+        self.step, self.wait_s, self.replaced = start, 0.0, 0
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
         self._build()
 
@@ -209,6 +216,7 @@ class Stream:
         pixels = torch.utils.dlpack.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
         both = torch.utils.dlpack.from_dlpack(numbers.as_tensor())
         labels = both[:, 0].to(self.device, non_blocking=True)
+        self.replaced = self._replaced.pop(self.step)
         self.step += 1
         self.wait_s += time.perf_counter() - began
         return Batch(pixels, labels, both[:, 1])
@@ -223,6 +231,7 @@ class Stream:
         """A pipeline whose iteration 0 is global step `self.step`."""
         self._first = self.step
         self._requests: dict[int, Request] = {}
+        self._replaced: dict[int, int] = {}
         self._fetched: dict[int, list[Future[list[NDArray[np.uint8]]]]] = {}
         samples = len(self.order(self.step).ids)
         on_gpu = self.device.type == "cuda"
@@ -257,6 +266,7 @@ class Stream:
         labels[request.ids < 0] = -1
         numbers = np.stack([labels, request.ids], axis=1)
         images = [image for future in futures for image in future.result()]
+        self._replaced[step] = sum(i in self.reader.bad for i in request.ids.tolist())
         if self.augment is None or request.uniforms is None:
             return images, numbers
         return images, numbers, *place(request.uniforms, self.augment, self.image_size)

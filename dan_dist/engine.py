@@ -5,8 +5,9 @@ micro-batches: each part contributes its share of the mean, DDP's averaging is u
 """
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,23 @@ from dan_dist.world import World
 log = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bf16", "float64"]
+
+
+class Votes(NamedTuple):
+    """What one rank asks of all; summed over ranks along with the loss."""
+
+    stop: bool  # end after a checkpoint
+    save: bool  # write a checkpoint
+    replaced: int  # images of the batch that stand in for damaged ones
+
+
+class StepResult(NamedTuple):
+    """One step's figures, on the device: the same on all ranks."""
+
+    losses: Tensor  # (4,) means over the global batch: total, classification, FCN, AFN
+    votes: Tensor  # (3,) sums over ranks, in the order of Votes
+    grad_norm: Tensor  # () of the whole gradient
+    skipped: bool = False  # the weights were left as they were
 
 
 def micro_steps(global_batch: int, micro_batch: int | None, world_size: int) -> int:
@@ -70,7 +88,9 @@ class Engine:
         compile: bool,
         global_batch: int,
         micro_batch: int | None,
+        may_skip: bool,
     ) -> None:
+        self.may_skip = may_skip
         self.world, self.global_batch = world, global_batch
         self.micro_steps = micro_steps(global_batch, micro_batch, world.size)
         self.sync_bn = sync_bn
@@ -98,11 +118,11 @@ class Engine:
         else:
             self.optimizer = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay)
 
-    def train_step(self, batch: Batch, *, lr: float) -> Tensor:
+    def train_step(self, batch: Batch, *, lr: float, votes: Votes) -> StepResult:
         """One optimiser step on this rank's part of a global batch.
 
-        Returns (4,) on the device: the mean over the global batch of the loss and its parts
-        (total, classification, FCN, AFN), reduced over ranks.
+        With `may_skip`, a step whose loss or gradient is not finite changes nothing; to know, the
+        device is waited for.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -117,16 +137,28 @@ class Engine:
                 loss = self._forward(x, y)
                 (loss.total * self.world.size).backward()  # type: ignore[no-untyped-call]
             parts += loss.parts
+        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        own = torch.tensor(votes, dtype=self.dtype)
+        sums = self.world.sum(torch.cat([parts, own.to(self.world.device, non_blocking=True)]))
+        if self.may_skip and not torch.isfinite(sums[0] + norm):
+            return StepResult(sums[:4], sums[4:], norm, skipped=True)
         self.optimizer.step()
-        return self.world.sum(parts)
+        return StepResult(sums[:4], sums[4:], norm)
 
     @torch.no_grad()
-    def evaluate(self, stream: Stream, steps: int, classes: int) -> Tensor:
-        """The confusion matrix (classes, classes) of a whole split, summed over ranks."""
+    def evaluate(
+        self, stream: Stream, steps: int, classes: int, advance: Callable[[str], None]
+    ) -> Tensor:
+        """The confusion matrix (classes, classes) of a whole split, summed over ranks.
+
+        advance: called before each step of it.
+        """
         self._average_buffers()
         self.model.eval()
         matrix = torch.zeros(classes, classes, dtype=torch.int64, device=self.world.device)
-        for _ in range(steps):
+        for step in range(steps):
+            advance(f"evaluation step {step + 1}")
             batch = next(stream)
             with self._autocast():
                 logits = self.objective.network(batch.images.to(self.dtype)).logits

@@ -1,13 +1,17 @@
-"""What rank 0 tells while training: a bar, log lines and metrics; and the watch for NaN."""
+"""What rank 0 tells while training: a bar, log lines and metrics; and what all ranks watch for:
+a loss that is not finite, and what they have asked of each other.
+"""
 
 import logging
+import math
 import time
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dan_dist.data import Stream
+from dan_dist.data import Batch, Stream
+from dan_dist.engine import StepResult, Votes
 from dan_dist.tracking import NullTracker
 
 log = logging.getLogger(__name__)
@@ -15,8 +19,20 @@ log = logging.getLogger(__name__)
 PARTS = ("loss", "loss_classification", "loss_fcn", "loss_afn")
 
 
+class NotFiniteError(FloatingPointError):
+    """The loss or the gradient of a step is not finite."""
+
+    def __init__(self, step: int, batch: Batch, line: str) -> None:
+        super().__init__(line)
+        self.step, self.batch = step, batch
+
+
 class Progress:
-    """Follows a run step by step. All ranks keep one: the watch stops them at the same step."""
+    """Follows a run step by step. All ranks keep one: the watch stops them at the same step.
+
+    `stop` and `save` are set once any rank has asked for it, one step late; `replaced` is the
+    number of images so far that stood in for damaged ones, `replaced_since` the first such step.
+    """
 
     def __init__(
         self,
@@ -30,42 +46,63 @@ class Progress:
         steps_per_epoch: int,
         global_batch: int,
         log_every: int,
+        replaced: int,
+        max_skipped: int,
     ) -> None:
+        self.stop = self.save = False
+        self.replaced, self.replaced_since = replaced, None if not replaced else 0
+        self.skipped, self.max_skipped = 0, max_skipped
         self.tracker, self.stream = tracker, stream
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         self.global_batch, self.log_every = global_batch, log_every
         self.bar = tqdm(total=total, initial=start, unit="step", disable=None if visible else True)
-        self.unchecked: tuple[int, Tensor] | None = None
+        self.unchecked: tuple[int, Batch, StepResult] | None = None
+        self.grad_norms: list[Tensor] = []
         self.losses: list[Tensor] = []
         self.restart_clock()
 
-    def step(self, done: int, losses: Tensor, lr: float) -> None:
-        """Notes the global losses (4,) of step number `done` (from 1); a log line each interval.
+    def step(self, done: int, batch: Batch, result: StepResult, lr: float) -> None:
+        """Notes the result of step number `done` (from 1); a log line each interval.
 
         Raises:
-            FloatingPointError: the previous step's loss is not finite. It is looked at one step
-                late, when a GPU has finished it, so that looking never makes the GPU wait.
+            NotFiniteError: the previous step's loss or gradient is not finite. It is looked at one
+                step late, when a GPU has finished it, so that looking never makes the GPU wait.
         """
         self.check()
-        self.unchecked = done, losses
-        self.losses.append(losses)
+        self.unchecked = done, batch, result
+        if not result.skipped:
+            self.losses.append(result.losses)
+            self.grad_norms.append(result.grad_norm)
         self.bar.update()
         if done % self.log_every == 0:
             self._log(done, lr)
 
     def check(self) -> None:
-        """Looks at the last step's loss; called before its weights are evaluated or saved.
+        """Looks at the last step's result; called before its weights are evaluated or saved.
 
         Raises:
-            FloatingPointError: it is not finite; names the step and the parts of the loss.
+            NotFiniteError: names the step, the parts of the loss and the gradient's norm.
         """
         if self.unchecked is None:
             return
-        (step, losses), self.unchecked = self.unchecked, None
-        if not torch.isfinite(losses[0]):
-            values = zip(PARTS, losses.tolist(), strict=True)
-            parts = ", ".join(f"{name} {value:.4g}" for name, value in values)
-            raise FloatingPointError(f"the loss is not finite at step {step} ({parts})")
+        (step, batch, result), self.unchecked = self.unchecked, None
+        figures = torch.cat([result.losses, result.grad_norm[None], result.votes]).tolist()
+        losses, norm, votes = figures[:4], figures[4], Votes(*figures[5:])
+        self.stop |= votes.stop > 0
+        self.save |= votes.save > 0
+        self.replaced += int(votes.replaced)
+        if votes.replaced and self.replaced_since is None:
+            self.replaced_since = step
+        if math.isfinite(losses[0]) and math.isfinite(norm):
+            return
+        values = zip((*PARTS, "gradient norm"), (*losses, norm), strict=True)
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in values)
+        what = "gradient" if math.isfinite(losses[0]) else "loss"
+        line = f"the {what} is not finite at step {step} ({parts})"
+        self.skipped += result.skipped
+        if not result.skipped or self.skipped > self.max_skipped:
+            raise NotFiniteError(step, batch, line)
+        log.warning("%s: skipped, the %d. of at most %d", line, self.skipped, self.max_skipped)
 
     def evaluated(self, done: int, metrics: dict[str, float], best_accuracy: float) -> None:
         """Tells of an evaluation after step `done`."""
@@ -80,6 +117,7 @@ class Progress:
         """Starts an interval: so evaluation and saving stay out of the throughput."""
         self.began, self.waited_s = time.perf_counter(), self.stream.wait_s
         self.losses.clear()
+        self.grad_norms.clear()
 
     def close(self) -> None:
         self.bar.close()
@@ -88,6 +126,8 @@ class Progress:
         return -(-done // self.steps_per_epoch)
 
     def _log(self, done: int, lr: float) -> None:
+        if not self.losses:  # every step of the interval was skipped
+            return
         means = torch.stack(self.losses).mean(dim=0).tolist()
         elapsed_s = time.perf_counter() - self.began
         rate = len(self.losses) * self.global_batch / elapsed_s
@@ -99,6 +139,10 @@ class Progress:
         )  # fmt: skip
         values = {f"train/{name}": value for name, value in zip(PARTS, means, strict=True)}
         speed = {"train/images_per_s": rate, "train/wait_share": wait, "train/lr": lr}
-        epoch = {"train/epoch": done / self.steps_per_epoch}
-        self.tracker.metrics({**values, **speed, **epoch}, done)
+        others = {
+            "train/epoch": done / self.steps_per_epoch,
+            "train/gradient_norm": torch.stack(self.grad_norms).mean().item(),
+            "train/replaced_images": self.replaced,
+        }
+        self.tracker.metrics({**values, **speed, **others}, done)
         self.restart_clock()

@@ -1,35 +1,36 @@
 """The run's record in MLflow, written by rank 0; a tracker that records nothing elsewhere.
 
-A tracking server that fails never stops training: the first failure is said once, and what could
-not be sent is left out.
+Everything goes into a journal first; a thread sends it on. So training never waits for a tracking
+server, and what a server missed arrives when it is back, or by
+
+    python -m dan_dist.tracking replay RUN_FOLDER
 """
 
+import argparse
 import logging
 import os
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from torch import Tensor
 
-from dan_dist.data import MEAN, STD
+from dan_dist.journal import Journal
 
 log = logging.getLogger(__name__)
 
 # mlflow's own defaults wait four minutes for a server that is gone
 _BOUNDS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _STORE = "mlflow.db"
+_JOURNAL_TAG = "dan_dist.journal"
+FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
+DRAIN_S = 60.0  # at the end of a run, as long as the server takes what it is sent
+SHORT_DRAIN_S = 5.0
 
 
 class NullTracker:
@@ -48,107 +49,220 @@ class NullTracker:
 
 
 class MlflowTracker(NullTracker):
-    """One MLflow run, opened or, given `run_id`, continued.
+    """One MLflow run, opened or, where the journal in `folder` holds one, continued.
 
     The store is MLFLOW_TRACKING_URI, or `mlflow.db` in the working folder.
+
+    Raises:
+        OSError: another training has `folder` open.
     """
 
     def __init__(
         self,
+        folder: Path,
         *,
         experiment: str,
         run_name: str | None,
-        run_id: str | None,
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         config: Mapping[str, Any],
     ) -> None:
+        self._journal, self._folder = Journal(folder), folder
+        local = f"sqlite:///{Path(_STORE).absolute()}"
+        uri = os.environ.get("MLFLOW_TRACKING_URI", local)
+        artifacts = Path("mlruns").absolute().as_uri() if uri == local else None
+        tags = {**tags, "commit": commit()}
+        if not self._journal.opened:
+            self._journal.append(
+                "run", experiment=experiment, name=run_name, artifacts=artifacts, uri=uri,
+                params={key: str(value) for key, value in params.items()}, config=dict(config),
+                time_ms=_now_ms(),
+            )  # fmt: skip
+        self._journal.append("status", status="RUNNING", tags=tags)
+        self.where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+        self._sender = Sender(self._journal, uri)
+        self._sender.start()
+
+    @property
+    def run_id(self) -> str | None:  # type: ignore[override]
+        return self._journal.run_id
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Notes `values` at the given optimiser step, unless they were noted for it before."""
+        if new := self._journal.new_metrics(values, step):
+            self._journal.append("metrics", values=new, step=step, time_ms=_now_ms())
+
+    def figure(self, name: str, draw: Callable[..., Figure], *values: Any) -> None:
+        """Notes the figure `draw(*values)` as the artifact `name`."""
+        path = self._folder / "figures" / name
+        path.parent.mkdir(exist_ok=True)
+        drawn = draw(*values)
+        drawn.savefig(path)
+        plt.close(drawn)
+        self.artifact(path, "")
+
+    def artifact(self, path: Path, folder: str) -> None:
+        """Notes a file to be copied among the run's artifacts as it is when it is sent."""
+        relative = os.path.relpath(path, self._folder)
+        self._journal.append("artifact", path=relative, folder=folder)
+
+    def end(self, status: str) -> None:
+        """Ends the run (FINISHED, FAILED, KILLED) and waits while the server takes what is left.
+
+        Only a finished run waits for long: one that was told to stop has little time.
+        """
+        self._journal.append("status", status=status, tags={}, time_ms=_now_ms())
+        self._sender.drain(DRAIN_S if status == "FINISHED" else SHORT_DRAIN_S)
+        if left := len(self._journal.pending):
+            log.warning(
+                "%d records have not reached MLflow; when it is back: "
+                "python -m dan_dist.tracking replay %s", left, self._folder,
+            )  # fmt: skip
+        self._journal.close()
+
+
+class Sender(threading.Thread):
+    """Sends a journal's records to MLflow in their order, each until it has arrived.
+
+    Sending one twice does no harm: a run is found by its journal's tag, and MLflow keeps one of
+    several equal metrics (same step, time and value).
+    """
+
+    def __init__(self, journal: Journal, uri: str) -> None:
+        super().__init__(name="tracking", daemon=True)
         for name, value in _BOUNDS.items():
             os.environ.setdefault(name, value)
         import mlflow  # seconds to import, and only here
 
         logging.getLogger("alembic").setLevel(logging.WARNING)  # tells of each table it makes
         logging.getLogger("mlflow").setLevel(logging.WARNING)
-        self._broken = False
-        local = f"sqlite:///{Path(_STORE).absolute()}"
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI", local)
-        artifacts = Path("mlruns").absolute().as_uri() if self.uri == local else None
-        self._client = mlflow.MlflowClient(self.uri)
-        self._try(lambda: self._open(experiment, run_name, run_id, artifacts))
-        if self.run_id and not run_id:
-            self._try(lambda: self._describe(params, config))
-        for key, value in {**tags, "commit": commit()}.items():
-            self._try(partial(self._tag, key, value))
-        if self.uri.startswith("http"):
-            self.where = self.uri
-        elif not self._broken:
-            self.where = f"mlflow ui --backend-store-uri {self.uri}"
+        self._journal, self._uri, self._new_client = journal, uri, mlflow.MlflowClient
+        self._client: Any = None
+        self._ending = self._failing = False
 
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Logs `values` at the given optimiser step."""
-        from mlflow.entities import Metric
+    def run(self) -> None:
+        delay_s = FIRST_RETRY_S
+        while record := self._next():
+            try:
+                self.deliver(record)
+            except Exception as error:  # whatever mlflow and its HTTP stack raise
+                if not self._failing:
+                    reason = str(error).split("\n")[0]
+                    log.warning("MLflow at %s failed, its journal grows: %s", self._uri, reason)
+                self._failing = True
+                with self._journal.changed:
+                    if self._ending:
+                        return
+                    self._journal.changed.wait(delay_s)
+                delay_s = min(2 * delay_s, LAST_RETRY_S)
+                continue
+            if self._failing:
+                log.warning("MLflow at %s is back", self._uri)
+            self._failing, delay_s = False, FIRST_RETRY_S
+            self._journal.acknowledge()
 
-        now_ms = int(time.time() * 1000)
-        batch = [Metric(k, v, now_ms, step) for k, v in values.items()]
-        self._try(lambda: self._client.log_batch(self._run, metrics=batch))
+    def drain(self, timeout_s: float) -> None:
+        """Ends the thread once all is sent, at its next failure, or after `timeout_s`."""
+        with self._journal.changed:
+            self._ending = True
+            self._journal.changed.notify_all()
+        self.join(timeout_s)
 
-    def figure(self, name: str, draw: Callable[..., Figure], *values: Any) -> None:
-        """Logs the figure `draw(*values)` as the artifact `name`."""
+    def deliver(self, record: Mapping[str, Any]) -> None:
+        """Sends one record."""
+        from mlflow.entities import Metric, Param
 
-        def send() -> None:
-            drawn = draw(*values)
-            self._client.log_figure(self._run, drawn, name)
-            plt.close(drawn)
+        if self._client is None:
+            self._client = self._new_client(self._uri)
+        client, run_id = self._client, self._journal.run_id
+        match record["kind"]:
+            case "run":
+                run_id = self._open(record)
+                params = [Param(key, value[:6000]) for key, value in record["params"].items()]
+                client.log_batch(run_id, params=params)
+                client.log_dict(run_id, record["config"], "config.yaml")
+                self._journal.run_id = run_id
+            case "metrics":
+                rows = [
+                    Metric(key, value, record["time_ms"], record["step"])
+                    for key, value in record["values"].items()
+                ]
+                client.log_batch(run_id, metrics=rows)
+            case "artifact":
+                client.log_artifact(
+                    run_id, str(self._journal.folder / record["path"]), record["folder"] or None
+                )
+            case "status":
+                for key, value in record["tags"].items():
+                    client.set_tag(run_id, key, value)
+                if record["status"] == "RUNNING":
+                    client.update_run(run_id, "RUNNING")
+                else:
+                    client.set_terminated(run_id, record["status"], record["time_ms"])
 
-        self._try(send)
-
-    def artifact(self, path: Path, folder: str) -> None:
-        """Copies a file among the run's artifacts."""
-        self._try(lambda: self._client.log_artifact(self._run, str(path), folder))
-
-    def end(self, status: str) -> None:
-        """Ends the run: FINISHED, FAILED or KILLED."""
-        self._try(lambda: self._client.set_terminated(self._run, status))
-
-    def _open(
-        self, experiment: str, run_name: str | None, run_id: str | None, artifacts: str | None
-    ) -> None:
-        if run_id:
-            self._client.set_terminated(run_id, "RUNNING")
-            self.run_id = run_id
-            return
-        found = self._client.get_experiment_by_name(experiment)
-        number = (
+    def _open(self, record: Mapping[str, Any]) -> str:
+        """The run of this journal: the one with its tag, or a new one."""
+        name = record["experiment"]
+        found = self._client.get_experiment_by_name(name)
+        number: str = (
             found.experiment_id
             if found
-            else self._client.create_experiment(experiment, artifact_location=artifacts)
+            else self._client.create_experiment(name, artifact_location=record["artifacts"])
         )
-        self.run_id = self._client.create_run(number, run_name=run_name).info.run_id
+        own = f"tags.`{_JOURNAL_TAG}` = '{self._journal.id}'"
+        runs = self._client.search_runs([number], own, order_by=["attributes.start_time ASC"])
+        if runs:
+            return str(runs[0].info.run_id)
+        tags = {_JOURNAL_TAG: self._journal.id}
+        run = self._client.create_run(number, record["time_ms"], tags, record["name"])
+        return str(run.info.run_id)
 
-    @property
-    def _run(self) -> str:
-        assert self.run_id is not None
-        return self.run_id
+    def _next(self) -> dict[str, Any] | None:
+        """The first record that was not delivered; None once the journal ends."""
+        with self._journal.changed:
+            while not self._journal.pending:
+                if self._ending:
+                    return None
+                self._journal.changed.wait()
+            return self._journal.pending[0]
 
-    def _tag(self, key: str, value: str) -> None:
-        self._client.set_tag(self._run, key, value)
 
-    def _describe(self, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
-        rows = [Param(k, str(v)) for k, v in params.items()]
-        self._client.log_batch(self._run, params=rows)
-        self._client.log_dict(self._run, dict(config), "config.yaml")
 
-    def _try(self, task: Callable[[], Any]) -> None:
-        if self._broken:
-            return
-        try:
-            task()
-        except Exception as error:  # whatever mlflow and its HTTP stack raise
-            self._broken = True
-            reason = str(error).split("\n")[0]
-            log.warning("MLflow at %s failed, going on without it: %s", self.uri, reason)
+def replay(folder: Path) -> int:
+    """Sends what a run's journal still holds; returns the number of records.
+
+    Raises:
+        FileNotFoundError: `folder` holds no journal. OSError: its training is still running.
+    """
+    if not (folder / "journal.jsonl").is_file():
+        raise FileNotFoundError(f"{folder} holds no journal of a run")
+    journal = Journal(folder)
+    count = len(journal.pending)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or journal.uri
+    sender = Sender(journal, uri)
+    while journal.pending:
+        sender.deliver(journal.pending[0])
+        journal.acknowledge()
+    journal.close()
+    return count
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m dan_dist.tracking")
+    parser.add_argument("command", choices=("replay",), help="send what MLflow has missed")
+    parser.add_argument("folder", help="the run's folder (train.output)")
+    options = parser.parse_args(arguments)
+    try:
+        count = replay(Path(options.folder))
+    except Exception as error:  # mlflow's errors share no base but Exception
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    print(f"{count} records sent")
+    return 0
 
 
 def commit() -> str:
@@ -160,37 +274,5 @@ def commit() -> str:
         return "unknown"
 
 
-def confusion_figure(matrix: NDArray[np.int64], class_names: tuple[str, ...]) -> Figure:
-    """The validation confusion matrix: colour is the share of the true class, text the images."""
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = 2.5 + 0.6 * len(class_names)
-    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, label="share of the true class", shrink=0.8)
-    axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
-    axes.set_yticks(range(len(class_names)), class_names)
-    accuracy = matrix.trace() / matrix.sum()
-    axes.set(xlabel="predicted", ylabel="true", title=f"Validation, accuracy {accuracy:.2%}")
-    for (row, column), count in np.ndenumerate(matrix):
-        color = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, str(count), ha="center", va="center", color=color)
-    return figure
-
-
-def images_figure(images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> Figure:
-    """Up to 32 training images (n, 3, S, S) as the network sees them, under their class names."""
-    count = min(len(images), 32)
-    columns = min(count, 8)
-    rows = -(-count // columns)
-    pixels = images[:count].permute(0, 2, 3, 1).float().cpu().numpy() * STD + MEAN
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.4 * columns, 1.6 * rows + 0.4), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for k, axis in enumerate(axes.flat):
-        axis.axis("off")
-        if k < count:
-            axis.imshow(pixels[k].clip(0, 1))
-            axis.set_title(class_names[int(labels[k])], fontsize=9)
-    figure.suptitle("Training images, augmented")
-    return figure
+if __name__ == "__main__":
+    sys.exit(main())

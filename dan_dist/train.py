@@ -1,8 +1,11 @@
 """The story of a training run: shards, network, resume, loop, evaluation, checkpoints."""
 
+import json
 import logging
+import math
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,42 +13,69 @@ from dan_dist import checkpoint
 from dan_dist.augment import Augment
 from dan_dist.cache import is_remote, localise
 from dan_dist.config import Config, Schedule, flatten
-from dan_dist.data import Stream, evaluation_stream, train_stream
-from dan_dist.engine import Engine, Precision, check_split
+from dan_dist.data import Stream, TooMuchDamageError, evaluation_stream, train_stream
+from dan_dist.engine import Engine, Precision, Votes, check_split
+from dan_dist.figures import confusion_figure, images_figure
 from dan_dist.losses import Objective
 from dan_dist.metrics import summarise
 from dan_dist.model import DAN, load_backbone
-from dan_dist.progress import Progress
+from dan_dist.progress import NotFiniteError, Progress
+from dan_dist.pulse import Pulse
 from dan_dist.sampler import steps_per_epoch
 from dan_dist.shardset import ShardSet, Split, open_shardset
-from dan_dist.tracking import MlflowTracker, NullTracker, confusion_figure, images_figure
+from dan_dist.stop import OUTCOME, Status, StopRequest, write_outcome
+from dan_dist.tracking import MlflowTracker, NullTracker
 from dan_dist.world import World, close_world, core_count, init_world
 from shards import synthetic
 
 log = logging.getLogger(__name__)
 
 
-def main(config: Config) -> dict[str, float]:
-    """Trains as `config` says, on as many ranks as torchrun started; returns the last metrics.
+class Ended(NamedTuple):
+    """How a run ended, and its last evaluation."""
+
+    status: Status
+    metrics: dict[str, float]
+
+
+def main(config: Config, stop: StopRequest | None = None) -> Ended:
+    """Trains as `config` says, on as many ranks as torchrun started; returns how it ended.
+
+    stop: what tells that the run is to end after a checkpoint; its handlers are the caller's.
 
     Raises:
         ValueError, OSError: bad input, in one line, before training starts.
-        FloatingPointError: the loss is not finite; names the step.
+        FloatingPointError: the loss or the gradient is not finite; names the step.
+        Stopped: a stop signal before training.
     """
-    world = init_world(config.train.device, timeout_s=config.train.timeout_s)
+    folder = Path(config.train.output)
+    world = init_world(config.train.device)
+    pulse = Pulse(
+        world.store, world.rank, world.size, timeout_s=config.train.timeout_s,
+        on_loss=lambda line: write_outcome(folder, "failed", step=None, reason=line),
+    )  # fmt: skip
     try:
-        return run(config, world)
+        return run(config, world, stop or StopRequest(), pulse)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if world.is_main:
+            write_outcome(folder, "failed", step=None, reason=str(error))
+        raise
+    except RuntimeError as error:
+        if world.size > 1 and (line := pulse.lost()):
+            raise ConnectionError(line) from error
+        raise
     finally:
+        pulse.close()
         close_world(world)
 
 
-def run(config: Config, world: World) -> dict[str, float]:
+def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
     """One training run in a world that is already there."""
     world.once("synthetic", lambda: make_synthetic(config))
-    folder = world.once(
+    cached = world.once(
         "cache", lambda: localise(config.data.shards, config.data.cache), per_node=True
     )
-    shards, train, val = world.together(lambda: open_data(config, world, folder))
+    shards, train, val = world.together(lambda: open_data(config, world, cached))
     objective = world.together(lambda: build_objective(config, shards))
     engine = build_engine(config, world, objective)
     saved = world.together(lambda: resume(config, engine, shards))
@@ -56,32 +86,44 @@ def run(config: Config, world: World) -> dict[str, float]:
             f"train.output {config.train.output} is at step {saved['step']} already, "
             f"train.epochs and train.max_steps end at {total}"
         )
-
-    tracker = open_tracker(config, world, shards, saved["run_id"])
+    world.once("folder", lambda: take_over(config, saved["step"]))
+    tracker = world.together(lambda: open_tracker(config, world, shards))
     batches = open_train_stream(config, world, shards, train, start=saved["step"])
     val_batches, val_steps = open_val_stream(config, world, shards, val)
     progress = Progress(
         tracker, batches, visible=world.is_main, start=saved["step"], total=total,
-        epochs=config.train.epochs, steps_per_epoch=steps,
+        epochs=config.train.epochs, steps_per_epoch=steps, replaced=saved["replaced"],
         global_batch=config.train.global_batch, log_every=config.train.log_every,
+        max_skipped=config.train.max_skipped_steps,
     )  # fmt: skip
-    best, metrics = saved["best"], saved["metrics"]
-    status = "FAILED"
+    writer = checkpoint.Writer(
+        Path(config.train.output), keep=config.train.keep_checkpoints,
+        stop_on_error=config.train.checkpoint_errors == "stop",
+    )  # fmt: skip
+    due = Timer(config.train.checkpoint_minutes)
+    best, metrics, done = saved["best"], saved["metrics"], saved["step"]
+    status: Status = "failed"
+    stop.wait_for_step = True
     try:
         for done in range(saved["step"] + 1, total + 1):
+            pulse.advance(f"step {done}")
             batch = next(batches)
             lr = learning_rate(config.optim.lr, config.schedule, (done - 1) // steps)
-            losses = engine.train_step(batch, lr=lr)
-            progress.step(done, losses, lr)
+            votes = Votes(stop.signal is not None, world.is_main and due(), batches.replaced)
+            result = engine.train_step(batch, lr=lr, votes=votes)
+            progress.step(done, batch, result, lr)
             if done == 1:
                 tracker.figure("training_images.png", images_figure, *batch[:2], shards.class_names)
             evaluate = done % steps == 0 or done == total
-            if not evaluate and done % (config.train.checkpoint_every or total):
+            at_interval = done % (config.train.checkpoint_every or total) == 0
+            if not (evaluate or at_interval or progress.stop or progress.save):
                 continue
             progress.check()
             is_best = False
             if evaluate:
-                matrix = engine.evaluate(val_batches, val_steps, len(shards.class_names))
+                matrix = engine.evaluate(
+                    val_batches, val_steps, len(shards.class_names), pulse.advance
+                )
                 metrics = summarise(matrix, shards.class_names)
                 is_best = metrics["accuracy"] > best.get("accuracy", -1.0)
                 best = {**metrics, "epoch": -(-done // steps)} if is_best else best
@@ -92,20 +134,59 @@ def run(config: Config, world: World) -> dict[str, float]:
                         "confusion_matrix.png", confusion_figure, counts, shards.class_names
                     )
             if world.is_main:
-                state = {"step": done, "best": best, "metrics": metrics, "run_id": tracker.run_id}
-                save(config, engine, shards, state, is_best=is_best)
+                state = {"step": done, "best": best, "metrics": metrics, "run_id": tracker.run_id,
+                         "replaced": progress.replaced}  # fmt: skip
+                writer.write(done, describe(config, engine, shards, state), is_best=is_best)
+            progress.save = False
+            due.restart()
             progress.restart_clock()
-        report(config, world, tracker, shards, total, metrics, best)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
+            if progress.stop and done < total:
+                status = "preempted"
+                break
+        else:
+            status = "finished"
+        writer.wait()
+        if world.is_main:
+            write_end(config, status, done, stop)
+        if status == "finished":
+            report(config, world, tracker, shards, total, metrics, best)
+    except TooMuchDamageError:
+        if progress.replaced_since:
+            checkpoint.note_damage(Path(config.train.output), progress.replaced_since)
+        raise
+    except NotFiniteError as error:
+        save_evidence(config, world, train, error)
         raise
     finally:
         progress.close()
-        tracker.end(status)
+        writer.close()
+        tracker.end({"finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}[status])
         batches.close()
         val_batches.close()
-    return dict(metrics)
+    return Ended(status, dict(metrics))
+
+
+def write_end(config: Config, status: Status, step: int, stop: StopRequest) -> None:
+    """Says how the run ended, in its folder and, where it will go on, on the screen."""
+    reason = "all steps done"
+    if status == "preempted":
+        reason = f"{stop.signal or 'a signal to another rank'}: stopped after a checkpoint"
+        log.info("%s of step %d; the same command goes on from there", reason, step)
+    write_outcome(Path(config.train.output), status, step=step, reason=reason)
+
+
+class Timer:
+    """Whether `minutes` have passed since the start or the last restart; never, if None."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._seconds = minutes * 60 if minutes else math.inf
+        self.restart()
+
+    def __call__(self) -> bool:
+        return time.monotonic() - self._began_s > self._seconds
+
+    def restart(self) -> None:
+        self._began_s = time.monotonic()
 
 
 def make_synthetic(config: Config) -> None:
@@ -178,6 +259,7 @@ def build_engine(config: Config, world: World, objective: Objective) -> Engine:
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         compile=config.train.compile,
+        may_skip=config.train.max_skipped_steps > 0,
     )
 
 
@@ -201,7 +283,7 @@ def resume(config: Config, engine: Engine, shards: ShardSet) -> dict[str, Any]:
             "never" and there is one.
     """
     folder = Path(config.train.output)
-    fresh: dict[str, Any] = {"step": 0, "best": {}, "metrics": {}, "run_id": None}
+    fresh: dict[str, Any] = {"step": 0, "best": {}, "metrics": {}, "replaced": 0}
     if config.train.resume == "never" and (paths := checkpoint.steps_saved(folder)):
         raise ValueError(
             f"train.output {folder} holds {paths[0].name} of an earlier run; train.resume=auto "
@@ -268,14 +350,21 @@ def decode_threads(config: Config, world: World) -> int:
     return config.data.threads or max(1, core_count() // world.local_size)
 
 
-def open_tracker(config: Config, world: World, shards: ShardSet, run_id: str | None) -> NullTracker:
+def take_over(config: Config, step: int) -> None:
+    """Makes `train.output` this run's own: what an earlier one left beyond `step` goes."""
+    folder = Path(config.train.output)
+    (folder / OUTCOME).unlink(missing_ok=True)
+    checkpoint.forget_later(folder, step)
+
+
+def open_tracker(config: Config, world: World, shards: ShardSet) -> NullTracker:
     """MLflow on rank 0; elsewhere, and where it is switched off, a tracker that records nothing."""
     if not world.is_main or not config.tracking.enabled:
         return NullTracker()
     return MlflowTracker(
+        Path(config.train.output),
         experiment=config.tracking.experiment,
         run_name=config.tracking.run_name or Path(config.train.output).name,
-        run_id=run_id,
         params=flatten(config.model_dump()),
         config=config.model_dump(),
         tags={
@@ -289,23 +378,33 @@ def open_tracker(config: Config, world: World, shards: ShardSet, run_id: str | N
     )
 
 
-def save(
-    config: Config, engine: Engine, shards: ShardSet, state: dict[str, Any], *, is_best: bool
-) -> None:
-    """Writes the checkpoint of a step; the best one apart, without the optimiser's state."""
-    folder = Path(config.train.output)
-    described = {
+def describe(
+    config: Config, engine: Engine, shards: ShardSet, state: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of a checkpoint: where the run is, of what it is, and all that it has learned."""
+    return {
         **state,
         "config": config.model_dump(),
         "class_names": list(shards.class_names),
         "fingerprint": shards.fingerprint,
+        **engine.state(),
     }
-    learned = engine.state()
-    checkpoint.save(checkpoint.step_path(folder, state["step"]), {**described, **learned})
-    checkpoint.prune(folder, config.train.keep_checkpoints)
-    if is_best:
-        best = {**described, "objective": learned["objective"]}
-        checkpoint.save(folder / checkpoint.BEST, best)
+
+
+def save_evidence(config: Config, world: World, train: Split, error: NotFiniteError) -> None:
+    """Writes what is needed to look into a step that is not finite: `not-finite-rank<r>.json`."""
+    ids = [i for i in error.batch.ids.tolist() if i >= 0]
+    content = {
+        "step": error.step,
+        "seed": config.train.seed,
+        "rank": world.rank,
+        "world_size": world.size,
+        "fault": str(error),
+        "ids": ids,
+        "keys": [train.key(i) for i in ids],
+    }
+    path = Path(config.train.output) / f"not-finite-rank{world.rank}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def report(

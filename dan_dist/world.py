@@ -1,8 +1,10 @@
 """Who this process is among the ranks, and how ranks wait for and speak to each other."""
 
+import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +18,8 @@ from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 POLL_S = 0.2
+MEET_S = 600.0  # within which all ranks must have started
+COLLECTIVE_S = 3600.0  # a hanging rank is found by its pulse, long before
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class World:
         return self.store.get(place).decode()
 
 
-def init_world(device: str = "auto", *, timeout_s: float = 60.0) -> World:
+def init_world(device: str = "auto") -> World:
     """Reads torchrun's environment (alone: world size 1) and joins the process group.
 
     device: "auto" (a GPU where there is one), "cpu" or "cuda". nccl on GPUs, gloo on CPUs.
@@ -118,17 +122,53 @@ def init_world(device: str = "auto", *, timeout_s: float = 60.0) -> World:
             torch.set_num_threads(max(1, core_count() // local_size))
     store = None
     if size > 1:
-        timeout = timedelta(seconds=timeout_s)
-        store, _, _ = next(rendezvous("env://"))
+        shared, _, _ = next(rendezvous("env://"))
+        store = PrefixStore(_meet(shared, rank, size), shared)
         dist.init_process_group(
             "nccl" if gpus else "gloo",
             store=PrefixStore("group", store),
             rank=rank,
             world_size=size,
-            timeout=timeout,
+            timeout=timedelta(seconds=COLLECTIVE_S),
             device_id=place if gpus else None,
         )
     return World(rank, local_rank, size, local_size, place, store)
+
+
+def _meet(store: Store, rank: int, size: int) -> str:
+    """A name for this gathering of ranks that no earlier one had.
+
+    torchrun keeps its store when it restarts workers, and with it the addresses of those that have
+    died. Rank 0 opens a meeting, each rank signs in with a number of its own, and is in once rank 0
+    has read that number back: what an earlier gathering left cannot do that.
+
+    Raises:
+        OSError: ranks have not appeared within MEET_S; names them.
+    """
+    own, joined = uuid.uuid4().hex, ""
+    signed: dict[str, str] = {"0": own}
+    if rank == 0:
+        joined = own
+        store.set("meeting", own)
+    deadline_s = time.monotonic() + MEET_S
+    while time.monotonic() < deadline_s:
+        if rank == 0:
+            for other in map(str, range(1, size)):
+                if other not in signed and store.check([f"{own}/{other}"]):
+                    signed[other] = store.get(f"{own}/{other}").decode()
+            if len(signed) == size:
+                store.set(f"{own}/welcome", json.dumps(signed))
+                return own
+        elif store.check(["meeting"]):
+            if (meeting := store.get("meeting").decode()) != joined:
+                store.set(f"{meeting}/{rank}", own)
+                joined = meeting
+            welcome = f"{joined}/welcome"
+            if store.check([welcome]) and json.loads(store.get(welcome))[str(rank)] == own:
+                return joined
+        time.sleep(POLL_S / 10)
+    missing = [str(r) for r in range(size) if str(r) not in signed] if rank == 0 else ["0"]
+    raise OSError(f"rank {', '.join(missing)} did not start within {MEET_S:.0f} s")
 
 
 def core_count() -> int:

@@ -1,7 +1,7 @@
 """Trains DAN: torchrun launch/train.py [config.yaml] [section.key=value …]
 
 Without a configuration: configs/demo.yaml, which draws its own faces. `python launch/train.py` is
-world size 1.
+world size 1. SIGTERM, SIGUSR1 or Ctrl-C end the run after a checkpoint; the same command goes on.
 """
 
 import logging
@@ -10,11 +10,13 @@ import sys
 import time
 import warnings
 
-USAGE = 2  # exit code for bad input
+from dan_dist.stop import PREEMPTED, Stopped, StopRequest
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; see dan_dist/stop.py for the others
 RANK_0_FIRST_S = 5.0
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], stop: StopRequest) -> int:
     """Runs one rank; returns its exit code."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
@@ -38,7 +40,7 @@ def main(arguments: list[str]) -> int:
         path, *arguments = arguments
     try:
         with logging_redirect_tqdm():
-            train.main(load_config(path, arguments))
+            status = train.main(load_config(path, arguments), stop).status
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DAN_TRACEBACK"):
             raise
@@ -47,11 +49,18 @@ def main(arguments: list[str]) -> int:
             # it does not, this rank alone knows what is wrong.
             time.sleep(RANK_0_FIRST_S)
         print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
-        return USAGE
-    except KeyboardInterrupt:
-        return 130
+        return FAILED if isinstance(error, ConnectionError) else USAGE
+    if status == "preempted" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return PREEMPTED
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    # Before torch is imported, which takes seconds in which a signal may come.
+    request = StopRequest()
+    request.install()
+    try:
+        sys.exit(main(sys.argv[1:], request))
+    except Stopped as stopped:
+        print(f"{stopped}: stopped before training", file=sys.stderr)
+        sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else INTERRUPTED)

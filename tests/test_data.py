@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from dan_dist.augment import ERASE_RATIO, UNIFORMS, Augment, place
 from dan_dist import data
+from dan_dist.augment import ERASE_RATIO, UNIFORMS, Augment, place
 from dan_dist.data import ADVISED_AHEAD, MEAN, STD, Batch, Stream, evaluation_stream, train_stream
 from dan_dist.sampler import augmentation_uniforms
 from dan_dist.shardset import ShardSet, Split, open_shardset
@@ -223,7 +223,7 @@ def test_the_kernel_is_told_of_reads_well_ahead(
     def note(file: int, offset: int, size: int, advice: int) -> None:
         assert advice == os.POSIX_FADV_WILLNEED
         with lock:
-            told.append((os.readlink(f"/proc/self/fd/{file}"), offset, size))
+            told.append((str(Path(f"/proc/self/fd/{file}").readlink()), offset, size))
 
     monkeypatch.setattr(data.os, "posix_fadvise", note)
     stream = training(split)

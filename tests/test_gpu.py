@@ -48,5 +48,5 @@ def test_mixed_decoding_gives_the_cpus_pixels(faces: ShardSet, erase_p: float) -
 def test_training_on_the_gpu(tiny: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     options = [*DAN, "train.device=cuda", "train.precision=auto"]
-    metrics = story.main(load_config(tiny("run"), options))
+    metrics = story.main(load_config(tiny("run"), options)).metrics
     assert math.isfinite(metrics["accuracy"]) and "finished after 20 steps" in caplog.text

@@ -1,0 +1,59 @@
+"""How a run is asked to stop, and how it says that it ended. Imports nothing heavy: the handlers
+are in place before torch is.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+OUTCOME = "outcome.json"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+REPEAT_S = 3.0  # schedulers and launchers both pass a signal on: that is still the first one
+PREEMPTED = 75  # exit code (EX_TEMPFAIL); of a worker under a launcher it would be taken as failure
+
+Status = Literal["finished", "preempted", "failed"]
+
+
+class Stopped(KeyboardInterrupt):
+    """A stop signal while there is nothing to save yet."""
+
+
+class StopRequest:
+    """Notes the first stop signal; a second one, seconds later, ends the process at once.
+
+    Until `wait_for_step` is set, that is before training, the first one ends it too.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self.wait_for_step = False
+        self._first_s = 0.0
+
+    def install(self) -> None:
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signal is not None:
+            if now - self._first_s > REPEAT_S:
+                os._exit(128 + number)
+            return
+        self.signal, self._first_s = signal.Signals(number).name, now
+        if not self.wait_for_step:
+            raise Stopped(self.signal)
+
+
+def write_outcome(folder: Path, status: Status, *, step: int | None, reason: str) -> None:
+    """Says in `folder`/outcome.json how the run ended; scripts read it, as torchrun's exit codes
+    tell a preempted worker from neither a finished nor a failed one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"status": status, "step": step, "reason": reason, "time_s": round(time.time(), 3)}
+    partial = folder / f"{OUTCOME}.{os.getpid()}.partial"
+    partial.write_text(json.dumps(content) + "\n")
+    partial.replace(folder / OUTCOME)
