@@ -86,6 +86,10 @@ class TrainOrder:
         uniforms = augmentation_uniforms(self.seed, step, self.global_batch, UNIFORMS)
         return Request(self._epochs[epoch].result()[row], uniforms[self.columns])
 
+    def close(self) -> None:
+        """Ends the thread."""
+        self._pool.shutdown(cancel_futures=True)
+
     def _order(self, epoch: int) -> Ids:
         order = epoch_order(
             self.groups, global_batch=self.global_batch, seed=self.seed, epoch=epoch
@@ -102,6 +106,8 @@ class EvaluationOrder:
 
     def __call__(self, step: int) -> Request:
         return Request(self.own[step % self.steps], None)
+
+    def close(self) -> None: ...
 
 
 class Reader:
@@ -190,7 +196,7 @@ class Stream:
     def __init__(
         self,
         reader: Reader,
-        order: Callable[[int], Request],
+        order: TrainOrder | EvaluationOrder,
         *,
         image_size: int,
         shard_image_size: int | None,
@@ -225,6 +231,7 @@ class Stream:
         """Frees DALI's buffers, ends the reader threads, closes the shards."""
         del self._pipeline
         self._pool.shutdown(cancel_futures=True)
+        self.order.close()
         self.reader.close()
 
     def _build(self) -> None:

@@ -45,6 +45,7 @@ class Pulse:
     ) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._timeout_s, self._on_loss = timeout_s, on_loss
+        self._silent_s = min(SILENT_S, timeout_s / 2)
         self._number = self._progress = 0
         self._doing, self._advanced_s = "starting", time.monotonic()
         self._seen: dict[int, tuple[Beat, float]] = {}  # rank → its last beat, since when
@@ -67,7 +68,7 @@ class Pulse:
         """After a failed collective: the line that names the ranks that have fallen silent."""
         if self._store is None:
             return None
-        deadline_s = time.monotonic() + SILENT_S + 2 * BEAT_S
+        deadline_s = time.monotonic() + self._silent_s + 2 * BEAT_S
         while time.monotonic() < deadline_s:
             if silent := self._silent():
                 return self._name(silent, "has ended or hangs")
@@ -78,7 +79,9 @@ class Pulse:
         last_s = time.monotonic()
         while not self._ended.wait(BEAT_S):
             now = time.monotonic()
-            if now - last_s > SILENT_S:  # this process was stopped: the others' silence is its own
+            if (
+                now - last_s > self._silent_s
+            ):  # this process was stopped: the others' silence is its own
                 self._advanced_s = now
                 self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
             last_s = now
@@ -106,7 +109,7 @@ class Pulse:
 
     def _silent(self) -> list[int]:
         now = time.monotonic()
-        return [rank for rank, (_, since_s) in self._seen.items() if now - since_s > SILENT_S]
+        return [rank for rank, (_, since_s) in self._seen.items() if now - since_s > self._silent_s]
 
     def _give_up(self) -> None:
         """No step for too long: says which rank the others wait for, and ends this process."""

@@ -2,6 +2,7 @@
 are in place before torch is.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ OUTCOME = "outcome.json"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REPEAT_S = 3.0  # schedulers and launchers both pass a signal on: that is still the first one
 PREEMPTED = 75  # exit code (EX_TEMPFAIL); of a worker under a launcher it would be taken as failure
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 Status = Literal["finished", "preempted", "failed"]
 
@@ -46,6 +49,15 @@ class StopRequest:
         self.signal, self._first_s = signal.Signals(number).name, now
         if not self.wait_for_step:
             raise Stopped(self.signal)
+
+
+def end_with_launcher() -> None:
+    """A worker whose torchrun is killed is killed too, instead of training on unwatched.
+
+    Its successor would find the run's folder in use.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def write_outcome(folder: Path, status: Status, *, step: int | None, reason: str) -> None:

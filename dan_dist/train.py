@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,23 +49,26 @@ def main(config: Config, stop: StopRequest | None = None) -> Ended:
         FloatingPointError: the loss or the gradient is not finite; names the step.
         Stopped: a stop signal before training.
     """
-    folder = Path(config.train.output)
+    folder, stop = Path(config.train.output), stop or StopRequest()
     world = init_world(config.train.device)
     pulse = Pulse(
         world.store, world.rank, world.size, timeout_s=config.train.timeout_s,
         on_loss=lambda line: write_outcome(folder, "failed", step=None, reason=line),
     )  # fmt: skip
     try:
-        return run(config, world, stop or StopRequest(), pulse)
+        return run(config, world, stop, pulse)
     except (ValueError, OSError, FloatingPointError) as error:
         if world.is_main:
-            write_outcome(folder, "failed", step=None, reason=str(error))
+            with suppress(OSError):  # the folder itself may be what is wrong
+                write_outcome(folder, "failed", step=None, reason=str(error))
         raise
     except RuntimeError as error:
+        stop.wait_for_step = False  # a launcher that has seen another rank die ends this one
         if world.size > 1 and (line := pulse.lost()):
             raise ConnectionError(line) from error
         raise
     finally:
+        stop.wait_for_step = False
         pulse.close()
         close_world(world)
 

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 
-from dan_dist.stop import PREEMPTED, Stopped, StopRequest
+from dan_dist.stop import PREEMPTED, Stopped, StopRequest, end_with_launcher
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; see dan_dist/stop.py for the others
 RANK_0_FIRST_S = 5.0
@@ -44,7 +44,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DAN_TRACEBACK"):
             raise
-        if rank:
+        if rank and stop.signal is None:
             # Rank 0 mostly fails of the same and says so; torchrun then ends this process. Where
             # it does not, this rank alone knows what is wrong.
             time.sleep(RANK_0_FIRST_S)
@@ -57,10 +57,12 @@ def main(arguments: list[str], stop: StopRequest) -> int:
 
 if __name__ == "__main__":
     # Before torch is imported, which takes seconds in which a signal may come.
+    end_with_launcher()
     request = StopRequest()
     request.install()
     try:
         sys.exit(main(sys.argv[1:], request))
     except Stopped as stopped:
-        print(f"{stopped}: stopped before training", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped}: stopped before or after training", file=sys.stderr)
         sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else INTERRUPTED)
