@@ -109,6 +109,10 @@ class Writer:
                 raise OSError(line) from error
             log.warning("%s; the one before stays, training goes on", line)
 
+    @property
+    def is_writing(self) -> bool:
+        return self._running is not None and not self._running.done()
+
     def close(self) -> None:
         """Ends the thread when it has written what it was given."""
         self._pool.shutdown()

@@ -79,9 +79,7 @@ class Pulse:
         last_s = time.monotonic()
         while not self._ended.wait(BEAT_S):
             now = time.monotonic()
-            if (
-                now - last_s > self._silent_s
-            ):  # this process was stopped: the others' silence is its own
+            if now - last_s > self._silent_s:  # it was this process that was stopped
                 self._advanced_s = now
                 self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
             last_s = now

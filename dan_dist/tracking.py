@@ -24,8 +24,12 @@ from dan_dist.journal import Journal
 
 log = logging.getLogger(__name__)
 
-# mlflow's own defaults wait four minutes for a server that is gone
-_BOUNDS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# mlflow's own defaults wait four minutes for a server that is gone, and print when a run ends
+_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
 _STORE = "mlflow.db"
 _JOURNAL_TAG = "dan_dist.journal"
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
@@ -130,7 +134,7 @@ class Sender(threading.Thread):
 
     def __init__(self, journal: Journal, uri: str) -> None:
         super().__init__(name="tracking", daemon=True)
-        for name, value in _BOUNDS.items():
+        for name, value in _DEFAULTS.items():
             os.environ.setdefault(name, value)
         import mlflow  # seconds to import, and only here
 

@@ -1,4 +1,4 @@
-"""Measures the pipeline on this machine: python launch/bench.py pack [--images N] [--workers N]
+"""Measures the pipeline on this machine: python launch/bench.py pack|saving [options]
 
 Every figure stands beside a peer's, measured in the same run on the same input.
 """
@@ -12,10 +12,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import psutil
 import webdataset
 
+from dan_dist import checkpoint, train
+from dan_dist.config import load_config
+from dan_dist.engine import Votes
+from dan_dist.journal import Journal
+from dan_dist.shardset import open_shardset
+from dan_dist.world import init_world
 from shards import affectnet, layouts
 
 POLL_S = 0.1
@@ -32,13 +39,20 @@ def main(arguments: list[str]) -> int:
     packing.add_argument("--workers", type=int, default=2, help="processes (default 2)")
     packing.add_argument("--repeats", type=int, default=3, help="default 3; medians are printed")
     packing.add_argument("--folder", help="where to write (default: a temporary folder)")
-    packing.add_argument("--json", help="a file for the figures")
+    safety = parts.add_parser("saving", help="what checkpoints and the journal cost")
+    safety.add_argument("--config", default="configs/demo.yaml")
+    safety.add_argument("--steps", type=int, default=120, help="default 120")
+    for part in (packing, safety):
+        part.add_argument("--json", help="a file for the figures")
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        figures = pack(
-            Path(folder), options.images, options.distinct, options.size, options.workers,
-            options.repeats,
-        )  # fmt: skip
+    if options.part == "saving":
+        figures = saving(options.config, options.steps)
+    else:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            figures = pack(
+                Path(folder), options.images, options.distinct, options.size, options.workers,
+                options.repeats,
+            )  # fmt: skip
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
     return 0
@@ -61,14 +75,13 @@ def pack(
         ours.append(rate)
         peaks.append(peak_bytes)
         theirs.append(_pack_with_shardwriter(source, folder / "theirs", size))
-    ours_median, theirs_median = sorted(ours)[repeats // 2], sorted(theirs)[repeats // 2]
+    ours_median, theirs_median = median(ours), median(theirs)
     print(f"{'':34}{'images/s':>10}{'least':>10}{'most':>10}")
     for name, rates in (
         (f"shards.pack, {workers} workers", ours),
         ("ShardWriter, 1 process", theirs),
     ):
-        median = sorted(rates)[repeats // 2]
-        print(f"{name:34}{median:>10.0f}{min(rates):>10.0f}{max(rates):>10.0f}")
+        print(f"{name:34}{median(rates):>10.0f}{min(rates):>10.0f}{max(rates):>10.0f}")
     print(f"ratio {ours_median / theirs_median:.2f}; peak RSS of all processes "
           f"{max(peaks) / 2**20:.0f} MiB")  # fmt: skip
     return {
@@ -120,6 +133,60 @@ def _pack_with_shardwriter(source: Path, out: Path, size: int) -> float:
     rate = count / (time.perf_counter() - began)
     shutil.rmtree(out)
     return rate
+
+
+def saving(path: str, steps: int) -> dict[str, float]:
+    """The share of an epoch that its checkpoint and its journal take from training.
+
+    A checkpoint costs the copy that training waits for and what it slows the steps that run while
+    it is written; the journal a flushed line each `train.log_every` steps.
+    """
+    config = load_config(path)
+    world = init_world(config.train.device)
+    train.make_synthetic(config)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        shards = open_shardset(config.data.shards)
+        split = shards.split("train")
+        engine = train.build_engine(config, world, train.build_objective(config, shards))
+        stream = train.open_train_stream(config, world, shards, split, start=0)
+        writer = checkpoint.Writer(output, keep=1, stop_on_error=True)
+        journal = Journal(output)
+        quiet: list[float] = []
+        busy: list[float] = []
+        blocked: list[float] = []
+        for step in range(steps):
+            writing, began = writer.is_writing, time.perf_counter()
+            result = engine.train_step(
+                next(stream), lr=config.optim.lr, votes=Votes(False, False, 0)
+            )
+            result.losses.tolist()  # waits for a GPU
+            if step > 10:  # the first ones are warming up
+                (busy if writing else quiet).append(time.perf_counter() - began)
+            if step > 10 and step % 20 == 0:
+                began = time.perf_counter()
+                state = {"step": step, "best": {}, "metrics": {}, "replaced": 0}
+                content = train.describe(config, engine, shards, state)
+                writer.write(step, content, is_best=True)
+                blocked.append(time.perf_counter() - began)
+        writer.close()
+        stream.close()
+        lines: list[float] = []
+        for step in range(50):
+            began = time.perf_counter()
+            journal.append("metrics", values=dict.fromkeys("abcdefghij", 0.5), step=step)
+            lines.append(time.perf_counter() - began)
+        journal.close()
+    step_s, epoch_steps = median(quiet), len(split) // config.train.global_batch
+    slowed_s = max(sum(busy) - len(busy) * step_s, 0) / len(blocked)
+    checkpoint_s = sum(blocked) / len(blocked) + slowed_s
+    journal_s = median(lines) * epoch_steps / config.train.log_every
+    share = (checkpoint_s + journal_s) / (epoch_steps * step_s)
+    print(f"a step takes {1e3 * step_s:.0f} ms; for a checkpoint, training waits "
+          f"{1e3 * median(blocked):.0f} ms, and the steps while it is written take "
+          f"{1e3 * slowed_s:.0f} ms more; a line of the journal {1e3 * median(lines):.1f} ms\n"
+          f"together {100 * share:.2f} % of an epoch of {epoch_steps} steps")  # fmt: skip
+    return {"step_s": step_s, "checkpoint_s": checkpoint_s, "journal_s": journal_s, "share": share}
 
 
 if __name__ == "__main__":
