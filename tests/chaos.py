@@ -354,7 +354,7 @@ def run(folder: Path, faults: int, seed: int, kinds: list[str]) -> dict[str, Tal
     Raises:
         AssertionError: a run did not survive, or ended otherwise than the undisturbed one.
     """
-    dice = random.Random(seed)
+    dice, shared_memory = random.Random(seed), set(Path("/dev/shm").iterdir())
     tallies: dict[str, Tally] = collections.defaultdict(Tally)
     pack(synthetic.release(80, 16, size=32, seed=7), folder / "shards", size=32, shard_size=20)
     with served(folder, needed="tracker_outage" in kinds) as (uri, server):
@@ -384,6 +384,7 @@ def run(folder: Path, faults: int, seed: int, kinds: list[str]) -> dict[str, Tal
             check(campaign, reference, 1e-9 if elastic else 0.0)
             print(f"{name}: as the undisturbed run", flush=True)
             shutil.rmtree(campaign.output)
+    assert set(Path("/dev/shm").iterdir()) <= shared_memory
     return dict(tallies)
 
 

@@ -479,3 +479,32 @@ def test_memory_does_not_grow_over_ten_thousand_steps(faces: ShardSet) -> None:
     stream.close()
     logging.getLogger(__name__).info("grown by %.1f MiB", grown)
     assert grown < 20
+
+
+def test_a_server_that_hangs_delays_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes connections and never answers."""
+    import socket
+
+    monkeypatch.setattr(tracking, "SHORT_DRAIN_S", 0.5)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        tracker = tracking.MlflowTracker(
+            tmp_path / "run", experiment="e", run_name=None, params={}, tags={}, config={}
+        )
+        began = time.monotonic()
+        for step in range(50):
+            tracker.metrics({"train/loss": 1.0}, step)
+        assert time.monotonic() - began < 1.0
+        tracker.end("KILLED")
+        assert time.monotonic() - began < 3.0
+    assert len(Journal(tmp_path / "run").pending) == 53
+
+
+def test_checkpoints_by_the_clock(tiny: Write, tmp_path: Path) -> None:
+    single(tiny("run"), "train.checkpoint_minutes=1e-6", "train.keep_checkpoints=99")
+    steps = [int(p.stem[5:]) for p in checkpoint.steps_saved(tmp_path / "run")]
+    assert len(steps) > 8 and steps[0] == 20  # every other step: ranks agree one step late
