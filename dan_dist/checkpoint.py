@@ -26,7 +26,7 @@ FREE_KEYS = (
     "data.shards", "data.cache", "data.synthetic", "data.threads", "data.max_bad_images",
     "data.classes", "train.epochs", "train.max_steps", "train.device", "train.compile",
     "train.output", "train.resume", "train.keep_checkpoints", "train.checkpoint_",
-    "train.log_every", "train.timeout_s", "tracking.", "model.backbone",
+    "train.log_every", "train.timeout_s", "tracking.", "engine.", "model.backbone",
 )  # fmt: skip
 
 

@@ -77,6 +77,7 @@ class Optim(Section):
     lr: Positive = 1e-4
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # SGD's
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Positive | None = None  # of the whole gradient
 
 
 class Schedule(Section):
@@ -105,6 +106,14 @@ class Train(Section):
     timeout_s: Positive = 60.0  # without a step, after which the job ends and names the rank
 
 
+class EngineChoice(Section):
+    """Who does the data-parallel work."""
+
+    name: Literal["ddp", "deepspeed"] = "ddp"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1  # of DeepSpeed
+    deepspeed: dict[str, Any] = {}  # laid over the DeepSpeed configuration that is derived
+
+
 class Tracking(Section):
     enabled: bool = True
     experiment: str = "dan_dist"
@@ -118,6 +127,7 @@ class Config(Section):
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
     train: Train
+    engine: EngineChoice = EngineChoice()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
@@ -126,6 +136,8 @@ class Config(Section):
             low, high = getattr(self.data.augment, name)
             if low > high:
                 raise ValueError(f"data.augment.{name}: [{low}, {high}] is not [low, high]")
+        if self.engine.name == "deepspeed" and self.train.precision == "float64":
+            raise ValueError("train.precision: float64 needs engine.name=ddp")
         if self.schedule.name == "exponential" and self.schedule.every != 1:
             raise ValueError("schedule.every: only schedule.name=step takes it")
         return self

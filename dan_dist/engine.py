@@ -89,34 +89,27 @@ class Engine:
         global_batch: int,
         micro_batch: int | None,
         may_skip: bool,
+        clip_norm: float | None = None,
     ) -> None:
-        self.may_skip = may_skip
+        self.may_skip, self.clip_norm = may_skip, clip_norm
         self.world, self.global_batch = world, global_batch
         self.micro_steps = micro_steps(global_batch, micro_batch, world.size)
         self.sync_bn = sync_bn
         self.dtype = torch.float64 if precision == "float64" else torch.float32
         self.bf16 = precision == "bf16"
-        objective.to(world.device, self.dtype).to(memory_format=torch.channels_last)
+        objective.to(world.device, self.dtype)
         if sync_bn and world.size > 1:
             synchronise_batch_norm(objective, world.device)
         self.objective = objective
-        self.model: nn.Module = objective
         if compile:
             objective.network.compile()
-        if world.size > 1:
-            self.model = DistributedDataParallel(
-                objective,
-                device_ids=[world.device] if world.device.type == "cuda" else None,
-                # With synchronised statistics the buffers are equal on all ranks as it is.
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-        parameters = self.model.parameters()
+        parameters = objective.parameters()
         self.optimizer: torch.optim.Optimizer
         if optimizer == "adam":
             self.optimizer = torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
         else:
             self.optimizer = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay)
+        self.model: nn.Module = self._wrap()
 
     def train_step(self, batch: Batch, *, lr: float, votes: Votes) -> StepResult:
         """One optimiser step on this rank's part of a global batch.
@@ -132,19 +125,12 @@ class Engine:
         images = batch.images.tensor_split(self.micro_steps)
         labels = batch.labels.tensor_split(self.micro_steps)
         for i, (x, y) in enumerate(zip(images, labels, strict=True)):
-            last = i == self.micro_steps - 1
-            with self.model.no_sync() if self._ddp and not last else nullcontext():  # type: ignore[operator]
-                loss = self._forward(x, y)
-                (loss.total * self.world.size).backward()  # type: ignore[no-untyped-call]
+            loss = self._forward_backward(x, y, last=i == self.micro_steps - 1)
             parts += loss.parts
-        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
         own = torch.tensor(votes, dtype=self.dtype)
         sums = self.world.sum(torch.cat([parts, own.to(self.world.device, non_blocking=True)]))
-        if self.may_skip and not torch.isfinite(sums[0] + norm):
-            return StepResult(sums[:4], sums[4:], norm, skipped=True)
-        self.optimizer.step()
-        return StepResult(sums[:4], sums[4:], norm)
+        norm, skipped = self._update(sums[0])
+        return StepResult(sums[:4], sums[4:], norm, skipped)
 
     @torch.no_grad()
     def evaluate(
@@ -174,6 +160,42 @@ class Engine:
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
 
+    def _wrap(self) -> nn.Module:
+        """The objective, made data-parallel."""
+        self.objective.to(memory_format=torch.channels_last)
+        if self.world.size == 1:
+            return self.objective
+        return DistributedDataParallel(
+            self.objective,
+            device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
+            # With synchronised statistics the buffers are equal on all ranks as it is.
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def _forward_backward(self, images: Tensor, labels: Tensor, *, last: bool) -> Loss:
+        """Adds one micro-batch's part of the gradient; after the last one, ranks hold the whole."""
+        ddp = isinstance(self.model, DistributedDataParallel)
+        with self.model.no_sync() if ddp and not last else nullcontext():  # type: ignore[operator]
+            loss = self._forward(images, labels)
+            (loss.total * self.world.size).backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    def _update(self, loss: Tensor) -> tuple[Tensor, bool]:
+        """Steps the optimiser; returns the gradient's norm before clipping, and if it did not."""
+        norm = self._gradient_norm()
+        skipped = self.may_skip and not bool(torch.isfinite(loss + norm))
+        if not skipped:
+            if self.clip_norm is not None:
+                own = self.objective.parameters()
+                torch.nn.utils.clip_grads_with_norm_(own, self.clip_norm, norm)
+            self.optimizer.step()
+        return norm, skipped
+
+    def _gradient_norm(self) -> Tensor:
+        own = [p.grad for p in self.objective.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(own)
+
     def _average_buffers(self) -> None:
         """Makes BatchNorm's running statistics equal on all ranks where they were not shared."""
         if self.sync_bn or self.world.size == 1:
@@ -181,10 +203,6 @@ class Engine:
         for buffer in self.objective.buffers():
             if buffer.is_floating_point():
                 self.world.sum(buffer).div_(self.world.size)
-
-    @property
-    def _ddp(self) -> bool:
-        return isinstance(self.model, DistributedDataParallel)
 
     def _forward(self, images: Tensor, labels: Tensor) -> Loss:
         with self._autocast():

@@ -18,6 +18,8 @@ PREEMPTED = 75  # exit code (EX_TEMPFAIL); of a worker under a launcher it would
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
+_LAUNCHERS = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"}  # what they leave in the environment
+
 Status = Literal["finished", "preempted", "failed"]
 
 
@@ -51,12 +53,17 @@ class StopRequest:
             raise Stopped(self.signal)
 
 
+def has_launcher() -> bool:
+    """Whether torchrun, or DeepSpeed's launcher, started this process."""
+    return not _LAUNCHERS.isdisjoint(os.environ)
+
+
 def end_with_launcher() -> None:
     """A worker whose torchrun is killed is killed too, instead of training on unwatched.
 
     Its successor would find the run's folder in use.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if has_launcher():
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

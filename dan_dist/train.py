@@ -4,7 +4,9 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +72,7 @@ def main(config: Config, stop: StopRequest | None = None) -> Ended:
     finally:
         stop.wait_for_step = False
         pulse.close()
-        close_world(world)
+        close_world()
 
 
 def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
@@ -137,10 +139,11 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
                     tracker.figure(
                         "confusion_matrix.png", confusion_figure, counts, shards.class_names
                     )
+            learned = engine.state()  # gathered from all ranks, where they share it
             if world.is_main:
                 state = {"step": done, "best": best, "metrics": metrics, "run_id": tracker.run_id,
-                         "replaced": progress.replaced}  # fmt: skip
-                writer.write(done, describe(config, engine, shards, state), is_best=is_best)
+                         "replaced": progress.replaced, **learned}  # fmt: skip
+                writer.write(done, describe(config, shards, state), is_best=is_best)
             progress.save = False
             due.restart()
             progress.restart_clock()
@@ -250,8 +253,14 @@ def build_objective(config: Config, shards: ShardSet) -> Objective:
 
 
 def build_engine(config: Config, world: World, objective: Objective) -> Engine:
-    """The objective on this rank's device, with its optimiser."""
-    return Engine(
+    """The objective on this rank's device, with its optimiser, under DDP or DeepSpeed."""
+    make: Callable[..., Engine] = Engine
+    if config.engine.name == "deepspeed":
+        from dan_dist.deepspeed_engine import DeepSpeedEngine  # takes seconds to import
+
+        extra = config.engine.deepspeed
+        make = partial(DeepSpeedEngine, zero_stage=config.engine.zero_stage, extra=extra)
+    return make(
         objective,
         world,
         optimizer=config.optim.name,
@@ -264,6 +273,7 @@ def build_engine(config: Config, world: World, objective: Objective) -> Engine:
         micro_batch=config.train.micro_batch,
         compile=config.train.compile,
         may_skip=config.train.max_skipped_steps > 0,
+        clip_norm=config.optim.clip_norm,
     )
 
 
@@ -382,16 +392,13 @@ def open_tracker(config: Config, world: World, shards: ShardSet) -> NullTracker:
     )
 
 
-def describe(
-    config: Config, engine: Engine, shards: ShardSet, state: dict[str, Any]
-) -> dict[str, Any]:
-    """The content of a checkpoint: where the run is, of what it is, and all that it has learned."""
+def describe(config: Config, shards: ShardSet, state: dict[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint: where the run is and what it has learned, and of what it is."""
     return {
         **state,
         "config": config.model_dump(),
         "class_names": list(shards.class_names),
         "fingerprint": shards.fingerprint,
-        **engine.state(),
     }
 
 

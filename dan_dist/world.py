@@ -106,7 +106,8 @@ def init_world(device: str = "auto") -> World:
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # torchrun's name, and that of DeepSpeed's launcher
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and not gpus:
         raise ValueError("train.device is cuda, but torch finds no GPU on this machine")
@@ -176,7 +177,7 @@ def core_count() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def close_world(world: World) -> None:
+def close_world() -> None:
     """Leaves the process group."""
-    if world.size > 1 and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -166,7 +166,7 @@ def saving(path: str, steps: int) -> dict[str, float]:
             if step > 10 and step % 20 == 0:
                 began = time.perf_counter()
                 state = {"step": step, "best": {}, "metrics": {}, "replaced": 0}
-                content = train.describe(config, engine, shards, state)
+                content = train.describe(config, shards, {**state, **engine.state()})
                 writer.write(step, content, is_best=True)
                 blocked.append(time.perf_counter() - began)
         writer.close()

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 
-from dan_dist.stop import PREEMPTED, Stopped, StopRequest, end_with_launcher
+from dan_dist.stop import PREEMPTED, Stopped, StopRequest, end_with_launcher, has_launcher
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; see dan_dist/stop.py for the others
 RANK_0_FIRST_S = 5.0
@@ -35,7 +35,11 @@ def main(arguments: list[str], stop: StopRequest) -> int:
     from dan_dist import train
     from dan_dist.config import load_config
 
-    path = "configs/demo.yaml"
+    # DeepSpeed's launcher adds --local_rank=N, which its environment says too.
+    own = [a for a in arguments if not a.startswith("--local_rank")]
+    if own != arguments and not any(a.startswith("engine.name=") for a in own):
+        own.append("engine.name=deepspeed")
+    path, arguments = "configs/demo.yaml", own
     if arguments and "=" not in arguments[0]:
         path, *arguments = arguments
     try:
@@ -50,7 +54,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
             time.sleep(RANK_0_FIRST_S)
         print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
         return FAILED if isinstance(error, ConnectionError) else USAGE
-    if status == "preempted" and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if status == "preempted" and not has_launcher():
         return PREEMPTED
     return 0
 
@@ -65,4 +69,4 @@ if __name__ == "__main__":
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             print(f"{stopped}: stopped before or after training", file=sys.stderr)
-        sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else INTERRUPTED)
+        sys.exit(0 if has_launcher() else INTERRUPTED)
