@@ -118,6 +118,8 @@ class Tracking(Section):
     enabled: bool = True
     experiment: str = "dan_dist"
     run_name: str | None = None
+    # a run that holds this one and others of the same name, made by whoever comes first
+    parent: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
 
 
 class Config(Section):

@@ -13,20 +13,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from dan_dist.engine import Engine
 from dan_dist.losses import Loss
 
-# Read and spoken when DeepSpeed is imported
+# Read when DeepSpeed is imported; what it finds by itself, it tells at length
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
-import deepspeed  # noqa: E402
-import deepspeed.ops  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
+import deepspeed
+import deepspeed.ops
+from deepspeed.utils import (
+    logger,
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
 )
+
+logger.setLevel(logging.ERROR)
 
 # On a CPU, DeepSpeed would compile a collective of its own at the first start, for a minute and
 # with a compiler that may be missing; gloo, which is there, serves.
@@ -112,7 +115,8 @@ class DeepSpeedEngine(Engine):
         }
         if not dist.is_initialized():  # one rank alone; DeepSpeed would ask MPI who it is
             backend = "nccl" if self.world.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))  # it asks no one else
         try:
             engine, *_ = deepspeed.initialize(
                 model=self.objective,
@@ -120,8 +124,9 @@ class DeepSpeedEngine(Engine):
                 config=_merge(derived, self.extra),
                 dist_init_required=False,
             )
-        except (AssertionError, TypeError, KeyError) as error:
-            raise ValueError(f"DeepSpeed refuses its configuration: {error}") from error
+        except (AssertionError, TypeError, KeyError, ValueError) as error:
+            line = " ".join(str(error).split())
+            raise ValueError(f"DeepSpeed refuses its configuration: {line}") from error
         wrapped: nn.Module = engine
         return wrapped
 
@@ -130,6 +135,8 @@ class DeepSpeedEngine(Engine):
         engine: Any = self.model
         # DeepSpeed averages over ranks, but these are parts of the mean over the global batch.
         engine.backward(loss.total * self.world.size, scale_wrt_gas=False)
+        if not last:
+            engine.step()  # it counts micro-batches, and steps after the last one alone
         return loss
 
     def _update(self, loss: Tensor) -> tuple[Tensor, bool]:

@@ -31,7 +31,8 @@ _DEFAULTS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _STORE = "mlflow.db"
-_JOURNAL_TAG = "dan_dist.journal"
+_JOURNAL_TAG, _PARENT_TAG = "dan_dist.journal", "dan_dist.parent"
+PARENT_S = 30  # within which who claimed to make a parent has made it, if it lives
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
 DRAIN_S = 60.0  # at the end of a run, as long as the server takes what it is sent
 SHORT_DRAIN_S = 5.0
@@ -67,6 +68,7 @@ class MlflowTracker(NullTracker):
         *,
         experiment: str,
         run_name: str | None,
+        parent: str | None,
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         config: Mapping[str, Any],
@@ -78,8 +80,8 @@ class MlflowTracker(NullTracker):
         tags = {**tags, "commit": commit()}
         if not self._journal.opened:
             self._journal.append(
-                "run", experiment=experiment, name=run_name, artifacts=artifacts, uri=uri,
-                params={key: str(value) for key, value in params.items()}, config=dict(config),
+                "run", experiment=experiment, name=run_name, parent=parent, artifacts=artifacts,
+                uri=uri, params={key: str(value) for key, value in params.items()}, config=dict(config),
                 time_ms=_now_ms(),
             )  # fmt: skip
         self._journal.append("status", status="RUNNING", tags=tags)
@@ -140,9 +142,10 @@ class Sender(threading.Thread):
 
         logging.getLogger("alembic").setLevel(logging.WARNING)  # tells of each table it makes
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logging.getLogger("urllib3").setLevel(logging.ERROR)
         self._journal, self._uri, self._new_client = journal, uri, mlflow.MlflowClient
         self._client: Any = None
-        self._ending = self._failing = False
+        self._ending, self._failing = threading.Event(), False
 
     def run(self) -> None:
         delay_s = FIRST_RETRY_S
@@ -154,10 +157,8 @@ class Sender(threading.Thread):
                     reason = str(error).split("\n")[0]
                     log.warning("MLflow at %s failed, its journal grows: %s", self._uri, reason)
                 self._failing = True
-                with self._journal.changed:
-                    if self._ending:
-                        return
-                    self._journal.changed.wait(delay_s)
+                if self._ending.wait(delay_s):
+                    return
                 delay_s = min(2 * delay_s, LAST_RETRY_S)
                 continue
             if self._failing:
@@ -167,8 +168,8 @@ class Sender(threading.Thread):
 
     def drain(self, timeout_s: float) -> None:
         """Ends the thread once all is sent, at its next failure, or after `timeout_s`."""
+        self._ending.set()
         with self._journal.changed:
-            self._ending = True
             self._journal.changed.notify_all()
         self.join(timeout_s)
 
@@ -218,14 +219,37 @@ class Sender(threading.Thread):
         if runs:
             return str(runs[0].info.run_id)
         tags = {_JOURNAL_TAG: self._journal.id}
+        if record["parent"]:
+            tags["mlflow.parentRunId"] = self._parent(number, record["parent"])
         run = self._client.create_run(number, record["time_ms"], tags, record["name"])
+        return str(run.info.run_id)
+
+    def _parent(self, number: str, name: str) -> str:
+        """The run that holds others, made once however many ask for it at the same moment.
+
+        MLflow has no two experiments of one name: who can make one called so makes the run.
+        """
+        from mlflow.exceptions import MlflowException
+
+        own, claim = f"tags.`{_PARENT_TAG}` = '{name}'", f"claim of {name} in {number}"
+        for attempt in range(PARENT_S):
+            if runs := self._client.search_runs([number], own):
+                return str(runs[0].info.run_id)
+            try:
+                self._client.delete_experiment(self._client.create_experiment(claim))
+                break  # deleted, it is out of sight, but its name stays taken
+            except MlflowException:  # another makes it at this moment
+                if attempt < PARENT_S - 1:
+                    time.sleep(1)
+        run = self._client.create_run(number, tags={_PARENT_TAG: name}, run_name=name)
+        self._client.set_terminated(run.info.run_id)
         return str(run.info.run_id)
 
     def _next(self) -> dict[str, Any] | None:
         """The first record that was not delivered; None once the journal ends."""
         with self._journal.changed:
             while not self._journal.pending:
-                if self._ending:
+                if self._ending.is_set():
                     return None
                 self._journal.changed.wait()
             return self._journal.pending[0]

@@ -72,7 +72,7 @@ def main(config: Config, stop: StopRequest | None = None) -> Ended:
     finally:
         stop.wait_for_step = False
         pulse.close()
-        close_world()
+        close_world(world)
 
 
 def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
@@ -379,6 +379,7 @@ def open_tracker(config: Config, world: World, shards: ShardSet) -> NullTracker:
         Path(config.train.output),
         experiment=config.tracking.experiment,
         run_name=config.tracking.run_name or Path(config.train.output).name,
+        parent=config.tracking.parent,
         params=flatten(config.model_dump()),
         config=config.model_dump(),
         tags={

@@ -177,7 +177,7 @@ def core_count() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def close_world() -> None:
-    """Leaves the process group."""
-    if dist.is_initialized():
+def close_world(world: World) -> None:
+    """Leaves the process group; that of one rank alone, which DeepSpeed holds on to, stays."""
+    if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()

@@ -356,8 +356,8 @@ def test_a_server_that_was_away_is_told_everything_once(
 def test_a_run_is_found_again_when_the_answer_to_its_creation_was_lost(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     journal = Journal(tmp_path / "run")
-    journal.append("run", experiment="e", name="n", artifacts=None, uri=uri, params={}, config={},
-                   time_ms=5)  # fmt: skip
+    journal.append("run", experiment="e", name="n", parent=None, artifacts=None, uri=uri,
+                   params={}, config={}, time_ms=5)  # fmt: skip
     first = tracking.Sender(journal, uri)
     first.deliver(journal.pending[0])
     created = journal.run_id
@@ -493,7 +493,13 @@ def test_a_server_that_hangs_delays_nothing(
         listener.listen()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{listener.getsockname()[1]}")
         tracker = tracking.MlflowTracker(
-            tmp_path / "run", experiment="e", run_name=None, params={}, tags={}, config={}
+            tmp_path / "run",
+            experiment="e",
+            run_name=None,
+            parent=None,
+            params={},
+            tags={},
+            config={},
         )
         began = time.monotonic()
         for step in range(50):
