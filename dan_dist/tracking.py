@@ -35,6 +35,7 @@ _JOURNAL_TAG, _PARENT_TAG = "dan_dist.journal", "dan_dist.parent"
 PARENT_S = 30  # within which who claimed to make a parent has made it, if it lives
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
 DRAIN_S = 60.0  # at the end of a run, as long as the server takes what it is sent
+RETRY_S = 10.0  # and in spite of failures: many runs may be opening a new store at once
 SHORT_DRAIN_S = 5.0
 
 
@@ -81,8 +82,8 @@ class MlflowTracker(NullTracker):
         if not self._journal.opened:
             self._journal.append(
                 "run", experiment=experiment, name=run_name, parent=parent, artifacts=artifacts,
-                uri=uri, params={key: str(value) for key, value in params.items()}, config=dict(config),
-                time_ms=_now_ms(),
+                uri=uri, time_ms=_now_ms(), config=dict(config),
+                params={key: str(value) for key, value in params.items()},
             )  # fmt: skip
         self._journal.append("status", status="RUNNING", tags=tags)
         self.where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
@@ -118,7 +119,10 @@ class MlflowTracker(NullTracker):
         Only a finished run waits for long: one that was told to stop has little time.
         """
         self._journal.append("status", status=status, tags={}, time_ms=_now_ms())
-        self._sender.drain(DRAIN_S if status == "FINISHED" else SHORT_DRAIN_S)
+        finished = status == "FINISHED"
+        self._sender.drain(
+            DRAIN_S if finished else SHORT_DRAIN_S, retry_s=RETRY_S if finished else 0.0
+        )
         if left := len(self._journal.pending):
             log.warning(
                 "%d records have not reached MLflow; when it is back: "
@@ -146,6 +150,7 @@ class Sender(threading.Thread):
         self._journal, self._uri, self._new_client = journal, uri, mlflow.MlflowClient
         self._client: Any = None
         self._ending, self._failing = threading.Event(), False
+        self._give_up_s = 0.0
 
     def run(self) -> None:
         delay_s = FIRST_RETRY_S
@@ -158,7 +163,9 @@ class Sender(threading.Thread):
                     log.warning("MLflow at %s failed, its journal grows: %s", self._uri, reason)
                 self._failing = True
                 if self._ending.wait(delay_s):
-                    return
+                    if time.monotonic() > self._give_up_s:
+                        return
+                    time.sleep(FIRST_RETRY_S)
                 delay_s = min(2 * delay_s, LAST_RETRY_S)
                 continue
             if self._failing:
@@ -166,8 +173,9 @@ class Sender(threading.Thread):
             self._failing, delay_s = False, FIRST_RETRY_S
             self._journal.acknowledge()
 
-    def drain(self, timeout_s: float) -> None:
-        """Ends the thread once all is sent, at its next failure, or after `timeout_s`."""
+    def drain(self, timeout_s: float, *, retry_s: float) -> None:
+        """Ends the thread once all is sent, at a failure after `retry_s`, or after `timeout_s`."""
+        self._give_up_s = time.monotonic() + retry_s
         self._ending.set()
         with self._journal.changed:
             self._journal.changed.notify_all()

@@ -331,6 +331,7 @@ def test_a_server_that_was_away_is_told_everything_once(
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(tracking, "RETRY_S", 0.0)
     options = ["tracking.enabled=true", "train.max_steps=6"]
     assert single(tiny("run"), *options).status == "finished"
     assert caplog.text.count("failed, its journal grows") == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -200,7 +201,7 @@ def test_two_nodes_preempted_and_requeued_end_as_if_nothing_was(
     assert "SIGUSR1: stopped after a checkpoint" in said and "back into the queue" in said
     assert "resumed after step" in said and outcome(run)["status"] == "finished"
     logs = sorted(p.name for p in (run / "logs").iterdir())
-    assert logs == [f"affectnet8-{job}-node1.log", f"affectnet8-{job}-node2.log"]
+    assert logs == [f"affectnet8-{job}-node{k}.log" for k in (0, 1)]
     config = tmp_path / "reference.yaml"
     config.write_text(cluster.config.read_text().replace("unused", "reference"))
     train(2, config, *options, "tracking.enabled=false", cwd=tmp_path)
@@ -232,7 +233,7 @@ def test_failures_end_the_job_and_stay_out_of_the_queue(cluster: Cluster, tmp_pa
     assert cluster.end(wrong) == cluster.end(sick) == "FAILED"
     assert "unknown key 'train.epoch'" in cluster.said()
     assert "error: torch finds no GPU" in cluster.said()
-    assert "error: node node1 failed its check" in cluster.said()
+    assert re.search(r"error: node node[12] failed its check", cluster.said())
     for job in (wrong, sick):
         assert "Restarts=0" in query("scontrol", "show", "job", "-o", job)
     assert not checkpoint.steps_saved(tmp_path / "runs" / "sfew")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import DAN, REPOSITORY, run, train
-from dan_dist import checkpoint
+from dan_dist import checkpoint, tracking
 from dan_dist import model as networks
 from dan_dist import train as story
 from dan_dist.config import load_config
@@ -181,6 +181,7 @@ def test_a_dead_tracking_server_does_not_stop_training(
     tiny: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(tracking, "RETRY_S", 0.0)
     assert "accuracy" in single(tiny("run"), "tracking.enabled=true", "train.max_steps=2")
     assert caplog.text.count("failed, its journal grows") == 1
 
