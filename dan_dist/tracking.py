@@ -7,13 +7,15 @@ server, and what a server missed arrives when it is back, or by
 """
 
 import argparse
+import fcntl
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +188,10 @@ class Sender(threading.Thread):
         from mlflow.entities import Metric, Param
 
         if self._client is None:
-            self._client = self._new_client(self._uri)
+            with _one_at_a_time(self._uri):
+                client = self._new_client(self._uri)
+                client.search_experiments(max_results=1)
+            self._client = client
         client, run_id = self._client, self._journal.run_id
         match record["kind"]:
             case "run":
@@ -261,6 +266,18 @@ class Sender(threading.Thread):
                     return None
                 self._journal.changed.wait()
             return self._journal.pending[0]
+
+
+@contextmanager
+def _one_at_a_time(uri: str) -> Iterator[None]:
+    """Two processes that open a new SQLite store at once would both make its tables, torn."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    with Path(uri.removeprefix("sqlite:///") + ".lock").open("w") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _now_ms() -> int:

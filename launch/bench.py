@@ -1,4 +1,4 @@
-"""Measures the pipeline on this machine: python launch/bench.py pack|saving [options]
+"""Measures the pipeline on this machine: python launch/bench.py pack|saving|engines [options]
 
 Every figure stands beside a peer's, measured in the same run on the same input.
 """
@@ -6,6 +6,7 @@ Every figure stands beside a peer's, measured in the same run on the same input.
 import argparse
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 import webdataset
@@ -42,11 +44,18 @@ def main(arguments: list[str]) -> int:
     safety = parts.add_parser("saving", help="what checkpoints and the journal cost")
     safety.add_argument("--config", default="configs/demo.yaml")
     safety.add_argument("--steps", type=int, default=120, help="default 120")
-    for part in (packing, safety):
+    parity = parts.add_parser("engines", help="DDP beside DeepSpeed's stages: the same training?")
+    parity.add_argument("--config", default="configs/demo.yaml")
+    parity.add_argument("--steps", type=int, default=20, help="default 20")
+    parity.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="default 1 2")
+    for part in (packing, safety, parity):
         part.add_argument("--json", help="a file for the figures")
     options = parser.parse_args(arguments)
+    figures: dict[str, Any]
     if options.part == "saving":
         figures = saving(options.config, options.steps)
+    elif options.part == "engines":
+        figures = engines(options.config, options.steps, options.ranks)
     else:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             figures = pack(
@@ -187,6 +196,53 @@ def saving(path: str, steps: int) -> dict[str, float]:
           f"{1e3 * slowed_s:.0f} ms more; a line of the journal {1e3 * median(lines):.1f} ms\n"
           f"together {100 * share:.2f} % of an epoch of {epoch_steps} steps")  # fmt: skip
     return {"step_s": step_s, "checkpoint_s": checkpoint_s, "journal_s": journal_s, "share": share}
+
+
+def engines(path: str, steps: int, ranks: list[int]) -> dict[str, Any]:
+    """The loss curve of each engine, stage and number of ranks beside that of DDP on one rank.
+
+    At a learning rate of 1e-6: at the recipes' own, a difference in the last bit soon is one in the
+    first (see the README on chaos).
+    """
+    rows: dict[str, dict[str, float]] = {}
+    first: list[float] = []
+    print("| engine | ranks | final loss | largest difference | seconds |\n|---|---|---|---|---|")
+    kinds = {"DDP": ["engine.name=ddp"]} | {
+        f"ZeRO {stage}": ["engine.name=deepspeed", f"engine.zero_stage={stage}"]
+        for stage in range(4)
+    }
+    for size in ranks:
+        for name, options in kinds.items():
+            with tempfile.TemporaryDirectory() as folder:
+                losses, seconds = _curve(path, steps, size, Path(folder), options)
+            first = first or losses
+            worst = max(abs(a - b) for a, b in zip(losses, first, strict=True))
+            print(
+                f"| {name} | {size} | {losses[-1]:.5f} | {worst:.1e} | {seconds:.1f} |", flush=True
+            )
+            rows[f"{name}, {size} ranks"] = {
+                "final_loss": losses[-1], "largest_difference": worst, "seconds": seconds
+            }  # fmt: skip
+    return rows
+
+
+def _curve(
+    path: str, steps: int, ranks: int, output: Path, options: list[str]
+) -> tuple[list[float], float]:
+    """The loss of every step of a training, from its journal, and the seconds it took in all."""
+    script = Path(__file__).parent / "train.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={ranks}", str(script), path, f"train.max_steps={steps}",
+               "train.log_every=1", "optim.lr=1e-6", f"train.output={output}", *options]  # fmt: skip
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{output}/mlflow.db"}
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    seconds = time.perf_counter() - began
+    lines = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
+    values = [line["values"] for line in lines if line["kind"] == "metrics"]
+    return [v["train/loss"] for v in values if "train/loss" in v], seconds
 
 
 if __name__ == "__main__":
