@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dan_dist import checkpoint
 from dan_dist.augment import Augment
@@ -84,21 +85,22 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
     shards, train, val = world.together(lambda: open_data(config, world, cached))
     objective = world.together(lambda: build_objective(config, shards))
     engine = build_engine(config, world, objective)
-    saved = world.together(lambda: resume(config, engine, shards))
+    state = world.together(lambda: resume(config, engine, shards))
+    start = state["step"]
     steps = steps_per_epoch(len(train), config.train.global_batch)
     total = min(steps * config.train.epochs, config.train.max_steps or steps * config.train.epochs)
-    if saved["step"] > total:
+    if start > total:
         raise ValueError(
-            f"train.output {config.train.output} is at step {saved['step']} already, "
+            f"train.output {config.train.output} is at step {start} already, "
             f"train.epochs and train.max_steps end at {total}"
         )
-    world.once("folder", lambda: take_over(config, saved["step"]))
+    world.once("folder", lambda: take_over(config, start))
     tracker = world.together(lambda: open_tracker(config, world, shards))
-    batches = open_train_stream(config, world, shards, train, start=saved["step"])
-    val_batches, val_steps = open_val_stream(config, world, shards, val)
+    batches = open_train_stream(config, world, shards, train, start=start)
+    validation = open_val_stream(config, world, shards, val)
     progress = Progress(
-        tracker, batches, visible=world.is_main, start=saved["step"], total=total,
-        epochs=config.train.epochs, steps_per_epoch=steps, replaced=saved["replaced"],
+        tracker, batches, visible=world.is_main, start=start, total=total,
+        epochs=config.train.epochs, steps_per_epoch=steps, replaced=state["replaced"],
         global_batch=config.train.global_batch, log_every=config.train.log_every,
         max_skipped=config.train.max_skipped_steps,
     )  # fmt: skip
@@ -107,11 +109,10 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
         stop_on_error=config.train.checkpoint_errors == "stop",
     )  # fmt: skip
     due = Timer(config.train.checkpoint_minutes)
-    best, metrics, done = saved["best"], saved["metrics"], saved["step"]
     status: Status = "failed"
     stop.wait_for_step = True
     try:
-        for done in range(saved["step"] + 1, total + 1):
+        for done in range(start + 1, total + 1):
             pulse.advance(f"step {done}")
             batch = next(batches)
             lr = learning_rate(config.optim.lr, config.schedule, (done - 1) // steps)
@@ -120,30 +121,20 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
             progress.step(done, batch, result, lr)
             if done == 1:
                 tracker.figure("training_images.png", images_figure, *batch[:2], shards.class_names)
-            evaluate = done % steps == 0 or done == total
+            at_end = done % steps == 0 or done == total
             at_interval = done % (config.train.checkpoint_every or total) == 0
-            if not (evaluate or at_interval or progress.stop or progress.save):
+            if not (at_end or at_interval or progress.stop or progress.save):
                 continue
             progress.check()
+            state |= {"step": done, "replaced": progress.replaced}
             is_best = False
-            if evaluate:
-                matrix = engine.evaluate(
-                    val_batches, val_steps, len(shards.class_names), pulse.advance
-                )
-                metrics = summarise(matrix, shards.class_names)
-                is_best = metrics["accuracy"] > best.get("accuracy", -1.0)
-                best = {**metrics, "epoch": -(-done // steps)} if is_best else best
-                progress.evaluated(done, metrics, best["accuracy"])
-                if is_best:
-                    counts = matrix.cpu().numpy()
-                    tracker.figure(
-                        "confusion_matrix.png", confusion_figure, counts, shards.class_names
-                    )
+            if at_end:
+                matrix = engine.evaluate(*validation, len(shards.class_names), pulse.advance)
+                is_best = judge(matrix, shards, -(-done // steps), state, progress, tracker)
             learned = engine.state()  # gathered from all ranks, where they share it
             if world.is_main:
-                state = {"step": done, "best": best, "metrics": metrics, "run_id": tracker.run_id,
-                         "replaced": progress.replaced, **learned}  # fmt: skip
-                writer.write(done, describe(config, shards, state), is_best=is_best)
+                content = {**describe(config, shards, state, tracker.run_id), **learned}
+                writer.write(done, content, is_best=is_best)
             progress.save = False
             due.restart()
             progress.restart_clock()
@@ -154,9 +145,9 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
             status = "finished"
         writer.wait()
         if world.is_main:
-            write_end(config, status, done, stop)
+            write_end(config, status, state["step"], stop)
         if status == "finished":
-            report(config, world, tracker, shards, total, metrics, best)
+            report(config, world, tracker, shards, state)
     except TooMuchDamageError:
         if progress.replaced_since:
             checkpoint.note_damage(Path(config.train.output), progress.replaced_since)
@@ -169,8 +160,28 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
         writer.close()
         tracker.end({"finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}[status])
         batches.close()
-        val_batches.close()
-    return Ended(status, dict(metrics))
+        validation[0].close()
+    return Ended(status, dict(state["metrics"]))
+
+
+def judge(
+    matrix: Tensor,
+    shards: ShardSet,
+    epoch: int,
+    state: dict[str, Any],
+    progress: Progress,
+    tracker: NullTracker,
+) -> bool:
+    """Notes in `state` and MLflow what an evaluation gave; returns whether it is the best."""
+    metrics = summarise(matrix, shards.class_names)
+    is_best = bool(metrics["accuracy"] > state["best"].get("accuracy", -1.0))
+    if is_best:
+        state["best"] = {**metrics, "epoch": epoch}
+        counts = matrix.cpu().numpy()
+        tracker.figure("confusion_matrix.png", confusion_figure, counts, shards.class_names)
+    state["metrics"] = metrics
+    progress.evaluated(state["step"], metrics, state["best"]["accuracy"])
+    return is_best
 
 
 def write_end(config: Config, status: Status, step: int, stop: StopRequest) -> None:
@@ -393,10 +404,13 @@ def open_tracker(config: Config, world: World, shards: ShardSet) -> NullTracker:
     )
 
 
-def describe(config: Config, shards: ShardSet, state: dict[str, Any]) -> dict[str, Any]:
-    """The content of a checkpoint: where the run is and what it has learned, and of what it is."""
+def describe(
+    config: Config, shards: ShardSet, state: dict[str, Any], run_id: str | None
+) -> dict[str, Any]:
+    """What a checkpoint says beside what was learned: where the run is, and of what it is."""
     return {
         **state,
+        "run_id": run_id,
         "config": config.model_dump(),
         "class_names": list(shards.class_names),
         "fingerprint": shards.fingerprint,
@@ -424,19 +438,18 @@ def report(
     world: World,
     tracker: NullTracker,
     shards: ShardSet,
-    total: int,
-    metrics: dict[str, float],
-    best: dict[str, float],
+    state: dict[str, Any],
 ) -> None:
     """The last lines: what came out and where to look."""
     if not world.is_main:
         return
+    metrics, best = state["metrics"], state["best"]
     folder = Path(config.train.output)
     tracker.artifact(folder / checkpoint.BEST, "checkpoints")
     log.info(
         "finished after %d steps: accuracy %.2f %% (best %.2f %%, epoch %d), mean recall %.2f %%; "
         "chance is %.2f %%",
-        total, 100 * metrics["accuracy"], 100 * best["accuracy"], best["epoch"],
+        state["step"], 100 * metrics["accuracy"], 100 * best["accuracy"], best["epoch"],
         100 * metrics["mean_recall"], 100 / len(shards.class_names),
     )  # fmt: skip
     log.info("checkpoints: %s", folder)

@@ -175,7 +175,7 @@ def saving(path: str, steps: int) -> dict[str, float]:
             if step > 10 and step % 20 == 0:
                 began = time.perf_counter()
                 state = {"step": step, "best": {}, "metrics": {}, "replaced": 0}
-                content = train.describe(config, shards, {**state, **engine.state()})
+                content = {**train.describe(config, shards, state, None), **engine.state()}
                 writer.write(step, content, is_best=True)
                 blocked.append(time.perf_counter() - began)
         writer.close()
@@ -231,9 +231,11 @@ def _curve(
 ) -> tuple[list[float], float]:
     """The loss of every step of a training, from its journal, and the seconds it took in all."""
     script = Path(__file__).parent / "train.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc-per-node={ranks}", str(script), path, f"train.max_steps={steps}",
-               "train.log_every=1", "optim.lr=1e-6", f"train.output={output}", *options]  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={ranks}", str(script), path, f"train.max_steps={steps}",
+        "train.log_every=1", "optim.lr=1e-6", f"train.output={output}", *options,
+    ]  # fmt: skip
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{output}/mlflow.db"}
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

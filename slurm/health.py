@@ -8,7 +8,7 @@ from nvidia.dali import fn, pipeline_def
 
 @pipeline_def(batch_size=1, num_threads=1)  # type: ignore[untyped-decorator]
 def _graph(device: str) -> object:
-    images = fn.constant(idata=list(range(12)), shape=[2, 2, 3])
+    images = fn.constant(idata=list(range(12)), shape=[2, 2, 3])  # type: ignore[attr-defined]
     return fn.crop_mirror_normalize(images.gpu() if device == "cuda" else images)
 
 
