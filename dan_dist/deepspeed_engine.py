@@ -11,12 +11,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 
 from dan_dist.engine import Engine
 from dan_dist.losses import Loss
+from dan_dist.world import group_of_one
 
 # Read when DeepSpeed is imported; what it finds by itself, it tells at length
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -113,10 +112,7 @@ class DeepSpeedEngine(Engine):
             "torch_autocast": {"enabled": self.bf16, "dtype": "bfloat16"},
             "steps_per_print": 10**9,
         }
-        if not dist.is_initialized():  # one rank alone; DeepSpeed would ask MPI who it is
-            backend = "nccl" if self.world.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-        os.environ.setdefault("LOCAL_RANK", str(self.world.local_rank))  # it asks no one else
+        group_of_one(self.world)
         try:
             engine, *_ = deepspeed.initialize(
                 model=self.objective,

@@ -284,8 +284,10 @@ def _now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def replay(folder: Path) -> int:
+def replay(folder: Path, uri: str | None = None) -> int:
     """Sends what a run's journal still holds; returns the number of records.
+
+    uri: the store; by default that of MLFLOW_TRACKING_URI, or else the one the run began with.
 
     Raises:
         FileNotFoundError: `folder` holds no journal. OSError: its training is still running.
@@ -294,8 +296,7 @@ def replay(folder: Path) -> int:
         raise FileNotFoundError(f"{folder} holds no journal of a run")
     journal = Journal(folder)
     count = len(journal.pending)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or journal.uri
-    sender = Sender(journal, uri)
+    sender = Sender(journal, uri or os.environ.get("MLFLOW_TRACKING_URI") or journal.uri)
     while journal.pending:
         sender.deliver(journal.pending[0])
         journal.acknowledge()

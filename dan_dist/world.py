@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -175,6 +176,14 @@ def _meet(store: Store, rank: int, size: int) -> str:
 def core_count() -> int:
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def group_of_one(world: World) -> None:
+    """Gives one rank alone what launchers give many: DeepSpeed would ask MPI who it is."""
+    if not dist.is_initialized():
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")
 
 
 def close_world(world: World) -> None:

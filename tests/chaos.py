@@ -331,8 +331,7 @@ def check_points(campaign: Campaign) -> None:
 
     from dan_dist.tracking import replay
 
-    os.environ["MLFLOW_TRACKING_URI"] = campaign.uri
-    replay(campaign.output)
+    replay(campaign.output, campaign.uri)
     client = mlflow.MlflowClient(campaign.uri)
     number = client.get_experiment_by_name("chaos").experiment_id
     runs = client.search_runs([number], f"attributes.run_name = '{campaign.output.name}'")

@@ -16,7 +16,16 @@ from torchvision.transforms import v2
 
 from dan_dist import data
 from dan_dist.augment import ERASE_RATIO, UNIFORMS, Augment, place
-from dan_dist.data import ADVISED_AHEAD, MEAN, STD, Batch, Stream, evaluation_stream, train_stream
+from dan_dist.data import (
+    ADVISED_AHEAD,
+    MEAN,
+    STD,
+    Batch,
+    Stream,
+    TrainOrder,
+    evaluation_stream,
+    train_stream,
+)
 from dan_dist.sampler import augmentation_uniforms
 from dan_dist.shardset import ShardSet, Split, open_shardset
 
@@ -227,13 +236,14 @@ def test_the_kernel_is_told_of_reads_well_ahead(
 
     monkeypatch.setattr(data.os, "posix_fadvise", note)
     stream = training(split)
-    order = stream.order
     next(stream)
     deadline = time.monotonic() + 10
     while len(told) < 12 * (ADVISED_AHEAD + 1) and time.monotonic() < deadline:
         time.sleep(0.01)
     stream.close()
+    order = TrainOrder(split, slice(None), global_batch=12, seed=3, balanced=True)
     for step in range(ADVISED_AHEAD + 1):
         for row in split.index[order(step).ids]:
             own = str(split.path(row["shard"])), row["offset"], row["size"]
             assert own in told
+    order.close()

@@ -1,18 +1,19 @@
 """Training under DeepSpeed equals training under DDP, and each goes on where the other stopped."""
 
+import json
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from test_train import largest_difference, weights
 
-from conftest import DAN, REPOSITORY, run, train
-from dan_dist import tracking
+from conftest import DAN, REPOSITORY, TINY, run, train
 from dan_dist import train as story
 from dan_dist.config import load_config
-from dan_dist.journal import Journal
+from dan_dist.shardset import ShardSet
 
 Write = Callable[[str], Path]
 # DeepSpeed's weights are laid out otherwise in memory than DDP's (channels last): convolutions sum
@@ -22,20 +23,35 @@ OPTIONS = [*DAN, "optim.name=adam", "optim.lr=1e-6", "train.epochs=1"]
 TOLERANCE = 5e-3  # of losses of about 8, over 10 steps
 
 
+TRACKED = [*OPTIONS, "tracking.enabled=true"]  # the journal then has the loss of every step
+
+
 def losses(folder: Path) -> list[float]:
     """The loss of every step, from the run's journal."""
-    journal = Journal(folder)
-    journal.close()
-    records = [r for r in journal.pending if r["kind"] == "metrics"]
-    return [r["values"]["train/loss"] for r in records if "train/loss" in r["values"]]
+    records = map(json.loads, (folder / "journal.jsonl").read_text().splitlines())
+    values = [record["values"] for record in records if record["kind"] == "metrics"]
+    return [v["train/loss"] for v in values if "train/loss" in v]
 
 
-@pytest.fixture
-def unreachable(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Tracking on, to a server that is not there: all losses stay in the journal."""
-    monkeypatch.setattr(tracking, "DRAIN_S", 0.1)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    return [*OPTIONS, "tracking.enabled=true"]
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One MLflow store for all runs: to make one takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("store")
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        yield
+
+
+@pytest.fixture(scope="module")
+def ddp(
+    faces: ShardSet, store: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[float], float]:
+    """Losses and accuracy of DDP on one rank, to which all are compared."""
+    folder = tmp_path_factory.mktemp("ddp")
+    config = folder / "ddp.yaml"
+    config.write_text(TINY.format(shards=faces.root, output=folder / "run"))
+    metrics = single(config, *TRACKED)
+    return losses(folder / "run"), metrics["accuracy"]
 
 
 def single(config: Path, *overrides: str) -> dict[str, float]:
@@ -51,32 +67,33 @@ def close(found: list[float], expected: list[float]) -> bool:
     return max(abs(a - b) for a, b in zip(found, expected, strict=True)) < TOLERANCE
 
 
-def test_every_stage_equals_ddp(tiny: Write, tmp_path: Path, unreachable: list[str]) -> None:
-    expected = single(tiny("ddp"), *unreachable)
+def test_every_stage_equals_ddp(
+    tiny: Write, tmp_path: Path, ddp: tuple[list[float], float]
+) -> None:
     for stage in (0, 1, 2, 3):
-        found = single(tiny(f"zero{stage}"), *unreachable, *deepspeed(stage))
-        assert close(losses(tmp_path / f"zero{stage}"), losses(tmp_path / "ddp")), stage
-        assert found["accuracy"] == expected["accuracy"]
+        found = single(tiny(f"zero{stage}"), *TRACKED, *deepspeed(stage))
+        assert close(losses(tmp_path / f"zero{stage}"), ddp[0]), stage
+        assert found["accuracy"] == ddp[1]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_equal_ddp(
-    tiny: Write, tmp_path: Path, unreachable: list[str], stage: int
+    tiny: Write, tmp_path: Path, ddp: tuple[list[float], float], stage: int
 ) -> None:
-    single(tiny("ddp"), *unreachable)
-    options = [*unreachable, *deepspeed(stage)]
     if stage == 1:  # by DeepSpeed's own launcher, whose default port is taken now and then
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         launcher = Path(sys.executable).with_name("deepspeed")
         done = run(launcher, "--num_accelerators", "2", "--master_port", str(port),
-                   REPOSITORY / "launch" / "train.py", tiny("two"), *unreachable,
+                   REPOSITORY / "launch" / "train.py", tiny("two"), *TRACKED,
                    cwd=tmp_path, timeout_s=120)  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
     else:
-        train(2, tiny("two"), *options, cwd=tmp_path)
-    assert close(losses(tmp_path / "two"), losses(tmp_path / "ddp"))
+        train(2, tiny("two"), *TRACKED, *deepspeed(stage), cwd=tmp_path)
+    assert close(losses(tmp_path / "two"), ddp[0])
+    accuracy = torch.load(tmp_path / "two" / "best.pt", weights_only=True)["metrics"]["accuracy"]
+    assert accuracy == ddp[1]
 
 
 def test_a_run_goes_on_at_another_stage_world_size_and_engine(tiny: Write, tmp_path: Path) -> None:

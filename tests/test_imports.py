@@ -19,6 +19,7 @@ ALLOWED = {
     "dan_dist.losses": {"model", "sync"},
     "dan_dist.data": {"augment", "sampler", "shardset"},
     "dan_dist.engine": {"data", "losses", "metrics", "sync", "world"},
+    "dan_dist.deepspeed_engine": {"engine", "losses", "world"},
     "dan_dist.stop": set(),
     "dan_dist.pulse": set(),
     "dan_dist.journal": set(),
