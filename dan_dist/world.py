@@ -166,7 +166,7 @@ def _meet(store: Store, rank: int, size: int) -> str:
                 store.set(f"{meeting}/{rank}", own)
                 joined = meeting
             welcome = f"{joined}/welcome"
-            if store.check([welcome]) and json.loads(store.get(welcome))[str(rank)] == own:
+            if store.check([welcome]) and json.loads(store.get(welcome)).get(str(rank)) == own:
                 return joined
         time.sleep(POLL_S / 10)
     missing = [str(r) for r in range(size) if str(r) not in signed] if rank == 0 else ["0"]

@@ -386,8 +386,17 @@ def run(folder: Path, faults: int, seed: int, kinds: list[str]) -> dict[str, Tal
             check(campaign, reference, 1e-9 if elastic else 0.0)
             print(f"{name}: as the undisturbed run", flush=True)
             shutil.rmtree(campaign.output)
-    assert set(Path("/dev/shm").iterdir()) <= shared_memory
+    assert not (left := unused(set(Path("/dev/shm").iterdir()) - shared_memory)), left
     return dict(tallies)
+
+
+def unused(files: set[Path]) -> set[Path]:
+    """Those of the files in shared memory that no living process has mapped: they were leaked."""
+    mapped = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # the process has just ended
+            mapped += maps.read_text()
+    return {path for path in files if path.exists() and str(path) not in mapped}
 
 
 @contextmanager
