@@ -120,6 +120,7 @@ class Tracking(Section):
     run_name: str | None = None
     # a run that holds this one and others of the same name, made by whoever comes first
     parent: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    tags: dict[str, str] = {}  # of the run, beside those that tell data, device and commit
 
 
 class Config(Section):

@@ -9,14 +9,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
 
 from dan_dist.data import Batch, Stream
 from dan_dist.losses import Loss, Objective
-from dan_dist.metrics import confusion
+from dan_dist.model import DAN
 from dan_dist.sync import synchronise_batch_norm
 from dan_dist.world import World
 
@@ -69,6 +71,36 @@ def check_split(global_batch: int, micro_batch: int | None, world_size: int, syn
             "%d micro-steps a step: BatchNorm and the batch-mean partition loss see about %d "
             "images at a time, not %d", passes, statistics, global_batch,
         )  # fmt: skip
+
+
+@torch.no_grad()
+def class_probabilities(
+    network: DAN,
+    stream: Stream,
+    steps: int,
+    world: World,
+    *,
+    bf16: bool,
+    advance: Callable[[str], None],
+) -> NDArray[np.float32]:
+    """(samples, classes) float32 of a whole split, in index order, the same on every rank.
+
+    network: in evaluation mode. stream, steps: this rank's part of a pass. advance: called before
+    each step of it.
+    """
+    samples, classes = len(stream.reader.split), network.classifier.out_features
+    dtype = network.classifier.weight.dtype
+    # A row more, into which padding goes: so nothing waits for the device to tell what is padding.
+    rows = torch.zeros(samples + 1, classes, device=world.device)
+    for step in range(steps):
+        advance(f"evaluation step {step + 1}")
+        batch = next(stream)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+            logits = network(batch.images.to(dtype)).logits
+        places = batch.ids.where(batch.ids >= 0, samples).to(world.device, non_blocking=True)
+        rows[places] = logits.softmax(dim=1, dtype=torch.float32)
+    found: NDArray[np.float32] = world.sum(rows[:samples]).cpu().numpy()
+    return found
 
 
 class Engine:
@@ -132,24 +164,15 @@ class Engine:
         norm, skipped = self._update(sums[0])
         return StepResult(sums[:4], sums[4:], norm, skipped)
 
-    @torch.no_grad()
     def evaluate(
-        self, stream: Stream, steps: int, classes: int, advance: Callable[[str], None]
-    ) -> Tensor:
-        """The confusion matrix (classes, classes) of a whole split, summed over ranks.
-
-        advance: called before each step of it.
-        """
+        self, stream: Stream, steps: int, advance: Callable[[str], None]
+    ) -> NDArray[np.float32]:
+        """Each class's probability for every image of a split; see `class_probabilities`."""
         self._average_buffers()
         self.model.eval()
-        matrix = torch.zeros(classes, classes, dtype=torch.int64, device=self.world.device)
-        for step in range(steps):
-            advance(f"evaluation step {step + 1}")
-            batch = next(stream)
-            with self._autocast():
-                logits = self.objective.network(batch.images.to(self.dtype)).logits
-            matrix += confusion(logits, batch.labels, classes)
-        return self.world.sum(matrix)
+        return class_probabilities(
+            self.objective.network, stream, steps, self.world, bf16=self.bf16, advance=advance
+        )
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes: weights, centres, statistics, optimiser."""

@@ -1,4 +1,8 @@
-"""The figures of a training run."""
+"""The figures of a training, of an evaluation and of an ablation."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -7,14 +11,25 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from dan_dist.data import MEAN, STD
+from dan_dist.metrics import BINS, Calibration
 
 
-def confusion_figure(matrix: NDArray[np.int64], class_names: tuple[str, ...]) -> Figure:
-    """The validation confusion matrix: colour is the share of the true class, text the images."""
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure and frees it."""
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def confusion_figure(
+    matrix: NDArray[np.int64], class_names: tuple[str, ...], title: str = "Validation"
+) -> Figure:
+    """A confusion matrix: colour is the share of the true class, text the images."""
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = 2.5 + 0.6 * len(class_names)
     figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
@@ -23,7 +38,7 @@ def confusion_figure(matrix: NDArray[np.int64], class_names: tuple[str, ...]) ->
     axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
     axes.set_yticks(range(len(class_names)), class_names)
     accuracy = matrix.trace() / matrix.sum()
-    axes.set(xlabel="predicted", ylabel="true", title=f"Validation, accuracy {accuracy:.2%}")
+    axes.set(xlabel="predicted", ylabel="true", title=f"{title}, accuracy {accuracy:.2%}")
     for (row, column), count in np.ndenumerate(matrix):
         color = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, str(count), ha="center", va="center", color=color)
@@ -47,3 +62,121 @@ def images_figure(images: Tensor, labels: Tensor, class_names: tuple[str, ...]) 
             axis.set_title(class_names[int(labels[k])], fontsize=9)
     figure.suptitle("Training images, augmented")
     return figure
+
+
+def reliability_figure(calibration: Calibration, title: str) -> Figure:
+    """Accuracy against confidence (Guo et al. 2017), above the number of images in each bin."""
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(5.5, 6), height_ratios=[3, 1], sharex=True, layout="constrained"
+    )
+    centres = (np.arange(BINS) + 0.5) / BINS
+    filled = calibration.images > 0
+    above.plot([0, 1], [0, 1], "--", color="gray", label="calibrated")
+    above.bar(
+        centres[filled], calibration.accuracy[filled], 1 / BINS, edgecolor="white",
+        label="accuracy of the bin's images",
+    )  # fmt: skip
+    above.plot(
+        calibration.confidence[filled], calibration.accuracy[filled], "o", color="black",
+        markersize=4, label="at their mean confidence",
+    )  # fmt: skip
+    error = f"expected calibration error {calibration.error:.2%}"
+    above.set(ylabel="accuracy", ylim=(0, 1), title=f"{title}\n{error}")
+    above.legend(loc="upper left")
+    below.bar(centres, calibration.images, 1 / BINS, edgecolor="white", color="gray")
+    below.set(xlabel="confidence of the predicted class", ylabel="images", xlim=(0, 1))
+    return figure
+
+
+def mistakes_figure(images: Sequence[Image.Image], mistakes: Sequence[Any], title: str) -> Figure:
+    """Wrongly classified images under their true and predicted class and the confidence.
+
+    mistakes: as `evaluation.Mistake`, one an image.
+    """
+    columns = 6
+    rows = max(1, -(-len(images) // columns))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.9 * columns, 2.3 * rows + 0.5), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, mistake in zip(axes.flat, images, mistakes, strict=False):
+        axis.imshow(image)
+        axis.set_title(
+            f"{mistake.true}\ntaken for {mistake.predicted}\n{mistake.confidence:.1%} sure",
+            fontsize=9,
+        )
+    figure.suptitle(f"{title}: {'the surest mistakes' if images else 'no mistakes'}")
+    return figure
+
+
+def accuracy_figure(
+    rows: Sequence[Mapping[str, Any]], axes: Sequence[str], name: str, images: int
+) -> Figure:
+    """Accuracy against the first axis (figure 5 of the paper, where that is the heads).
+
+    rows: as `comparison.table` gives them; a line for each combination of the other axes.
+    """
+    done = [row for row in rows if row["finished"]]
+    values = list(dict.fromkeys(row[axes[0]] for row in done))
+    numeric = all(_is_number(value) for value in values)
+    places = {v: float(v) if numeric else float(k) for k, v in enumerate(values)}
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    others = [tuple(row[a] for a in axes[1:]) for row in done]
+    for number, other in enumerate(dict.fromkeys(others)):
+        own = [row for row, o in zip(done, others, strict=True) if o == other]
+        prefix = ", ".join(f"{a} {v}" for a, v in zip(axes[1:], other, strict=True))
+        for kind, style in (("last", "o-"), ("best", "s:")):
+            axis.errorbar(
+                [places[row[axes[0]]] for row in own],
+                [row[f"{kind}_accuracy"] for row in own],
+                [row[f"{kind}_accuracy_deviation"] for row in own],
+                fmt=style if numeric else style[0], capsize=4, color=f"C{number}",
+                alpha=1.0 if kind == "last" else 0.5,
+                label=f"{prefix + ': ' if prefix else ''}{kind} epoch",
+            )  # fmt: skip
+    axis.set_xticks(list(places.values()), values)
+    runs = max((row["finished"] for row in done), default=0)
+    spread = f", mean ± deviation over {runs} seeds" if runs > 1 else ", one seed"
+    axis.set(
+        xlabel=axes[0], ylabel=f"accuracy on {images} validation images, %",
+        title=f"Ablation {name}{spread}",
+    )  # fmt: skip
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def curves_figure(
+    runs: Sequence[tuple[str, Mapping[str, Sequence[tuple[int, float]]]]], name: str
+) -> Figure:
+    """Training loss and validation accuracy of all runs, a colour for each setting.
+
+    runs: (setting, metric → (step, value)), one a run.
+    """
+    settings = list(dict.fromkeys(setting for setting, _ in runs))
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(settings)))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for setting, curves in runs:
+        colour = colours[settings.index(setting)]
+        for axis, key, factor, style in (
+            (left, "train/loss", 1, "-"), (right, "val/accuracy", 100, "o-")
+        ):  # fmt: skip
+            points = np.array(curves.get(key, [])).reshape(-1, 2)
+            axis.plot(points[:, 0], factor * points[:, 1], style, color=colour, markersize=4)
+    left.set(xlabel="step", ylabel="training loss", title=f"Ablation {name}: training loss")
+    right.set(xlabel="step", ylabel="accuracy, %", title=f"Ablation {name}: validation accuracy")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    handles = [Line2D([], [], color=c, label=s) for c, s in zip(colours, settings, strict=True)]
+    figure.legend(handles=handles, loc="outside right center")
+    return figure
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -22,7 +22,7 @@ class Journal:
     """The records of one run, in order; written by one process at a time.
 
     Raises:
-        OSError: another process has it open, or it cannot be written.
+        BlockingIOError: another process has it open. OSError: it cannot be written.
         ValueError: it is damaged before its last line.
     """
 
@@ -32,7 +32,7 @@ class Journal:
         self._file: BinaryIO = (folder / NAME).open("ab+")
         self._lock()
         self.changed = threading.Condition()
-        self.delivered, self.run_id = self._read_sent()
+        self.delivered, self.run_id = read_sent(folder)
         self.last_step: dict[str, int] = {}  # metric → the last step it was noted for
         self.pending: deque[dict[str, Any]] = deque()
         records = self._read()
@@ -83,7 +83,7 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise OSError(f"{self.folder} is in use by another process") from error
+            raise BlockingIOError(f"{self.folder} is in use by another process") from error
         except OSError:
             pass  # this file system has no locks
 
@@ -100,18 +100,40 @@ class Journal:
 
     def _read(self) -> list[dict[str, Any]]:
         """All whole lines; what a killed process left of another is cut off."""
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
+        records, whole = _parse(self.folder / NAME)
         self._file.truncate(whole)
-        try:
-            return [json.loads(line) for line in content[:whole].splitlines()]
-        except ValueError as error:
-            raise ValueError(f"{self.folder / NAME} is damaged: {error}") from error
+        return records
 
-    def _read_sent(self) -> tuple[int, str | None]:
-        path = self.folder / SENT
-        if not path.is_file():
-            return 0, None
-        content = json.loads(path.read_text())
-        return int(content["delivered"]), content["run_id"]
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's journal, in order, while it may be written; none without a journal.
+
+    Raises:
+        ValueError: it is damaged before its last line.
+    """
+    return _parse(folder / NAME)[0] if (folder / NAME).is_file() else []
+
+
+def read_sent(folder: Path) -> tuple[int, str | None]:
+    """How many records of a journal were delivered, and to which run; 0 and None before that."""
+    path = folder / SENT
+    if not path.is_file():
+        return 0, None
+    content = json.loads(path.read_text())
+    return int(content["delivered"]), content["run_id"]
+
+
+def forget(folder: Path) -> None:
+    """Removes the journal of a folder, so that a new run begins in it."""
+    for name in (NAME, SENT):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of all whole lines, and the bytes that these take."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    try:
+        return [json.loads(line) for line in content[:whole].splitlines()], whole
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

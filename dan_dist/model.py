@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 CHANNELS = 512  # of ResNet-18's last stage
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
@@ -103,6 +104,17 @@ def _initialise(module: nn.Module) -> None:
     elif isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.001)
         nn.init.zeros_(module.bias)
+
+
+def cost(classes: int, heads: int, image_size: int) -> dict[str, float]:
+    """The network's parameters, and the GFLOPs of one image's forward pass (2 a multiply-add)."""
+    with torch.device("meta"):  # shapes alone, no memory
+        network = DAN(classes, heads).eval()
+        image = torch.empty(1, 3, image_size, image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image)
+    parameters = sum(p.numel() for p in network.parameters())
+    return {"model/parameters": parameters, "model/gflops": counter.get_total_flops() / 1e9}
 
 
 def load_backbone(network: DAN, source: str) -> str:

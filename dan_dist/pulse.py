@@ -9,10 +9,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch.distributed.distributed_c10d import Store
+
+from dan_dist.world import World, close_world, init_world
 
 BEAT_S = 1.0
 SILENT_S = 10.0  # without a beat, a process is stopped or its machine gone
@@ -139,3 +142,27 @@ class Pulse:
         else:
             time.sleep(YIELD_S)
         os._exit(1)  # the main thread stands in a collective that cannot be interrupted
+
+
+@contextmanager
+def joined(
+    device: str, *, timeout_s: float, on_loss: Callable[[str], None]
+) -> Iterator[tuple[World, Pulse]]:
+    """The ranks' world and this rank's pulse, for work done together; both end with it.
+
+    device, timeout_s, on_loss: see `init_world` and `Pulse`.
+
+    Raises:
+        ConnectionError: a collective failed because a rank was lost; names it.
+    """
+    world = init_world(device)
+    pulse = Pulse(world.store, world.rank, world.size, timeout_s=timeout_s, on_loss=on_loss)
+    try:
+        yield world, pulse
+    except RuntimeError as error:
+        if world.size > 1 and (line := pulse.lost()):
+            raise ConnectionError(line) from error
+        raise
+    finally:
+        pulse.close()
+        close_world(world)

@@ -58,13 +58,9 @@ def has_launcher() -> bool:
     return not _LAUNCHERS.isdisjoint(os.environ)
 
 
-def end_with_launcher() -> None:
-    """A worker whose torchrun is killed is killed too, instead of training on unwatched.
-
-    Its successor would find the run's folder in use.
-    """
-    if has_launcher():
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_parent() -> None:
+    """This process is killed when the one that started it ends, however that ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def write_outcome(folder: Path, status: Status, *, step: int | None, reason: str) -> None:

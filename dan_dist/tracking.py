@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,7 @@ class MlflowTracker(NullTracker):
         config: Mapping[str, Any],
     ) -> None:
         self._journal, self._folder = Journal(folder), folder
-        local = f"sqlite:///{Path(_STORE).absolute()}"
-        uri = os.environ.get("MLFLOW_TRACKING_URI", local)
-        artifacts = Path("mlruns").absolute().as_uri() if uri == local else None
+        uri, artifacts = store()
         tags = {**tags, "commit": commit()}
         if not self._journal.opened:
             self._journal.append(
@@ -87,7 +85,7 @@ class MlflowTracker(NullTracker):
                 uri=uri, time_ms=_now_ms(), config=dict(config),
                 params={key: str(value) for key, value in params.items()},
             )  # fmt: skip
-        self._journal.append("status", status="RUNNING", tags=tags)
+        self._journal.append("status", status="RUNNING", tags=tags, time_ms=_now_ms())
         self.where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
         self._sender = Sender(self._journal, uri)
         self._sender.start()
@@ -142,14 +140,8 @@ class Sender(threading.Thread):
 
     def __init__(self, journal: Journal, uri: str) -> None:
         super().__init__(name="tracking", daemon=True)
-        for name, value in _DEFAULTS.items():
-            os.environ.setdefault(name, value)
-        import mlflow  # seconds to import, and only here
-
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # tells of each table it makes
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
-        logging.getLogger("urllib3").setLevel(logging.ERROR)
-        self._journal, self._uri, self._new_client = journal, uri, mlflow.MlflowClient
+        _import_mlflow()
+        self._journal, self._uri = journal, uri
         self._client: Any = None
         self._ending, self._failing = threading.Event(), False
         self._give_up_s = 0.0
@@ -188,10 +180,7 @@ class Sender(threading.Thread):
         from mlflow.entities import Metric, Param
 
         if self._client is None:
-            with _one_at_a_time(self._uri):
-                client = self._new_client(self._uri)
-                client.search_experiments(max_results=1)
-            self._client = client
+            self._client = connect(self._uri)
         client, run_id = self._client, self._journal.run_id
         match record["kind"]:
             case "run":
@@ -220,42 +209,15 @@ class Sender(threading.Thread):
 
     def _open(self, record: Mapping[str, Any]) -> str:
         """The run of this journal: the one with its tag, or a new one."""
-        name = record["experiment"]
-        found = self._client.get_experiment_by_name(name)
-        number: str = (
-            found.experiment_id
-            if found
-            else self._client.create_experiment(name, artifact_location=record["artifacts"])
-        )
+        number = _experiment(self._client, record["experiment"], record["artifacts"])
         own = f"tags.`{_JOURNAL_TAG}` = '{self._journal.id}'"
         runs = self._client.search_runs([number], own, order_by=["attributes.start_time ASC"])
         if runs:
             return str(runs[0].info.run_id)
         tags = {_JOURNAL_TAG: self._journal.id}
         if record["parent"]:
-            tags["mlflow.parentRunId"] = self._parent(number, record["parent"])
+            tags["mlflow.parentRunId"] = _parent(self._client, number, record["parent"])
         run = self._client.create_run(number, record["time_ms"], tags, record["name"])
-        return str(run.info.run_id)
-
-    def _parent(self, number: str, name: str) -> str:
-        """The run that holds others, made once however many ask for it at the same moment.
-
-        MLflow has no two experiments of one name: who can make one called so makes the run.
-        """
-        from mlflow.exceptions import MlflowException
-
-        own, claim = f"tags.`{_PARENT_TAG}` = '{name}'", f"claim of {name} in {number}"
-        for attempt in range(PARENT_S):
-            if runs := self._client.search_runs([number], own):
-                return str(runs[0].info.run_id)
-            try:
-                self._client.delete_experiment(self._client.create_experiment(claim))
-                break  # deleted, it is out of sight, but its name stays taken
-            except MlflowException:  # another makes it at this moment
-                if attempt < PARENT_S - 1:
-                    time.sleep(1)
-        run = self._client.create_run(number, tags={_PARENT_TAG: name}, run_name=name)
-        self._client.set_terminated(run.info.run_id)
         return str(run.info.run_id)
 
     def _next(self) -> dict[str, Any] | None:
@@ -266,6 +228,110 @@ class Sender(threading.Thread):
                     return None
                 self._journal.changed.wait()
             return self._journal.pending[0]
+
+
+def store() -> tuple[str, str | None]:
+    """MLflow's address, and where a new experiment's artifacts go, where that is ours to say.
+
+    MLFLOW_TRACKING_URI, or `mlflow.db` and `mlruns` in the working folder.
+    """
+    local = f"sqlite:///{Path(_STORE).absolute()}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI", local)
+    return uri, Path("mlruns").absolute().as_uri() if uri == local else None
+
+
+def connect(uri: str) -> Any:
+    """An MlflowClient whose store is there, and has its tables."""
+    mlflow = _import_mlflow()
+    with _one_at_a_time(uri):
+        client = mlflow.MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def publish(
+    folder: Path,
+    *,
+    experiment: str,
+    parent: str,
+    note: str,
+    status: str,
+    journals: Sequence[Path],
+) -> str:
+    """Puts the files of a folder into the run that holds others, made if need be.
+
+    note: Markdown, which MLflow shows as the run's description. status: RUNNING, FINISHED or
+    FAILED. journals: folders of the runs that it holds; what MLflow has missed of them is sent
+    first. Returns the experiment's number.
+
+    Raises:
+        OSError: MLflow cannot be reached.
+    """
+    uri, artifacts = store()
+    try:
+        for journal in journals:
+            with suppress(BlockingIOError):  # its training still runs, and sends it itself
+                replay(journal, uri)
+        client = connect(uri)
+        number = _experiment(client, experiment, artifacts)
+        run_id = _parent(client, number, parent)
+        client.set_tag(run_id, "mlflow.note.content", note)
+        for path in sorted(folder.iterdir()):
+            client.log_artifact(run_id, str(path))
+        if status == "RUNNING":
+            client.update_run(run_id, status)
+        else:
+            client.set_terminated(run_id, status)
+    except Exception as error:  # mlflow's errors share no base but Exception
+        reason = str(error).split("\n")[0]
+        raise OSError(f"MLflow at {uri}: {reason}; the comparison is in {folder}") from error
+    return number
+
+
+def _experiment(client: Any, name: str, artifacts: str | None) -> str:
+    """The number of the experiment of that name, made if need be."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        with suppress(MlflowException):  # another makes it at this moment
+            client.create_experiment(name, artifact_location=artifacts)
+        found = client.get_experiment_by_name(name)
+    return str(found.experiment_id)
+
+
+def _parent(client: Any, number: str, name: str) -> str:
+    """The run that holds others, made once however many ask for it at the same moment.
+
+    MLflow has no two experiments of one name: who can make one called so makes the run.
+    """
+    from mlflow.exceptions import MlflowException
+
+    own, claim = f"tags.`{_PARENT_TAG}` = '{name}'", f"claim of {name} in {number}"
+    for attempt in range(PARENT_S):
+        if runs := client.search_runs([number], own):
+            return str(runs[0].info.run_id)
+        try:
+            client.delete_experiment(client.create_experiment(claim))
+            break  # deleted, it is out of sight, but its name stays taken
+        except MlflowException:  # another makes it at this moment
+            if attempt < PARENT_S - 1:
+                time.sleep(1)
+    run = client.create_run(number, tags={_PARENT_TAG: name}, run_name=name)
+    client.set_terminated(run.info.run_id)
+    return str(run.info.run_id)
+
+
+def _import_mlflow() -> Any:
+    """MLflow, which takes seconds to import, with its tongue and its patience shortened."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # tells of each table it makes
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    return mlflow
 
 
 @contextmanager
@@ -296,12 +362,23 @@ def replay(folder: Path, uri: str | None = None) -> int:
         raise FileNotFoundError(f"{folder} holds no journal of a run")
     journal = Journal(folder)
     count = len(journal.pending)
+    if not count:
+        journal.close()
+        return 0
     sender = Sender(journal, uri or os.environ.get("MLFLOW_TRACKING_URI") or journal.uri)
     while journal.pending:
         sender.deliver(journal.pending[0])
         journal.acknowledge()
     journal.close()
     return count
+
+
+def note_failure(folder: Path) -> None:
+    """Says of a run whose process is gone without a word that it has failed."""
+    if (folder / "journal.jsonl").is_file():
+        journal = Journal(folder)
+        journal.append("status", status="FAILED", tags={}, time_ms=_now_ms())
+        journal.close()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from dan_dist import checkpoint
 from dan_dist.augment import Augment
@@ -21,15 +22,15 @@ from dan_dist.data import Stream, TooMuchDamageError, evaluation_stream, train_s
 from dan_dist.engine import Engine, Precision, Votes, check_split
 from dan_dist.figures import confusion_figure, images_figure
 from dan_dist.losses import Objective
-from dan_dist.metrics import summarise
-from dan_dist.model import DAN, load_backbone
+from dan_dist.metrics import confusion, summarise
+from dan_dist.model import DAN, cost, load_backbone
 from dan_dist.progress import NotFiniteError, Progress
-from dan_dist.pulse import Pulse
+from dan_dist.pulse import Pulse, joined
 from dan_dist.sampler import steps_per_epoch
 from dan_dist.shardset import ShardSet, Split, open_shardset
 from dan_dist.stop import OUTCOME, Status, StopRequest, write_outcome
 from dan_dist.tracking import MlflowTracker, NullTracker
-from dan_dist.world import World, close_world, core_count, init_world
+from dan_dist.world import World, core_count
 from shards import synthetic
 
 log = logging.getLogger(__name__)
@@ -53,27 +54,19 @@ def main(config: Config, stop: StopRequest | None = None) -> Ended:
         Stopped: a stop signal before training.
     """
     folder, stop = Path(config.train.output), stop or StopRequest()
-    world = init_world(config.train.device)
-    pulse = Pulse(
-        world.store, world.rank, world.size, timeout_s=config.train.timeout_s,
+    with joined(
+        config.train.device, timeout_s=config.train.timeout_s,
         on_loss=lambda line: write_outcome(folder, "failed", step=None, reason=line),
-    )  # fmt: skip
-    try:
-        return run(config, world, stop, pulse)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if world.is_main:
-            with suppress(OSError):  # the folder itself may be what is wrong
-                write_outcome(folder, "failed", step=None, reason=str(error))
-        raise
-    except RuntimeError as error:
-        stop.wait_for_step = False  # a launcher that has seen another rank die ends this one
-        if world.size > 1 and (line := pulse.lost()):
-            raise ConnectionError(line) from error
-        raise
-    finally:
-        stop.wait_for_step = False
-        pulse.close()
-        close_world(world)
+    ) as (world, pulse):  # fmt: skip
+        try:
+            return run(config, world, stop, pulse)
+        except (ValueError, OSError, FloatingPointError) as error:
+            if world.is_main:
+                with suppress(OSError):  # the folder itself may be what is wrong
+                    write_outcome(folder, "failed", step=None, reason=str(error))
+            raise
+        finally:  # a launcher that has seen another rank die ends this one
+            stop.wait_for_step = False
 
 
 def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
@@ -96,6 +89,7 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
         )
     world.once("folder", lambda: take_over(config, start))
     tracker = world.together(lambda: open_tracker(config, world, shards))
+    tracker.metrics(cost(len(shards.class_names), config.model.heads, config.model.image_size), 0)
     batches = open_train_stream(config, world, shards, train, start=start)
     validation = open_val_stream(config, world, shards, val)
     progress = Progress(
@@ -129,8 +123,8 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
             state |= {"step": done, "replaced": progress.replaced}
             is_best = False
             if at_end:
-                matrix = engine.evaluate(*validation, len(shards.class_names), pulse.advance)
-                is_best = judge(matrix, shards, -(-done // steps), state, progress, tracker)
+                found = engine.evaluate(*validation, pulse.advance)
+                is_best = judge(found, val, -(-done // steps), state, progress, tracker)
             learned = engine.state()  # gathered from all ranks, where they share it
             if world.is_main:
                 content = {**describe(config, shards, state, tracker.run_id), **learned}
@@ -165,21 +159,25 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
 
 
 def judge(
-    matrix: Tensor,
-    shards: ShardSet,
+    probabilities: NDArray[np.float32],
+    val: Split,
     epoch: int,
     state: dict[str, Any],
     progress: Progress,
     tracker: NullTracker,
 ) -> bool:
     """Notes in `state` and MLflow what an evaluation gave; returns whether it is the best."""
-    metrics = summarise(matrix, shards.class_names)
+    matrix = confusion(probabilities, val.index["label"])
+    metrics = summarise(matrix, val.class_names)
     is_best = bool(metrics["accuracy"] > state["best"].get("accuracy", -1.0))
     if is_best:
         state["best"] = {**metrics, "epoch": epoch}
-        counts = matrix.cpu().numpy()
-        tracker.figure("confusion_matrix.png", confusion_figure, counts, shards.class_names)
+        tracker.figure("confusion_matrix.png", confusion_figure, matrix, val.class_names)
     state["metrics"] = metrics
+    state["predictions"] = {
+        "probabilities": torch.from_numpy(probabilities),
+        "labels": torch.from_numpy(val.index["label"].astype(np.int64)),
+    }
     progress.evaluated(state["step"], metrics, state["best"]["accuracy"])
     return is_best
 
@@ -308,7 +306,9 @@ def resume(config: Config, engine: Engine, shards: ShardSet) -> dict[str, Any]:
             "never" and there is one.
     """
     folder = Path(config.train.output)
-    fresh: dict[str, Any] = {"step": 0, "best": {}, "metrics": {}, "replaced": 0}
+    fresh: dict[str, Any] = {
+        "step": 0, "best": {}, "metrics": {}, "replaced": 0, "predictions": None
+    }  # fmt: skip
     if config.train.resume == "never" and (paths := checkpoint.steps_saved(folder)):
         raise ValueError(
             f"train.output {folder} holds {paths[0].name} of an earlier run; train.resume=auto "
@@ -361,8 +361,6 @@ def open_val_stream(
         val,
         rank=world.rank,
         world_size=world.size,
-        # As many images a rank as in training, so that evaluation never needs more memory.
-        global_batch=config.train.global_batch,
         image_size=config.model.image_size,
         shard_image_size=shards.image_size,
         device=world.device,
@@ -394,6 +392,7 @@ def open_tracker(config: Config, world: World, shards: ShardSet) -> NullTracker:
         params=flatten(config.model_dump()),
         config=config.model_dump(),
         tags={
+            **config.tracking.tags,
             "dataset": shards.dataset,
             "release": shards.release,
             "fingerprint": shards.fingerprint,
