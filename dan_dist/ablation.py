@@ -232,14 +232,14 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, f
 
 
 def _minutes(records: Sequence[Mapping[str, Any]]) -> float:
-    """From each start to the last sign of that attempt."""
-    began_ms, last_ms, total_ms = 0, 0, 0
+    """From each start to the last sign of that attempt, all attempts together."""
+    attempts: list[list[int]] = []
     for record in records:
         if record["kind"] == "status" and record["status"] == "RUNNING":
-            total_ms += last_ms - began_ms
-            began_ms = last_ms = record["time_ms"]
-        last_ms = max(last_ms, record.get("time_ms", 0))
-    return (total_ms + last_ms - began_ms) / 60_000
+            attempts.append([])
+        if attempts and "time_ms" in record:
+            attempts[-1].append(record["time_ms"])
+    return sum(times[-1] - times[0] for times in attempts) / 60_000
 
 
 def train_missing(

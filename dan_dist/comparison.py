@@ -142,7 +142,7 @@ def _paired_lines(rows: Sequence[Row], axes: list[str], found: Sequence[Pair]) -
             continue
         turned = [p if p.first == champion else _turn(p) for p in own]
         lines.append(_line([
-            setting, f"{-statistics.mean(p.difference for p in turned):+.2f}",
+            setting, f"{statistics.mean(-p.difference for p in turned):+.2f}",
             *(", ".join(str(getattr(p, key)) for p in turned)
               for key in ("only_first", "only_second")),
             ", ".join(f"{p.p:.2g}" for p in turned),

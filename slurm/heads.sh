@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# One run for each number of attention heads, 0 (the baseline) to 8, side by side:
+# One run for each number of attention heads, 0 (the baseline) to 8, side by side, and the comparison:
 #   sbatch [--array=1,2,4] slurm/heads.sh [section.key=value ...]
+#   sbatch --array=0-26 slurm/heads.sh --seeds 3
+# Submitted again, it trains what is missing. Another grid: DAN_GRID=fcn-loss, with --array=0-2.
 #SBATCH --job-name=heads
 #SBATCH --array=0-8
 #SBATCH --nodes=1
@@ -14,9 +16,12 @@
 #SBATCH --signal=B:USR1@180
 set -euo pipefail
 source "${DAN_REPOSITORY:-$SLURM_SUBMIT_DIR}/slurm/_env.sh"
-heads=$SLURM_ARRAY_TASK_ID
-losses=()
-[ "$heads" -gt 0 ] || losses=(loss.fcn=none loss.afn=none)
-dan_train configs/affectnet8.yaml "${DAN_RUNS:-runs}/heads-$SLURM_ARRAY_JOB_ID/$heads" \
-    "model.heads=$heads" "${losses[@]}" "tracking.run_name=heads-$heads" \
-    "tracking.parent=heads-$SLURM_ARRAY_JOB_ID" "$@"
+grid=${DAN_GRID:-heads}
+config=${DAN_CONFIG:-configs/affectnet8.yaml}
+ablate=("$DAN_PYTHON" "$DAN_REPOSITORY/launch/ablate.py" "$grid" --config "$config"
+    --output "${DAN_RUNS:-runs}/$grid" "$@")
+child=$("${ablate[@]}" --child "$SLURM_ARRAY_TASK_ID")
+mapfile -t overrides <<<"$child"
+dan_train "$config" "$(sed -n 's/^train\.output=//p' <<<"$child")" "${overrides[@]}"
+# With what the other tasks have finished so far, which may be nothing: the last one's is complete.
+"${ablate[@]}" --summary || true

@@ -1,0 +1,259 @@
+"""Ablations: grids, their comparison, and that nothing is trained twice or mixed up."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chaos import Server
+
+from conftest import REPOSITORY
+from dan_dist import ablation, comparison
+from dan_dist.ablation import Child, Result
+
+Write = Callable[[str], Path]
+SCRIPT = str(REPOSITORY / "launch" / "ablate.py")
+CHROMIUM = shutil.which("chromium")
+
+
+def test_words_become_a_grid() -> None:
+    words = [
+        "model.heads=1,2",
+        "loss.fcn=center,none",
+        "train.epochs=3",
+        "data.augment.scale=[1,2]",
+    ]
+    name, axes, overrides = ablation.parse(words)
+    assert name == "heads-fcn" and [axis.name for axis in axes] == ["heads", "fcn"]
+    assert axes[0].points == {"1": ["model.heads=1"], "2": ["model.heads=2"]}
+    assert overrides == words[2:]
+    assert ablation.parse(["heads"])[1][0].points["0"] == [
+        "model.heads=0", "loss.fcn=none", "loss.afn=none",
+    ]  # fmt: skip
+    assert ablation.parse(["optim.name=adam,sgd", "schedule.name=step,exponential"])[0] == (
+        "optim.name-schedule.name"
+    )
+
+
+def test_children_have_names_seeds_and_a_parent_that_stays(tiny: Write, tmp_path: Path) -> None:
+    config, folder = str(tiny("base")), tmp_path / "grid"
+    options = ["tracking.enabled=true", "train.seed=5"]
+    _, axes, _ = ablation.parse(["model.heads=0,1"])
+    grid = ablation.children(config, axes, options, 2, folder, "heads")
+    assert [child.name for child in grid] == [
+        "heads-0-seed-5", "heads-1-seed-5", "heads-0-seed-6", "heads-1-seed-6",
+    ]  # fmt: skip
+    assert grid[0].setting == "heads 0" and grid[0].setting == grid[2].setting
+    again = ablation.children(config, axes, options, 1, folder, "heads")
+    assert again == grid[:2]
+    other = ablation.children(config, axes, options, 1, tmp_path / "other", "heads")
+    assert other[0].overrides != grid[0].overrides  # another parent, in MLflow too
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["train.epochs=1"], "nothing is varied"),
+        (["head"], "'head': expected heads, fcn-loss, afn-loss"),
+        (["model.heads=1,1"], "stands there twice"),
+        (["model.heads=1,"], "is empty"),
+        (["heads", "model.heads=1,2"], "an axis stands there twice: heads, model.heads"),
+        (["model.haeds=1,2"], r"unknown key 'model\.haeds'; did you mean 'model\.heads'\?"),
+        (["model.heads=1,two"], "model.heads is 'two'"),
+        (["heads", "tracking.enabled=false"], "an ablation is compared in MLflow"),
+    ],
+)
+def test_grids_that_cannot_be(tiny: Write, tmp_path: Path, words: list[str], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        name, axes, overrides = ablation.parse(words)
+        tracked = ["tracking.enabled=true", *overrides]
+        ablation.children(str(tiny("base")), axes, tracked, 1, tmp_path / "grid", name)
+    assert not list(tmp_path.glob("grid/*/journal.jsonl"))
+
+
+def test_a_folder_holds_one_ablation(tmp_path: Path) -> None:
+    ablation.identity(tmp_path, "heads")
+    with pytest.raises(ValueError, match="holds the ablation 'heads'"):
+        ablation.identity(tmp_path, "fcn-loss")
+    (tmp_path / ablation.IDENTITY).write_text("{}")
+    with pytest.raises(ValueError, match="not the identity of an ablation"):
+        ablation.identity(tmp_path, "heads")
+
+
+def result(heads: str, seed: int, right: list[bool], accuracy: float) -> Result:
+    child = Child(f"heads-{heads}-seed-{seed}", {"heads": heads}, seed, [])
+    metrics = {"accuracy": accuracy, "mean_recall": accuracy / 2}
+    curves = {
+        "model/parameters": [(0, 10.0)], "model/gflops": [(0, 0.5)],
+        "train/images_per_s": [(20, 100.0), (40, 300.0), (60, 200.0)],
+        "train/loss": [(20, 2.0), (40, 1.0)], "val/accuracy": [(40, accuracy)],
+    }  # fmt: skip
+    return Result(child, "finished", "", f"id-{heads}-{seed}", metrics, {**metrics, "epoch": 3},
+                  np.array(right), "data", curves, 1.5)  # fmt: skip
+
+
+def test_a_comparison_by_hand(tmp_path: Path) -> None:
+    """10 images: heads 1 alone has 1 of them right, heads 4 alone 6: p = 2·(1 + 7)/2⁷ = 0.125."""
+    first = [True] * 3 + [True] + [False] * 6
+    second = [True] * 3 + [False] + [True] * 6
+    results = [
+        result("1", 0, first, 0.4), result("1", 1, first, 0.6), result("4", 0, second, 0.9),
+        result("8", 0, first, 0.4)._replace(status="failed", reason="out of memory", right=None),
+    ]  # fmt: skip
+    rows = comparison.table(results)
+    assert rows[0]["last_accuracy"] == pytest.approx(50) and rows[0]["finished"] == 2
+    assert rows[0]["last_accuracy_deviation"] == pytest.approx(np.std([40, 60], ddof=1))
+    assert rows[0]["images_per_s"] == 200 and rows[2] == {"heads": "8", "runs": 1, "finished": 0}
+    (pair,) = comparison.pairs(results)
+    assert (pair.only_first, pair.only_second, pair.seed) == (1, 6, 0)
+    assert pair.difference == pytest.approx(-50) and pair.p == pytest.approx(0.125)
+    text = comparison.compare("heads", results, tmp_path / "out")
+    assert "| 1 | 2 of 2 | 50.00 ± 14.14 |" in text and "| 4 | 1 of 1 | 90.00 |" in text
+    assert "heads-8-seed-0: failed: out of memory" in text
+    assert "| heads 1 | -50.00 | 6 | 1 | 0.12 |" in text
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"comparison.md", "comparison.csv", "comparison.json", "pairs.csv",
+                     "accuracy.png", "curves.png"}  # fmt: skip
+
+
+def test_other_data_cannot_be_compared() -> None:
+    a, b = result("1", 0, [True], 1.0), result("2", 0, [True], 1.0)
+    with pytest.raises(ValueError, match="heads-1-seed-0 and heads-2-seed-0 .* other data"):
+        comparison.pairs([a, b._replace(fingerprint="else")])
+
+
+def start(*words: str | Path, cwd: Path, uri: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
+                   "MLFLOW_TRACKING_URI": uri}  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *map(str, words)], cwd=cwd, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def end(process: subprocess.Popen[str], timeout_s: float = 150) -> str:
+    try:
+        return process.communicate(timeout=timeout_s)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"took more than {timeout_s} s:\n{process.communicate()[0]}")
+
+
+def runs_of(uri: str) -> tuple[dict[str, Any], list[Any]]:
+    """Parents by number, and children."""
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("dan_dist")
+    found = client.search_runs([experiment.experiment_id])
+    children = [r for r in found if "mlflow.parentRunId" in r.data.tags]
+    parents = {r.info.run_id: r for r in found if "mlflow.parentRunId" not in r.data.tags}
+    return parents, children
+
+
+def test_killed_in_the_third_child_it_ends_with_each_child_once(
+    tiny: Write, tmp_path: Path
+) -> None:
+    import mlflow
+
+    uri, config = f"sqlite:///{tmp_path}/mlflow.db", tiny("base")
+    words = ["model.heads=0,1,2", "tracking.enabled=true", "train.max_steps=2", "--config", config]
+    process = start(*words, cwd=tmp_path, uri=uri)
+    third = tmp_path / "runs" / "heads" / "heads-2-seed-0"
+    deadline = time.monotonic() + 120
+    while not (third / "journal.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline, end(process)
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    process = start(*words, cwd=tmp_path, uri=uri)
+    said = end(process)
+    assert process.returncode == 0, said
+    assert said.count("has finished") == 2 and "| 2 | 1 of 1 |" in said
+    parents, children = runs_of(uri)
+    ((parent, run),) = parents.items()
+    assert sorted(r.info.run_name for r in children) == [f"heads-{k}-seed-0" for k in range(3)]
+    assert {r.info.status for r in [*children, run]} == {"FINISHED"}
+    assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent}
+    assert {r.data.tags["setting"] for r in children} == {"heads 0", "heads 1", "heads 2"}
+    assert "Ablation: heads" in run.data.tags["mlflow.note.content"]
+    artifacts = {a.path for a in mlflow.MlflowClient(uri).list_artifacts(parent)}
+    assert artifacts >= {"comparison.md", "comparison.csv", "accuracy.png", "curves.png"}
+    # Other settings belong into another folder; nothing is trained.
+    process = start(*words, "optim.lr=1e-4", cwd=tmp_path, uri=uri)
+    assert "another configuration: optim.lr" in end(process) and process.returncode == 2
+
+
+def test_two_at_once_on_one_server_do_not_mix_and_a_browser_compares(
+    tiny: Write, tmp_path: Path
+) -> None:
+    """One of them has a child that fails, which is said; the other's runs are on MLflow's page."""
+    server = Server(tmp_path)
+    try:
+        common = ["tracking.enabled=true", "train.max_steps=1", "--config", tiny("base")]
+        good = start("model.heads=0,1", *common, cwd=tmp_path, uri=server.uri)
+        bad = start("data.val_split=val,none", *common, cwd=tmp_path, uri=server.uri)
+        said, complained = end(good), end(bad)
+        assert good.returncode == 0, said
+        assert bad.returncode == 1 and "Not finished" in complained, complained
+        assert re.search(r"val_split-none-seed-0: failed: .*no split 'none'", complained)
+        parents, children = runs_of(server.uri)
+        families = {
+            parents[parent].info.run_name.rsplit("-", 1)[0]: {
+                r.info.run_name for r in children if r.data.tags["mlflow.parentRunId"] == parent
+            }
+            for parent in parents
+        }
+        names = {"heads-0-seed-0", "heads-1-seed-0"}
+        assert families == {"heads": names, "val_split": {"val_split-val-seed-0"}}
+        status = {r.info.run_name.rsplit("-", 1)[0]: r.info.status for r in parents.values()}
+        assert status == {"heads": "FINISHED", "val_split": "FAILED"}
+        if CHROMIUM:
+            page = said.rsplit("compare in MLflow: ", 1)[1].split()[0]
+            shown = dump(page, tmp_path)
+            assert all(name in shown for name in names), shown[:2000]
+    finally:
+        server.stop()
+
+
+def dump(page: str, folder: Path) -> str:
+    """What a headless browser has made of a page."""
+    assert CHROMIUM is not None
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={folder}/browser", "--virtual-time-budget=20000", "--dump-dom", page,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.stdout
+
+
+def test_nothing_finished_is_nothing_to_compare(tiny: Write, tmp_path: Path) -> None:
+    process = start("model.heads=0,1", "tracking.enabled=true", "--config", tiny("base"),
+                    "--summary", cwd=tmp_path, uri="http://127.0.0.1:9")  # fmt: skip
+    said = end(process)
+    assert process.returncode == 2
+    assert "no run has finished, there is nothing to compare: heads-0-seed-0 missing" in said
+
+
+def test_a_childs_overrides_are_what_is_trained(tiny: Write, tmp_path: Path) -> None:
+    """What batch scripts read, a line each."""
+    words = ["heads", "tracking.enabled=true", "--config", tiny("base"), "--child"]
+    process = start(*words, "1", cwd=tmp_path, uri="http://127.0.0.1:9")
+    lines = end(process).splitlines()
+    assert process.returncode == 0 and "model.heads=1" in lines
+    assert f"train.output={Path('runs') / 'heads' / 'heads-1-seed-0'}" in lines
+    process = start(*words, "9", cwd=tmp_path, uri="http://127.0.0.1:9")
+    assert "--child is 9, the grid has runs 0 to 8" in end(process) and process.returncode == 2
+    assert json.loads((tmp_path / "runs" / "heads" / ablation.IDENTITY).read_text())["name"] == (
+        "heads"
+    )
