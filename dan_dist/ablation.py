@@ -15,7 +15,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ def parse(words: Sequence[str]) -> tuple[str, list[Axis], list[str]]:
     """Name, axes and further overrides of a command line: `heads`, `loss.fcn=none,center`, `k=v`.
 
     Raises:
-        ValueError: nothing is varied, an axis or a value stands there twice, or an unknown word.
+        ValueError: an unknown word, nothing varied, a key set by two axes, a value given twice.
     """
     axes: list[Axis] = []
     overrides: list[str] = []
@@ -109,11 +109,13 @@ def parse(words: Sequence[str]) -> tuple[str, list[Axis], list[str]]:
         raise ValueError(
             f"nothing is varied: name {', '.join(PRESETS)}, or section.key=value,value"
         )
+    keys = [{o.partition("=")[0] for point in a.points.values() for o in point} for a in axes]
+    for (a, own), (b, other) in combinations(zip(axes, keys, strict=True), 2):
+        if both := own & other:
+            raise ValueError(f"'{a.name}' and '{b.name}' both set {', '.join(sorted(both))}")
     short = [axis.name.rsplit(".", 1)[-1] for axis in axes]
     if len(set(short)) == len(axes):
         axes = [Axis(name, axis.points) for name, axis in zip(short, axes, strict=True)]
-    if len({axis.name for axis in axes}) < len(axes):
-        raise ValueError(f"an axis stands there twice: {', '.join(a.name for a in axes)}")
     return "-".join(axis.name for axis in axes), axes, overrides
 
 

@@ -270,7 +270,8 @@ def publish(
     uri, artifacts = store()
     try:
         for journal in journals:
-            with suppress(BlockingIOError):  # its training still runs, and sends it itself
+            # Without one it failed before it began; one in use is sent by its own training.
+            with suppress(FileNotFoundError, BlockingIOError):
                 replay(journal, uri)
         client = connect(uri)
         number = _experiment(client, experiment, artifacts)

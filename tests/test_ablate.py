@@ -66,7 +66,8 @@ def test_children_have_names_seeds_and_a_parent_that_stays(tiny: Write, tmp_path
         (["head"], "'head': expected heads, fcn-loss, afn-loss"),
         (["model.heads=1,1"], "stands there twice"),
         (["model.heads=1,"], "is empty"),
-        (["heads", "model.heads=1,2"], "an axis stands there twice: heads, model.heads"),
+        (["heads", "model.heads=1,2"], r"'heads' and 'model\.heads' both set model\.heads"),
+        (["heads", "loss.fcn=none,center"], r"both set loss\.fcn"),
         (["model.haeds=1,2"], r"unknown key 'model\.haeds'; did you mean 'model\.heads'\?"),
         (["model.heads=1,two"], "model.heads is 'two'"),
         (["heads", "tracking.enabled=false"], "an ablation is compared in MLflow"),
@@ -127,7 +128,7 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
 
 def test_other_data_cannot_be_compared() -> None:
     a, b = result("1", 0, [True], 1.0), result("2", 0, [True], 1.0)
-    with pytest.raises(ValueError, match="heads-1-seed-0 and heads-2-seed-0 .* other data"):
+    with pytest.raises(ValueError, match=r"heads-1-seed-0 and heads-2-seed-0 .* other data"):
         comparison.pairs([a, b._replace(fingerprint="else")])
 
 
