@@ -17,6 +17,7 @@ from dan_dist.journal import read_sent
 from dan_dist.tracking import publish, store
 
 FOLDER = "comparison"  # of tables and figures, in the ablation's
+LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` serves a store that is a file
 
 Row = dict[str, Any]
 
@@ -230,7 +231,7 @@ def summarise(
 def address(run_ids: Sequence[str], experiment: str) -> str:
     """The page on which MLflow compares runs; where no server is named, of one started here."""
     uri, _ = store()
-    server = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    server = uri.rstrip("/") if uri.startswith("http") else LOCAL
     runs, experiments = (
         quote(json.dumps(v, separators=(",", ":"))) for v in (list(run_ids), [experiment])
     )

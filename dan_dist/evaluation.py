@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ def main(
     """Evaluates a checkpoint on all ranks, each image once; returns what stands in the JSON file.
 
     path: a checkpoint, or the folder of a run, whose best one is taken. data: folder or URL of
-    shards. output: by default a folder beside the checkpoint, named after data set and split.
+    shards. output: by default a folder beside the checkpoint, named after it, data set and split.
     precision: "auto" takes that of the training's own evaluations on this device.
 
     Raises:
@@ -68,7 +69,9 @@ def main(
         found = world.together(lambda: open_split(cached, split, content["class_names"], path))
         shards = open_shardset(cached)
         probabilities = predict(content, found, shards.image_size, world, pulse, precision)
-        output = output or path.parent / f"{shards.dataset}-{split}"
+        # Names from a manifest may hold anything, slashes too.
+        name = re.sub(r"[^\w.-]", "_", f"{path.stem}-{shards.dataset}-{split}")
+        output = output or path.parent / name
         report = {
             "checkpoint": path.name,
             "step": content["step"],

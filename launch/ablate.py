@@ -47,6 +47,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
 
     from dan_dist import ablation, comparison
     from dan_dist.config import load_config
+    from dan_dist.tracking import store
 
     name, axes, overrides = ablation.parse(options.words)
     folder = options.output or Path("runs") / name
@@ -69,6 +70,8 @@ def main(arguments: list[str], stop: StopRequest) -> int:
     parent = ablation.identity(folder, name)
     page = comparison.summarise(name, parent, configs[0].tracking.experiment, results, folder)
     print(f"tables and figures: {folder / comparison.FOLDER}")
+    if page.startswith(comparison.LOCAL):
+        print(f"mlflow ui --backend-store-uri {store()[0]}")
     print(f"compare in MLflow: {page}")
     if stop.signal:
         return PREEMPTED

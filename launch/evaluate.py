@@ -19,7 +19,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
     parser.add_argument("--data", required=True, help="folder or URL of the shards")
     parser.add_argument("--split", default="val", help="default: val")
     parser.add_argument("--cache", help="folder on each node into which the shards are copied")
-    parser.add_argument("--output", type=Path, help="default: DATASET-SPLIT beside the checkpoint")
+    parser.add_argument("--output", type=Path, help="default: a folder beside the checkpoint")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--precision", choices=("auto", "float32", "bf16", "float64"), default="auto",

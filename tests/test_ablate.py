@@ -1,6 +1,6 @@
 """Ablations: grids, their comparison, and that nothing is trained twice or mixed up."""
 
-import json
+import importlib.util
 import os
 import re
 import shutil
@@ -19,6 +19,8 @@ from chaos import Server
 from conftest import REPOSITORY
 from dan_dist import ablation, comparison
 from dan_dist.ablation import Child, Result
+from dan_dist.config import load_config
+from dan_dist.stop import StopRequest
 
 Write = Callable[[str], Path]
 SCRIPT = str(REPOSITORY / "launch" / "ablate.py")
@@ -238,23 +240,38 @@ def dump(page: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_nothing_finished_is_nothing_to_compare(tiny: Write, tmp_path: Path) -> None:
-    process = start("model.heads=0,1", "tracking.enabled=true", "--config", tiny("base"),
-                    "--summary", cwd=tmp_path, uri="http://127.0.0.1:9")  # fmt: skip
-    said = end(process)
-    assert process.returncode == 2
-    assert "no run has finished, there is nothing to compare: heads-0-seed-0 missing" in said
+def main(*words: str | Path) -> int:
+    """The program, in this process."""
+    spec = importlib.util.spec_from_file_location("ablate", SCRIPT)
+    assert spec and spec.loader
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    code: int = program.main([str(word) for word in words], StopRequest())
+    return code
 
 
-def test_a_childs_overrides_are_what_is_trained(tiny: Write, tmp_path: Path) -> None:
+def test_nothing_finished_is_nothing_to_compare(
+    tiny: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["model.heads=0,1", "tracking.enabled=true", "--config", tiny("base")]
+    words += ["--output", tmp_path / "grid"]
+    with pytest.raises(ValueError, match="nothing to compare: heads-0-seed-0 missing"):
+        main(*words, "--summary")
+    assert main(*words, "--list") == 0
+    assert re.search(r"1 heads-1-seed-0 +missing", capsys.readouterr().out)
+    with pytest.raises(ValueError, match="--seeds is 0, expected 1 or more"):
+        main(*words, "--seeds", "0")
+
+
+def test_a_childs_overrides_are_what_is_trained(
+    tiny: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What batch scripts read, a line each."""
-    words = ["heads", "tracking.enabled=true", "--config", tiny("base"), "--child"]
-    process = start(*words, "1", cwd=tmp_path, uri="http://127.0.0.1:9")
-    lines = end(process).splitlines()
-    assert process.returncode == 0 and "model.heads=1" in lines
-    assert f"train.output={Path('runs') / 'heads' / 'heads-1-seed-0'}" in lines
-    process = start(*words, "9", cwd=tmp_path, uri="http://127.0.0.1:9")
-    assert "--child is 9, the grid has runs 0 to 8" in end(process) and process.returncode == 2
-    assert json.loads((tmp_path / "runs" / "heads" / ablation.IDENTITY).read_text())["name"] == (
-        "heads"
-    )
+    folder = tmp_path / "grid"
+    words = ["heads", "tracking.enabled=true", "--config", tiny("base"), "--output", folder]
+    assert main(*words, "--child", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "model.heads=1" in lines and f"train.output={folder / 'heads-1-seed-0'}" in lines
+    assert load_config(tiny("base"), lines).tracking.tags["setting"] == "heads 1"
+    with pytest.raises(ValueError, match="--child is 9, the grid has runs 0 to 8"):
+        main(*words, "--child", "9")

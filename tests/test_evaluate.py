@@ -104,7 +104,7 @@ def test_any_number_of_ranks_gives_the_same_file(
     # The training's own evaluation of its shards is this one.
     own = evaluation.main(tmp_path / "run", str(faces.root), tracked=False)
     assert own["accuracy"] == trained["accuracy"]
-    assert (tmp_path / "run" / "synthetic-val" / evaluation.REPORT).is_file()
+    assert (tmp_path / "run" / "best-synthetic-val" / evaluation.REPORT).is_file()
 
 
 def other_classes(tmp_path: Path) -> Path:
