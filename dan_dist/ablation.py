@@ -256,6 +256,7 @@ def train_missing(
         ValueError: a child's folder holds a run of another configuration; nothing was started.
     """
     results = [read(child, load_config(config, child.overrides)) for child in grid]
+    stop.wait_for_step = True
     for number, result in enumerate(results, 1):
         name = f"{number} of {len(grid)}: {result.child.name}"
         if result.status == "finished":
@@ -267,22 +268,27 @@ def train_missing(
             f"--nproc-per-node={ranks}", str(REPOSITORY / "launch" / "train.py"), config,
             *result.child.overrides,
         ]  # fmt: skip
-        # In a session of its own, so that Ctrl-C comes from here alone; killed along with this.
-        process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
-        asked = False
-        while True:
-            try:
-                process.wait(STOP_POLL_S)
-                break
-            except subprocess.TimeoutExpired:
-                if stop.signal and not asked:
-                    process.terminate()
-                    asked = True
+        code = _run(command, stop)
         if stop.signal:
             return
-        if process.returncode:
+        if code:
             log.warning("%s failed", result.child.name)
-            note_end(folder / result.child.name, process.returncode)
+            note_end(folder / result.child.name, code)
+
+
+def _run(command: Sequence[str], stop: StopRequest) -> int:
+    """Runs a training, to which a stop signal is passed on; returns its exit code."""
+    # In a session of its own, so that Ctrl-C comes from here alone; killed along with this.
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
+    asked = False
+    while True:
+        if stop.signal and not asked:
+            process.terminate()
+            asked = True
+        try:
+            return process.wait(STOP_POLL_S)
+        except subprocess.TimeoutExpired:
+            continue
 
 
 def note_end(folder: Path, code: int) -> None:

@@ -62,11 +62,16 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         with ablation.alone(folder, "training", wait=False):
             ranks = options.nproc or max(1, torch.cuda.device_count())
             ablation.train_missing(options.config, grid, folder, ranks, stop)
+            stop.wait_for_step = False
     results = [ablation.read(child, c) for child, c in zip(grid, configs, strict=True)]
     if options.list:
         for number, r in enumerate(results):
             print(f"{number:4} {r.child.name:40} {r.status}{': ' + r.reason if r.reason else ''}")
         return 0
+    if stop.signal:
+        print(f"{stop.signal}: stopped; the same command goes on")
+        if not any(r.status == "finished" for r in results):
+            return PREEMPTED
     parent = ablation.identity(folder, name)
     page = comparison.summarise(name, parent, configs[0].tracking.experiment, results, folder)
     print(f"tables and figures: {folder / comparison.FOLDER}")

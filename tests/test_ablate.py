@@ -163,13 +163,17 @@ def runs_of(uri: str) -> tuple[dict[str, Any], list[Any]]:
     return parents, children
 
 
-def test_killed_in_the_third_child_it_ends_with_each_child_once(
-    tiny: Write, tmp_path: Path
-) -> None:
+def test_stopped_and_killed_it_ends_with_each_child_once(tiny: Write, tmp_path: Path) -> None:
+    """Stopped in the first child, killed in the third."""
     import mlflow
 
     uri, config = f"sqlite:///{tmp_path}/mlflow.db", tiny("base")
     words = ["model.heads=0,1,2", "tracking.enabled=true", "train.max_steps=2", "--config", config]
+    process = start(*words, cwd=tmp_path, uri=uri)
+    assert process.stdout is not None and "1 of 3" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM: stopped; the same command goes on" in end(process)
+    assert process.returncode == 75
     process = start(*words, cwd=tmp_path, uri=uri)
     third = tmp_path / "runs" / "heads" / "heads-2-seed-0"
     deadline = time.monotonic() + 120

@@ -89,7 +89,14 @@ def test_any_number_of_ranks_gives_the_same_file(
     assert files[0] == files[1] == files[2]
     report = json.loads(files[0])
     assert report["images"] == sum(map(sum, report["confusion_matrix"])) == 72
-    wrong = 72 - np.trace(report["confusion_matrix"])
+    matrix = np.array(report["confusion_matrix"])
+    pairs = np.repeat(np.argwhere(matrix >= 0), matrix.ravel(), axis=0)
+    expected = sklearn_metrics.precision_recall_fscore_support(
+        *pairs.T, labels=range(8), zero_division=0
+    )
+    for key, column in zip(("precision", "recall", "f1", "images"), expected, strict=True):
+        assert [s[key] for s in report["classes"].values()] == pytest.approx(list(column)), key
+    wrong = 72 - np.trace(matrix)
     assert len(report["mistakes"]) == min(wrong, evaluation.MISTAKES)
     assert {m["true"] for m in report["mistakes"]} <= set(faces.class_names)
 
