@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -276,9 +277,10 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, NDArray[A
 
 def check_key(key: str) -> None:
     """Raises ValueError for a key that WebDataset or a tar header would not keep as it is."""
-    if re.search(r"[./\\\s]", key) or not 0 < len(key.encode()) <= MAX_KEY:
+    is_text = key.isprintable() and not re.search(r"[./\\\s]", key)
+    if not is_text or not 0 < len(key.encode()) <= MAX_KEY:
         raise ValueError(
-            f"key {key!r} must be 1 to {MAX_KEY} bytes without dots, slashes and spaces"
+            f"key {key!r} must be 1 to {MAX_KEY} bytes of text without dots, slashes and spaces"
         )
 
 
@@ -302,8 +304,12 @@ def write_manifest(
     splits: Mapping[str, tuple[list[Shard], NDArray[Any]]],
     dropped: Mapping[str, int],
     dropped_names: list[str],
+    pack_sha256: str,
 ) -> Path:
-    """Writes the indexes, then the manifest that makes the folder a finished set."""
+    """Writes the indexes, then the manifest that makes the folder a finished set.
+
+    pack_sha256: of what was to be packed; packing the same again finds that nothing is to be done.
+    """
     described = {}
     for name, (shards, index) in splits.items():
         buffer = BytesIO()
@@ -326,9 +332,15 @@ def write_manifest(
         "splits": described,
         "dropped": dict(dropped),
         "dropped_names": dropped_names,
+        "pack_sha256": pack_sha256,
     }
     write_atomically(root / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return root / MANIFEST
+
+
+def copy_name(manifest: bytes) -> str:
+    """The folder name of a node's copy of a set: a set that was packed anew has another."""
+    return hashlib.sha256(manifest).hexdigest()[:16]
 
 
 def sha256_of(path: Path) -> str:
@@ -346,7 +358,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes `path` once it is written and on the disk; after an error it is gone."""
-    partial = path.with_name(path.name + ".partial")
+    # A name of its own, as another node may write the same file.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("wb") as file:
             yield file

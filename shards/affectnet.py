@@ -10,7 +10,7 @@ import csv
 import io
 import logging
 import math
-from collections.abc import Iterator
+import zlib
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from shards.images import decode, plain_jpeg_size
-from shards.release import Content, Item, LeftOut, Release
-from shards.source import Keys, check_counts, entries, read_file
+from shards.release import NAMES_KEPT, Content, Item, LeftOut, Release
+from shards.source import Keys, check_counts, entries, leads_out, line_at, lines, read_file, walk
 
 CLASSES = ("neutral", "happy", "sad", "surprise", "fear", "disgust", "anger", "contempt")
 NO_CLASS = {8: "none", 9: "uncertain", 10: "non-face"}
@@ -32,6 +32,7 @@ OFFICIAL: dict[str, dict[str, tuple[int, ...]]] = {
 COLUMNS = ("subDirectory_filePath", "face_x", "face_y", "face_width", "face_height",
            "facial_landmarks", "expression", "valence", "arousal")  # fmt: skip
 PHOTOS = "Manually_Annotated_Images"
+NOTES = {"val": "valence", "aro": "arousal", "lnd": "landmarks"}  # beside a crop's label
 LISTS = (".", "Manually_Annotated_file_lists", "Manually_Annotated")  # where training.csv may lie
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def release(source: str | Path, *, classes: int = 8, size: int | None, margin: f
             f"{root} holds no AffectNet release: neither train_set/annotations/ (the reduced one) "
             f"nor training.csv with {PHOTOS}/ (the full one) is there"
         )
-    kind, left_out = "reduced" if is_reduced else "full", LeftOut()
+    kind, left_out = "reduced" if is_reduced else "full", LeftOut(root)
     log.info("%s: AffectNet, the %s release", root, kind)
     if is_reduced:
         if margin:
@@ -65,11 +66,12 @@ def release(source: str | Path, *, classes: int = 8, size: int | None, margin: f
         splits = _reduced(root, classes, left_out)
         read: Any = partial(read_reduced, root=root.absolute(), size=size)
     else:
-        splits = _full(root, folders[0], classes, left_out)
         photos = next((p for p in (root, *folders) if (p / PHOTOS).is_dir()), root) / PHOTOS
         if not photos.is_dir():
             raise FileNotFoundError(f"{photos} not found; unpack the full release's images there")
-        read = partial(read_full, root=photos.absolute(), size=size, margin=margin)
+        splits, lists = _full(root, folders[0], photos, classes, left_out)
+        read = partial(read_full, root=root.absolute(), lists=lists, size=size, margin=margin,
+                       photos=photos.relative_to(root).as_posix())  # fmt: skip
     official = {split: counts[:classes] for split, counts in OFFICIAL[kind].items()}
     check_counts(f"AffectNet's {kind} release", CLASSES[:classes], splits, official)
     described = f"{kind} release" + (f", boxes with margin {margin:g}" if kind == "full" else "")
@@ -85,6 +87,7 @@ def _wanted(label: int, classes: int, left_out: LeftOut) -> bool:
 
 
 def _reduced(root: Path, classes: int, left_out: LeftOut) -> dict[str, list[Item]]:
+    """Items whose source is the image and which notes there are of it, as bits."""
     folders = {"train": "train_set", "val": "val_set"}
     if not (root / "val_set").is_dir() and (root / "valid_set").is_dir():
         folders["val"] = "valid_set"
@@ -93,38 +96,54 @@ def _reduced(root: Path, classes: int, left_out: LeftOut) -> dict[str, list[Item
         for part in ("images", "annotations"):
             if not (root / folder / part).is_dir():
                 raise FileNotFoundError(f"{root / folder / part} not found")
-        images = {
-            Path(entry.name).stem: entry.name
-            for entry in entries(root / folder / "images", root, left_out)
-        }
-        notes = {
-            entry.name.removesuffix("_exp.npy")
-            for entry in entries(root / folder / "annotations", root, left_out)
-            if entry.name.endswith("_exp.npy")
-        }
-        for stem in sorted(images.keys() - notes):
-            left_out.add("no annotation", f"{root / folder / 'images' / images[stem]}")
-        for stem in sorted(notes - images.keys()):
-            left_out.add("annotated, but there is no image", f"{root / folder / 'images' / stem}")
+        images = _images(root, root / folder / "images", left_out)
+        notes = _notes(root, root / folder / "annotations", left_out)
+        for stem in sorted(images.keys() - notes.keys()):
+            left_out.add("no annotation", root / folder / "images" / images[stem])
+        for stem in sorted(notes.keys() - images.keys()):
+            left_out.add("annotated, but there is no image", root / folder / "images" / stem)
         keys, splits[split] = Keys(), []
-        for stem in sorted(images.keys() & notes):
+        for stem in sorted(images.keys() & notes.keys()):
             label = _label(root, f"{folder}/annotations/{stem}_exp.npy")
             if _wanted(label, classes, left_out):
-                source = f"{folder}/images/{images[stem]}"
+                source = f"{folder}/images/{images[stem]}", notes[stem]
                 splits[split].append(Item(keys.make(stem), label, source))
     return splits
 
 
+def _images(root: Path, folder: Path, left_out: LeftOut) -> dict[str, str]:
+    """Number of an image → file name."""
+    found: dict[str, str] = {}
+    for entry in entries(folder, root, left_out):
+        stem = Path(entry.name).stem
+        if stem in found:
+            left_out.add("a second image of its number", entry.path)
+        else:
+            found[stem] = entry.name
+    return found
+
+
+def _notes(root: Path, folder: Path, left_out: LeftOut) -> dict[str, int]:
+    """Number of a labelled image → which NOTES there are of it, a bit each."""
+    bits = {kind: 1 << k for k, kind in enumerate(("exp", *NOTES))}
+    found: dict[str, int] = {}
+    for entry in entries(folder, root, left_out):
+        stem, _, kind = entry.name.removesuffix(".npy").rpartition("_")
+        found[stem] = found.get(stem, 0) | bits.get(kind, 0)
+    return {stem: own >> 1 for stem, own in found.items() if own & bits["exp"]}
+
+
 def _label(root: Path, relative: str) -> int:
-    value = _array(root, relative)
+    return _checked(_array(root, relative), str(root / relative))
+
+
+def _checked(value: Any, where: str) -> int:
     try:
-        label = int(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{root / relative}: {value!r} is no label") from error
-    return _checked(label, str(root / relative))
-
-
-def _checked(label: int, where: str) -> int:
+        label = int(float(value))
+        if label != float(value):
+            raise ValueError(f"{value} is no whole number")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: {value!r} is no label: {error}") from error
     if not 0 <= label <= max(NO_CLASS):
         raise ValueError(f"{where}: label {label}, expected 0 to {max(NO_CLASS)}")
     return label
@@ -138,7 +157,7 @@ def _array(root: Path, relative: str) -> Any:
         shape, dtype = _array_header(data[:start])
         return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
     except Exception as error:  # the header is parsed as Python text: errors of many kinds
-        raise ValueError(f"{root / relative}: no plain array: {error}") from error
+        raise ValueError(f"{relative}: no plain array: {error}") from error
 
 
 @lru_cache(64)  # a release's million arrays have a handful of headers
@@ -154,98 +173,152 @@ def _array_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 def read_reduced(item: Item, root: Path, size: int | None) -> Content:
     """The crop's bytes, with what the annotations beside it hold."""
-    data = read_file(root, item.source)
-    folder, stem = item.source.split("/", 1)[0], Path(item.source).stem
+    image, notes = item.source
+    data = read_file(root, image)
+    folder, stem = image.split("/", 1)[0], Path(image).stem
     values: dict[str, Any] = {}
-    for kind in ("val", "aro", "lnd"):
-        try:
-            values[kind] = _array(root, f"{folder}/annotations/{stem}_{kind}.npy").astype(float)
-        except FileNotFoundError:
-            values[kind] = None
+    for k, (kind, name) in enumerate(NOTES.items()):
+        if notes >> k & 1:
+            path = f"{folder}/annotations/{stem}_{kind}.npy"
+            numbers = _array(root, path).astype(float).ravel()
+            if numbers.size % 2 if name == "landmarks" else numbers.size != 1:
+                raise ValueError(f"{path}: {numbers.size} numbers")
+            values[name] = numbers
+    original = plain_jpeg_size(data) or decode(data).size if "landmarks" in values else (1, 1)
+    return Content(data, _meta(values, (0, 0), original, size))
+
+
+def _meta(
+    values: dict[str, Any], corner: tuple[int, int], original: tuple[int, int], size: int | None
+) -> dict[str, Any] | None:
+    """What goes into an image's JSON, which knows no infinity; landmarks in its own pixels."""
     meta: dict[str, Any] = {}
-    for kind, name in (("val", "valence"), ("aro", "arousal")):
-        if values[kind] is not None:
-            meta[name] = float(values[kind])
-    if values["lnd"] is not None:
-        scale = _scale(size, plain_jpeg_size(data) or decode(data).size)
-        meta["landmarks"] = _rounded(values["lnd"].reshape(-1, 2) * scale)
-    return Content(data, meta or None)
+    for name, numbers in values.items():
+        flat = numbers.tolist()
+        if not flat or not all(map(math.isfinite, flat)):
+            continue
+        if name == "landmarks":
+            scale = 1.0 if size is None else size / np.array(original)
+            meta[name] = np.round((numbers.reshape(-1, 2) - corner) * scale, 2).ravel().tolist()
+        else:
+            meta[name] = flat[0]
+    return meta or None
 
 
-def _scale(size: int | None, original: tuple[int, int]) -> Any:
-    return np.array([1.0, 1.0]) if size is None else size / np.array(original)
+Lists = dict[str, tuple[str, tuple[str, ...]]]  # split → list (relative to the source), columns
 
 
-def _rounded(points: Any) -> list[float]:
-    flat: list[float] = np.round(points, 2).ravel().tolist()
-    return flat
+def _full(
+    root: Path, home: Path, photos: Path, classes: int, left_out: LeftOut
+) -> tuple[dict[str, list[Item]], Lists]:
+    """Items whose source is the photo and its line of the list, which is read again for the rest.
 
-
-def _full(root: Path, lists: Path, classes: int, left_out: LeftOut) -> dict[str, list[Item]]:
+    The 68 landmarks of 400,000 faces would fill half a gigabyte as text.
+    """
+    start = f"{photos.relative_to(root).as_posix()}/"
+    present = {path.removeprefix(start) for path in walk(photos, root, left_out)}
     splits: dict[str, list[Item]] = {}
+    lists: Lists = {}
+    listed: set[str] = set()
     for split, name in (("train", "training.csv"), ("val", "validation.csv")):
-        if not (lists / name).is_file():
-            raise FileNotFoundError(f"{lists / name} not found")
-        seen: set[str] = set()
-        keys, splits[split] = Keys(), []
-        for where, row in _rows(lists / name):
+        if not (home / name).is_file():
+            raise FileNotFoundError(f"{home / name} not found")
+        columns: tuple[str, ...] = ()
+        keys, seen, splits[split] = Keys(), set(), []
+        for where, at, line in lines(home / name, root):
+            if not columns:
+                columns, is_header = _columns(line, where)
+                if is_header:
+                    continue
+            row = _row(line, columns, where)
             photo = row["subDirectory_filePath"]
-            try:
-                label = _checked(int(row["expression"]), where)
-                box = tuple(int(float(row[f"face_{k}"])) for k in ("x", "y", "width", "height"))
-                affect = float(row["valence"]), float(row["arousal"])
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+            listed.add(photo)
+            label = _checked(row["expression"], where)
             if not _wanted(label, classes, left_out):
                 continue
-            if min(box[2:]) <= 0:
+            if leads_out(photo):
+                raise ValueError(f"{where}: {photo} leads out of the source")
+            if _box(row, where) is None:
                 left_out.add("a box that is no face", f"{where}: {photo}")
             elif photo in seen:
                 left_out.add("listed twice", f"{where}: {photo}")
+            elif photo not in present:
+                left_out.add("annotated, but there is no image", f"{where}: {photo}")
             else:
-                names = str(Path(photo).with_suffix("")), photo
-                source = (photo, box, *affect, row["facial_landmarks"])
+                source = photo, split, at, zlib.crc32(line.encode())
+                names = (text.replace("/", "_") for text in (photo.rsplit(".", 1)[0], photo))
                 splits[split].append(Item(keys.make(*names), label, source))
             seen.add(photo)
-    return splits
+        lists[split] = (home / name).relative_to(root).as_posix(), columns
+    for number, photo in enumerate(sorted(present - listed)):
+        left_out.add("no annotation", photos / photo if number < NAMES_KEPT else None)
+    return splits, lists
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """(where it stands, columns) of each row; some copies of the lists have no header."""
-    with path.open(newline="", encoding="utf-8") as file:
-        for number, values in enumerate(csv.reader(file), start=1):
-            if number == 1 and "expression" in values:
-                missing = sorted(set(COLUMNS) - set(values))
-                if missing:
-                    raise ValueError(f"{path}: column {missing[0]} is missing")
-                columns = tuple(values)
-                continue
-            if number == 1:
-                columns = COLUMNS
-            if len(values) != len(columns):
-                raise ValueError(
-                    f"{path}, line {number}: {len(values)} columns, expected {len(columns)}"
-                )
-            yield f"{path}, line {number}", dict(zip(columns, values, strict=True))
+def _columns(line: str, where: str) -> tuple[tuple[str, ...], bool]:
+    """The columns of a list, and whether its first line names them: some copies have no header."""
+    names = _split(line, where)
+    if "expression" not in names:
+        return COLUMNS, False
+    if missing := sorted(set(COLUMNS) - set(names)):
+        raise ValueError(f"{where}: column {missing[0]} is missing")
+    return names, True
 
 
-def read_full(item: Item, root: Path, size: int | None, margin: float) -> Content:
+def _split(line: str, where: str) -> tuple[str, ...]:
+    try:
+        return tuple(next(csv.reader([line])))
+    except csv.Error as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _row(line: str, columns: tuple[str, ...], where: str) -> dict[str, str]:
+    values = _split(line, where)
+    if len(values) != len(columns):
+        raise ValueError(f"{where}: {len(values)} columns, expected {len(columns)}")
+    return dict(zip(columns, values, strict=True))
+
+
+def _box(row: dict[str, str], where: str) -> tuple[int, int, int, int] | None:
+    """x, y, width and height of the face, if there is one."""
+    edges = [row[f"face_{edge}"] for edge in ("x", "y", "width", "height")]
+    if "NULL" in edges:
+        return None
+    try:
+        x, y, width, height = (int(float(edge)) for edge in edges)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: face box {edges}: {error}") from error
+    return (x, y, width, height) if min(width, height) > 0 else None
+
+
+def read_full(
+    item: Item, root: Path, photos: str, lists: Lists, size: int | None, margin: float
+) -> Content:
     """The face cut out of its photo; landmarks in pixels of the packed image.
 
     Raises:
         ValueError: the box lies outside the photo, or the photo cannot be decoded.
+        OSError: it cannot be read, or the list has changed.
     """
-    photo, (x, y, width, height), valence, arousal, landmarks = item.source
-    image = decode(read_file(root, photo))
+    photo, split, at, crc32 = item.source
+    name, columns = lists[split]
+    line = line_at(f"{root}/{name}", at)
+    if zlib.crc32(line.encode()) != crc32:
+        raise OSError(f"{root}/{name} was changed while it was packed")
+    row = _row(line, columns, name)
+    x, y, width, height = _box(row, name) or (0, 0, 0, 0)
+    image = decode(read_file(root, f"{photos}/{photo}"))
     left, top = max(x - margin * width, 0), max(y - margin * height, 0)
     right = min(x + (1 + margin) * width, image.width)
     bottom = min(y + (1 + margin) * height, image.height)
-    box = tuple(round(edge) for edge in (left, top, right, bottom))
+    box = round(left), round(top), round(right), round(bottom)
     if box[2] - box[0] < 1 or box[3] - box[1] < 1:
-        raise ValueError(f"{root / photo}: the box {x, y, width, height} lies outside {image.size}")
+        raise ValueError(f"the box {x, y, width, height} lies outside {image.size}")
     face: Image.Image = image.crop(box)
-    meta: dict[str, Any] = {"valence": valence, "arousal": arousal}
-    points = np.array([float(p) for p in landmarks.split(";") if p])
-    if points.size and points.size % 2 == 0:
-        meta["landmarks"] = _rounded((points.reshape(-1, 2) - box[:2]) * _scale(size, face.size))
-    return Content(face, meta)
+    notes = {
+        "valence": row["valence"].split(),
+        "arousal": row["arousal"].split(),
+        "landmarks": [point for point in row["facial_landmarks"].split(";") if point],
+    }
+    numbers = {k: np.array([] if v == ["NULL"] else v, float) for k, v in notes.items()}
+    return Content(face, _meta(numbers, box[:2], face.size, size))

@@ -9,7 +9,7 @@ import csv
 import io
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from dan_dist.shardset import write_atomically
 from shards.images import decode
 from shards.release import LeftOut
 from shards.sfew import LANDMARKS
-from shards.source import entries, read_file
+from shards.source import read_file, walk
 
 INPUT_SIDE = 640  # pixels to which an image is fitted for detection
 
@@ -85,20 +85,19 @@ def write_landmarks(source: Path, detect: Detector, out: Path) -> tuple[int, int
     """
     if not source.is_dir():
         raise FileNotFoundError(f"--source {source} not found")
-    images = list(_files(source, source))
+    images = list(walk(source, source, LeftOut(source)))
     if not images:
         raise FileNotFoundError(f"--source {source} holds no files")
     rows, missed = [], 0
-    for path in tqdm(images, desc="detecting faces", unit="img", disable=None):
-        relative = path.relative_to(source).as_posix()
+    for relative in tqdm(images, desc="detecting faces", unit="img", disable=None):
         try:
             points = detect(np.asarray(decode(read_file(source, relative)).convert("RGB")))
-        except (OSError, ValueError) as error:
-            log.warning("left out %s: %s", path, error)
+        except ValueError as error:
+            log.warning("left out %s: %s", relative, error)
             points = None
         else:
             if points is None:
-                log.warning("no face found in %s", path)
+                log.warning("no face found in %s", relative)
         if points is None:
             missed += 1
             continue
@@ -107,14 +106,6 @@ def write_landmarks(source: Path, detect: Detector, out: Path) -> tuple[int, int
     csv.writer(text, lineterminator="\n").writerows([LANDMARKS, *rows])
     write_atomically(out, text.getvalue())
     return len(rows), missed
-
-
-def _files(folder: Path, root: Path) -> Iterator[Path]:
-    for entry in entries(folder, root, LeftOut()):
-        if entry.is_dir():
-            yield from _files(Path(entry.path), root)
-        else:
-            yield Path(entry.path)
 
 
 if __name__ == "__main__":

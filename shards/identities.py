@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import overload
 
 from shards.release import Item, LeftOut, Release
-from shards.source import entries, plain_name, read, safe_key
+from shards.source import entries, plain_name, read, safe_key, walk
 
 
 class Images(Sequence[Item]):
@@ -61,13 +61,18 @@ def release(source: str | Path) -> Release:
     Raises:
         FileNotFoundError: no such folder. ValueError: it holds no folders with images.
     """
-    root, left_out, images = Path(source), LeftOut(), Images()
+    root, images = Path(source), Images()
+    left_out = LeftOut(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} not found; expected {root}/<identity>/<images>")
     for folder in entries(root, root, left_out):
         if not folder.is_dir():
             continue
-        files = [e.name for e in entries(Path(folder.path), root, left_out) if e.is_file()]
+        content = entries(Path(folder.path), root, left_out)
+        files = [entry.name for entry in content if entry.is_file()]
+        for inner in (entry.path for entry in content if entry.is_dir()):
+            if deeper := sum(1 for _ in walk(Path(inner), root, left_out)):
+                left_out.add("deeper than an identity's folder", inner, images=deeper)
         if files:
             images.add(folder.name, files)
         else:
@@ -76,6 +81,6 @@ def release(source: str | Path) -> Release:
         raise ValueError(f"{root} holds no folders with images; expected <identity>/<images>")
     names = tuple(map(plain_name, images.identities))
     return Release(
-        "identities", root.resolve().name, names, {"train": images},
+        "identities", "<identity>/<images>", names, {"train": images},
         partial(read, root=root.absolute()), left_out, mixed=True,
     )  # fmt: skip

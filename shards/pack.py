@@ -12,9 +12,11 @@ from pathlib import Path
 
 from dan_dist.shardset import open_shardset
 from shards import affectnet, folder, identities, rafdb, sfew, synthetic
+from shards.claim import CONTACT_SHEET
 from shards.release import Release
 from shards.show import overview, table
-from shards.writer import CONTACT_SHEET, SHARD_SIZE, merge, pack
+from shards.source import plain_name
+from shards.writer import SHARD_SIZE, merge, pack
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             if manifest is None:
                 print(f"part {part} of {parts} is packed; when all are: python -m shards.pack "
-                      f"merge --out {options.out}")  # fmt: skip
+                      f"merge --out {plain_name(options.out)}")  # fmt: skip
                 return 0
         shards = open_shardset(options.out)
         overview(shards, Path(options.out) / CONTACT_SHEET)
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues where it was", file=sys.stderr)
         return 130
-    print(f"{table(shards)}\npacked into {options.out}")
+    print(plain_name(f"{table(shards)}\npacked into {options.out}"))
     return 0
 
 

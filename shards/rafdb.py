@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from shards.release import Item, LeftOut, Release
-from shards.source import Keys, check_counts, entries, read
+from shards.source import Keys, check_counts, entries, lines, read
 
 # The release's labels 1 to 7, in the configuration's words.
 CLASSES = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
@@ -24,29 +24,26 @@ def release(source: str | Path) -> Release:
         FileNotFoundError: no partition list, or no aligned images.
         ValueError: a line that is not `<train|test>_<number>.jpg <1 to 7>`.
     """
-    root, left_out = Path(source), LeftOut()
+    root = Path(source)
     tried = [r / "EmoLabel" / name for r in (root, root / "basic") for name in LISTS]
     path = next((p for p in tried if p.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{tried[0]} not found; expected RAF-DB's folder 'basic'")
     root = path.parent.parent
+    left_out = LeftOut(root)
     if not (root / IMAGES).is_dir():
         raise FileNotFoundError(f"{root / IMAGES} not found; unpack RAF-DB's aligned images there")
     splits: dict[str, list[Item]] = {"train": [], "test": []}
     present = {entry.name for entry in entries(root / IMAGES, root, left_out)}
     listed, keys = set(), Keys()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for where, _, line in lines(path, root):
         found = re.fullmatch(r"((train|test)_\d+)\.jpg\s+([1-7])\s*", line)
         if not found:
-            raise ValueError(
-                f"{path}, line {number}: {line!r}, expected <train|test>_<number>.jpg <1 to 7>"
-            )
+            raise ValueError(f"{where}: {line!r}, expected <train|test>_<number>.jpg <1 to 7>")
         stem, split, label = found.groups()
         file = f"{stem}_aligned.jpg"
         if file in listed:
-            left_out.add("listed twice", f"{path}, line {number}: {stem}.jpg")
+            left_out.add("listed twice", f"{where}: {stem}.jpg")
         elif file not in present:
             left_out.add("listed, but there is no image", f"{root / IMAGES / file}")
         else:

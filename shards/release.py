@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -32,15 +33,16 @@ class Content(NamedTuple):
 class LeftOut:
     """Images that a release lists but that are not packed, by rule: counted, the odd ones named."""
 
+    root: Path  # names are kept relative to it: a manifest does not tell where the source lay
     counts: Counter[str] = field(default_factory=Counter)  # reason → images
     names: list[str] = field(default_factory=list)
 
-    def add(self, reason: str, name: str | None = None) -> None:
-        self.counts[reason] += 1
+    def add(self, reason: str, name: str | Path | None = None, *, images: int = 1) -> None:
+        self.counts[reason] += images
         if name is not None:
             log.warning("left out %s: %s", name, reason)
             if len(self.names) < NAMES_KEPT:
-                self.names.append(f"{name}: {reason}")
+                self.names.append(f"{str(name).removeprefix(f'{self.root}/')}: {reason}")
 
 
 Read = Callable[[Item], Content]
@@ -54,6 +56,6 @@ class Release:
     release: str
     class_names: tuple[str, ...]  # in label order
     splits: Mapping[str, Sequence[Item]]
-    read: Read  # a module-level function or a partial of one; OSError, ValueError: dropped
-    left_out: LeftOut = field(default_factory=LeftOut)
+    read: Read  # a module-level function or a partial of one; an image of a ValueError is dropped
+    left_out: LeftOut = field(default_factory=lambda: LeftOut(Path()))
     mixed: bool = False  # labels mixed in every shard, for sets of many classes

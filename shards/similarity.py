@@ -34,9 +34,14 @@ def align(image: Image.Image, landmarks: ArrayLike, size: int) -> Image.Image:
     """The face in a size×size square, its landmarks where the template has them; black outside.
 
     landmarks: (5, 2), pixels, (0, 0) being the middle of the first pixel, as detectors give them.
+
+    Raises:
+        ValueError: they do not lie as a face's do.
     """
     corners = np.asarray(landmarks, float) + 0.5  # from the pixel's corner, as Pillow counts
     a, b = similarity(corners, (TEMPLATE + 0.5) * (size / TEMPLATE_SIDE))
+    if abs(a) * max(image.size) < 1:  # the whole image would be less than a pixel
+        raise ValueError(f"landmarks {np.asarray(landmarks).tolist()} are not those of a face")
     if (shrink := int(1 / abs(a))) > 1:  # else pixels would be skipped
         image, a = image.reduce(shrink), a * shrink
     back, shift = 1 / a, -b / a

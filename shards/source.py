@@ -1,6 +1,7 @@
-"""Reading a release as downloaded: files, keys, and counts beside the official ones.
+"""Reading a release as downloaded: files, lists, keys, and counts beside the official ones.
 
 Nothing outside the source folder is read: links and relative paths that lead out of it are refused.
+Messages name files relative to the source, as they may go into the manifest.
 """
 
 import errno
@@ -8,51 +9,122 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from shards.release import Content, Item, LeftOut
 
-MAX_STEM = 72  # characters of a key; a longer one is cut and ends in a hash of the whole
+MAX_STEM = 72  # characters of a key; a longer one is cut
+MAX_BYTES = 200_000_000  # of one file: what is larger is no picture of a face
+LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # which file managers leave in folders
 
 log = logging.getLogger(__name__)
 
 
 def entries(folder: Path, root: Path, left_out: LeftOut) -> list[os.DirEntry[str]]:
-    """What lies in a folder, by name, without hidden names and links that lead out of `root`."""
+    """What lies in a folder, by name, without hidden names and links that lead out of `root`.
+
+    Raises:
+        ValueError: the folder itself lies outside `root`, behind a link.
+    """
+    if not _is_inside(str(folder), str(root)):
+        raise ValueError(f"{folder} is a link that leads out of the source")
     found = []
     for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or entry.name.lower() in LITTER:
             continue
-        if entry.is_symlink() and not _is_inside(entry.path, root):
+        if entry.is_symlink() and not _is_inside(entry.path, str(root)):
             left_out.add("a link that leads out of the source", entry.path)
             continue
         found.append(entry)
     return found
 
 
+def walk(folder: Path, root: Path, left_out: LeftOut) -> Iterator[str]:
+    """The files of a folder and all below it, as paths relative to `root`."""
+    for entry in entries(folder, root, left_out):
+        path = Path(entry.path)
+        if not entry.is_dir():
+            yield path.relative_to(root).as_posix()
+        elif not folder.resolve().is_relative_to(path.resolve()):  # else a link to where we are
+            yield from walk(path, root, left_out)
+
+
 def read_file(root: Path, relative: str) -> bytes:
     """The bytes of a file of the source.
 
     Raises:
-        ValueError: the path, or a link, leads out of `root`.
-        OSError: it cannot be read.
+        ValueError: the path, or a link, leads out of `root`; it is no file, or a huge one.
+        OSError: it cannot be read; its text names the file.
     """
     path = f"{root}/{relative}"  # text: pathlib takes as long as the reading
-    if relative.startswith("/") or ".." in relative.split("/"):
-        raise ValueError(f"{path} leads out of the source")
+    if leads_out(relative) or not _is_inside(os.path.dirname(path), str(root)):  # noqa: PTH120
+        raise ValueError(f"{relative} leads out of the source")
+    flags = os.O_RDONLY | os.O_NONBLOCK  # opening a pipe does not wait for its writer
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        file = os.open(path, flags | os.O_NOFOLLOW)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        if not _is_inside(path, root):
-            raise ValueError(f"{path} is a link that leads out of the source") from error
-        file = os.open(path, os.O_RDONLY)
-    with os.fdopen(file, "rb") as opened:
-        return opened.read()
+        if not _is_inside(path, str(root)):
+            raise ValueError(f"{relative} is a link that leads out of the source") from error
+        file = os.open(path, flags)
+    try:
+        status, parts = os.fstat(file), []
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{relative} is no regular file")
+        if status.st_size > MAX_BYTES:
+            raise ValueError(f"{relative} has {status.st_size} bytes, at most {MAX_BYTES} are read")
+        while part := os.read(file, status.st_size + 1):  # a file object takes as long again
+            parts.append(part)
+        return b"".join(parts)
+    except OSError as error:  # reading, Python does not say of what file
+        raise OSError(error.errno, error.strerror, path) from error
+    finally:
+        os.close(file)
+
+
+def leads_out(relative: str) -> bool:
+    """Whether a path, by its text alone, is not one below the source."""
+    return relative.startswith("/") or ".." in relative.split("/")
+
+
+@lru_cache(1 << 16)  # a release's million files lie in some thousand folders
+def _is_inside(path: str, root: str) -> bool:
+    return Path(path).resolve().is_relative_to(Path(root).resolve())
+
+
+def lines(path: Path, root: Path) -> Iterator[tuple[str, int, str]]:
+    """(where it stands, byte at which it begins, text) of each line that is not blank.
+
+    Raises:
+        ValueError: a line is no UTF-8, or the file is a link that leads out of `root`.
+    """
+    if not _is_inside(str(path), str(root)):
+        raise ValueError(f"{path} is a link that leads out of the source")
+    with path.open("rb") as file:
+        at = len(b"\xef\xbb\xbf") if file.read(3) == b"\xef\xbb\xbf" else 0  # a byte order mark
+        file.seek(at)
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                text = line.decode().rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: {line[:80]!r} is no UTF-8") from error
+            if text.strip():
+                yield where, at, text
+            at += len(line)
+
+
+def line_at(path: str, at: int) -> str:
+    """The text of one line, as `lines` gives it."""
+    with Path(path).open("rb") as file:
+        file.seek(at)
+        return file.readline().decode(errors="replace").rstrip("\r\n")
 
 
 def plain_name(name: str) -> str:
@@ -63,10 +135,6 @@ def plain_name(name: str) -> str:
 def read(item: Item, root: Path) -> Content:
     """The bytes of the file that an item names, for releases that keep nothing beside an image."""
     return Content(read_file(root, item.source))
-
-
-def _is_inside(path: str | Path, root: Path) -> bool:
-    return Path(path).resolve().is_relative_to(root.resolve())
 
 
 class Keys:
@@ -85,10 +153,10 @@ class Keys:
 
 
 def safe_key(name: str) -> str:
-    """`name` in letters, digits, `_` and `-`; a long one is cut and ends in a hash."""
+    """`name` in letters, digits, `_` and `-`; one that had others, or is long, ends in a hash."""
     safe = re.sub(r"[^\w-]", "_", name, flags=re.ASCII)
-    if len(safe) <= MAX_STEM:
-        return safe
+    if safe == name and len(name) <= MAX_STEM:
+        return name
     return f"{safe[: MAX_STEM - 13]}_{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
 
 

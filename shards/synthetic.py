@@ -10,11 +10,12 @@ import numpy as np
 
 from dan_dist.shardset import MANIFEST, open_shardset
 from shards.affectnet import TRAIN as AFFECTNET_TRAIN
+from shards.claim import CONTACT_SHEET
 from shards.faces import CLASSES, face
 from shards.images import encode
 from shards.release import Content, Item, Release
 from shards.show import overview
-from shards.writer import CONTACT_SHEET, pack
+from shards.writer import pack
 
 log = logging.getLogger(__name__)
 

@@ -3,18 +3,16 @@
 Shard borders are cut from the list before anything is dropped, and every shard is written by
 itself: the same source gives the same bytes with any number of workers, in one part or several,
 after any interruption. While packing, `OUT/packing.json` says of what; each finished shard leaves a
-`.done` record. The manifest comes last and the records go.
+`.done` record. The manifest comes last and the records go. An image that cannot be decoded is left
+out; one that cannot be read stops the pack, as another time it may be.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +27,12 @@ from dan_dist.shardset import (
     Sample,
     Shard,
     check_key,
+    open_shardset,
     write_atomically,
     write_manifest,
     write_shard,
 )
+from shards.claim import STATE, claim, is_finished, locked, remove_partials, sha256_of_pack
 from shards.images import JPEG_QUALITY, to_jpeg
 from shards.pool import in_processes
 from shards.release import NAMES_KEPT, Item, Read, Release
@@ -40,12 +40,7 @@ from shards.release import NAMES_KEPT, Item, Read, Release
 SHARD_SIZE = 1000  # images: some 15 MB of 224 px faces
 MAX_UNREADABLE = 0.01  # of the listed images; more stop the pack
 MIXING_SEED = 0
-STATE, CONTACT_SHEET = "packing.json", "contact_sheet.png"
-
-_OURS = re.compile(
-    rf"({STATE}|{MANIFEST}|packing[-\w]*\.lock|index-.+\.npy"
-    r"|.+-\d{5}\.(tar|idx|done))(\.partial)?"
-)
+SUFFIXES = (".tar", ".idx")
 
 log = logging.getLogger(__name__)
 
@@ -84,14 +79,16 @@ def pack(
     """Packs `release` into `out` at size×size pixels (None keeps sizes); returns the manifest.
 
     workers: processes, 0 for one a core. An unfinished pack of the same release and options is
-    continued; any other non-empty folder needs `overwrite`, which removes shards and nothing else.
-    Of several `parts` (1 … parts), which may run at once on several machines into one folder, each
-    writes its share of the shards and returns None; `merge` ends the pack.
+    continued, a finished one left as it is; any other non-empty folder needs `overwrite`, which
+    removes shards and nothing else. Of several `parts` (1 … parts), which may run at once on
+    several machines into one folder, each writes its share of the shards and returns None; `merge`
+    ends the pack.
 
     Raises:
         ValueError: an empty class or split, a key twice, more than 1 % unreadable images, or a
             folder that holds something else.
-        OSError: `out` cannot be written, is being packed already, or a worker process died.
+        OSError: the source cannot be read or `out` not be written, it is being packed already, or a
+            worker process died.
     """
     if min(shard_size, 1 if size is None else size) < 1:
         raise ValueError(f"size and shard_size must be at least 1, got {size} and {shard_size}")
@@ -104,14 +101,17 @@ def pack(
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, expected a folder")
     out.mkdir(parents=True, exist_ok=True)
-    with _locked(out, part, parts):
-        _claim(out, description, overwrite)
-        workers = workers or len(os.sched_getaffinity(0))
-        _write(release, jobs[part - 1 :: parts], out, size, workers, progress)
-        return merge(out, locked=True) if parts == 1 else None
+    with locked(out, part, parts):
+        if overwrite or not is_finished(out, description):
+            claim(out, description, parts, overwrite=overwrite)
+            if parts == 1:
+                remove_partials(out)
+            _write(release, jobs, out, size, workers or len(os.sched_getaffinity(0)), progress,
+                   slice(part - 1, None, parts))  # fmt: skip
+        return _finish(out, description) if parts == 1 else None
 
 
-def merge(out: str | Path, *, locked: bool = False) -> Path:
+def merge(out: str | Path) -> Path:
     """Ends a pack whose shards are all written: joins their records to indexes and a manifest.
 
     Raises:
@@ -120,22 +120,25 @@ def merge(out: str | Path, *, locked: bool = False) -> Path:
         OSError: a part is still running.
     """
     out = Path(out)
-    if not (out / STATE).is_file():
+    if not (out / STATE).is_file() and not (out / MANIFEST).is_file():
         raise FileNotFoundError(f"{out / STATE} not found: no parts were packed into {out}")
-    with ExitStack() as stack:
-        if not locked:
-            stack.enter_context(_locked(out, 1, 1))
+    with locked(out):
+        if not (out / STATE).is_file():
+            return out / MANIFEST
         return _finish(out, json.loads((out / STATE).read_text(encoding="utf-8")))
 
 
-def _plan(release: Release, size: int | None, shard_size: int) -> tuple[list[Job], str]:
+def _plan(release: Release, size: int | None, shard_size: int) -> tuple[list[Job], dict[str, Any]]:
     """The shards to write, and what identifies the pack: continuing another would mix the two.
 
     Raises:
-        ValueError: an empty split or class, a key twice or impossible, a label out of range.
+        ValueError: an empty split or class, a key twice or impossible, a label out of range, or a
+            split whose name is no text.
     """
     digest, jobs = hashlib.sha256(), []
     for split, items in release.splits.items():
+        if not split.isprintable():
+            raise ValueError(f"{release.dataset}: split {split!r} has no printable name, rename it")
         if not len(items):
             raise ValueError(f"{release.dataset}: split '{split}' holds no images")
         labels = np.empty(len(items), np.int32)
@@ -157,15 +160,15 @@ def _plan(release: Release, size: int | None, shard_size: int) -> tuple[list[Job
     description = {
         "dataset": release.dataset,
         "release": release.release,
-        "class_names": release.class_names,
+        "class_names": list(release.class_names),
         "size": size,
         "listed": {split: len(items) for split, items in release.splits.items()},
         "list_sha256": digest.hexdigest(),
         "left_out": dict(release.left_out.counts),
-        "left_out_names": release.left_out.names,
+        "left_out_names": list(release.left_out.names),
         "shards": names,
     }
-    return jobs, json.dumps(description, indent=1)
+    return jobs, description
 
 
 def _check_unique(release: Release, split: str, hashes: NDArray[np.int64]) -> None:
@@ -194,60 +197,15 @@ def _cut(split: str, labels: NDArray[np.int32], shard_size: int, *, mixed: bool)
     ]
 
 
-@contextmanager
-def _locked(out: Path, part: int, parts: int) -> Iterator[None]:
-    """Keeps a second pack out of the folder; the parts of one pack let each other in.
-
-    The locks end with the process, however it ends. A file system without locks goes without.
-    """
-    whole = fcntl.LOCK_SH if parts > 1 else fcntl.LOCK_EX
-    locks = {"packing.lock": whole, f"packing-{part}-of-{parts}.lock": fcntl.LOCK_EX}
-    with ExitStack() as stack:
-        for name, kind in locks.items():
-            file = stack.enter_context((out / name).open("w"))
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OSError(f"--out {out}: another process is packing into it") from error
-            except OSError:
-                log.warning("%s: this file system has no locks; start one pack at a time", out)
-        try:
-            yield
-        finally:
-            for name, kind in locks.items():
-                if kind == fcntl.LOCK_EX:  # the other parts still hold the shared one
-                    (out / name).unlink(missing_ok=True)
-
-
-def _claim(out: Path, description: str, overwrite: bool) -> None:
-    """Makes `out` ours: new, continued, or emptied of what an earlier pack wrote."""
-    state = out / STATE
-    content = sorted(p for p in out.iterdir() if p.name != CONTACT_SHEET and p.suffix != ".lock")
-    if state.is_file() and state.read_text(encoding="utf-8") == description:
-        return
-    if content and not overwrite:
-        kind = "an unfinished pack of another source or other options" if state.exists() else (
-            "finished shards" if (out / MANIFEST).exists() else "other files"
-        )  # fmt: skip
-        raise ValueError(f"--out {out} holds {kind}; choose another folder or give --overwrite")
-    foreign = [p.name for p in content if not _is_ours(p)]
-    if foreign:
-        raise ValueError(
-            f"--out {out} holds {foreign[0]}, which no pack wrote; nothing was removed"
-        )
-    for path in sorted(content, key=lambda p: p.name != MANIFEST):  # first what makes it look whole
-        path.unlink()
-    write_atomically(state, description)
-
-
-def _is_ours(path: Path) -> bool:
-    return path.is_file() and _OURS.fullmatch(path.name) is not None
-
-
 def _write(
-    release: Release, jobs: list[Job], out: Path, size: int | None, workers: int, progress: bool
-) -> None:
-    """Writes the shards that are not there yet, as long as few enough images are unreadable."""
+    release: Release, jobs: list[Job], out: Path, size: int | None, workers: int, progress: bool,
+    own: slice,
+) -> None:  # fmt: skip
+    """Writes our shards that are not there yet, as long as few enough of all images are unreadable.
+
+    One part of several may have more than its share of them: that is for `merge` to judge.
+    """
+    total, jobs = sum(len(job.positions) for job in jobs), jobs[own]
     listed = sum(len(job.positions) for job in jobs)
     todo, drops = _remaining(jobs, out, int(MAX_UNREADABLE * listed))
     bar = tqdm(desc=f"packing {release.dataset}", total=listed, unit="img",
@@ -264,8 +222,11 @@ def _write(
             for name in job_drops:
                 log.warning("left out %s", name)
             drops += len(job_drops)
-            if drops > MAX_UNREADABLE * listed:
-                raise ValueError(_too_many(drops, listed, job_drops[-1]))
+            if drops > MAX_UNREADABLE * total:
+                raise ValueError(_too_many(drops, total, job_drops[-1]))
+    if drops > MAX_UNREADABLE * listed:
+        log.warning("WARNING: %d of this part's %d images are unreadable; merge refuses more than "
+                    "%.0f%% of all", drops, listed, 100 * MAX_UNREADABLE)  # fmt: skip
 
 
 def _too_many(drops: int, listed: int, last: str) -> str:
@@ -281,11 +242,11 @@ def _remaining(jobs: list[Job], out: Path, limit: int) -> tuple[list[Job], int]:
     Where those are more than `limit`, an earlier run stopped for it: their shards are tried again,
     as the source may have been mended since.
     """
-    done = {job.name for job in jobs if (out / f"{job.name}.done").exists()}
-    dropped = {job.name: len(_record(out, job.name).drops) for job in jobs if job.name in done}
+    records = {job.name: _record(out, job.name) for job in jobs}
+    dropped = {name: len(record.drops) for name, record in records.items() if record}
     if sum(dropped.values()) > limit:
-        done = {name for name in done if not dropped[name]}
-    return [job for job in jobs if job.name not in done], sum(dropped[name] for name in done)
+        dropped = {name: 0 for name, drops in dropped.items() if not drops}
+    return [job for job in jobs if job.name not in dropped], sum(dropped.values())
 
 
 def write_job(
@@ -301,7 +262,7 @@ def write_job(
             try:
                 image, meta = read(item)
                 jpeg, verbatim = to_jpeg(image, size)
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 file = item.source if isinstance(item.source, str) else item.source[0]
                 drops.append(f"{split}/{item.key} ({file}): {error}")
                 continue
@@ -311,30 +272,56 @@ def write_job(
     path = out / f"{name}.tar"
     try:
         shard, rows = write_shard(path, samples())
-        record = {"shard": asdict(shard), "rows": rows.tolist(), "drops": drops, "verbatim": kept}
+        sizes = {suffix: path.with_suffix(suffix).stat().st_size for suffix in SUFFIXES}
+        record = {"shard": asdict(shard), "rows": rows.tolist(), "drops": drops, "verbatim": kept,
+                  "size_bytes": sizes}  # fmt: skip
         write_atomically(path.with_suffix(".done"), json.dumps(record))
-    except OSError as error:  # a full disk, say: of what file, Python does not say
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # A full disk, say: of what file, Python does not say.
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     return drops
 
 
-def _record(out: Path, name: str) -> Record:
-    record = json.loads((out / f"{name}.done").read_text(encoding="utf-8"))
-    # An array at once: as Python numbers, the rows of ten million samples fill gigabytes.
-    rows = np.array([tuple(row) for row in record["rows"]], INDEX_DTYPE)
-    return Record(Shard(**record["shard"]), rows, record["drops"], record["verbatim"])
+def _record(out: Path, name: str) -> Record | None:
+    """What is known of a finished shard; None: there is none, or its files are not what it says."""
+    try:
+        record = json.loads((out / f"{name}.done").read_text(encoding="utf-8"))
+        sizes = {suffix: (out / f"{name}{suffix}").stat().st_size for suffix in SUFFIXES}
+        # An array at once: as Python numbers, the rows of ten million samples fill gigabytes.
+        rows = np.array([tuple(row) for row in record["rows"]], INDEX_DTYPE)
+        found = Record(Shard(**record["shard"]), rows, record["drops"], record["verbatim"])
+        return found if sizes == record["size_bytes"] else None
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _finish(out: Path, plan: dict[str, Any]) -> Path:
     """Joins the shards' records into indexes and manifest, then removes them."""
     names = [name for own in plan["shards"].values() for name in own]
-    missing = [name for name in names if not (out / f"{name}.done").is_file()]
-    if missing:
+    if not is_finished(out, plan):
+        _join(out, plan, names)
+    found = open_shardset(out)
+    shipped = {shard.name for split in found.splits for shard in found.split(split).shards}
+    for name in names:
+        if f"{name}.tar" not in shipped:  # all its images were unreadable
+            (out / f"{name}.tar").unlink(missing_ok=True)
+            (out / f"{name}.idx").unlink(missing_ok=True)
+        (out / f"{name}.done").unlink(missing_ok=True)
+    remove_partials(out)
+    (out / STATE).unlink(missing_ok=True)
+    return out / MANIFEST
+
+
+def _join(out: Path, plan: dict[str, Any], names: list[str]) -> None:
+    found = {name: _record(out, name) for name in names}
+    records = {name: record for name, record in found.items() if record}
+    if missing := [name for name in names if name not in records]:
         raise ValueError(
             f"{out}: {len(missing)} of {len(names)} shards are not packed yet ({missing[0]} is the "
             "first); run the parts that did not finish"
         )
-    records = {name: _record(out, name) for name in names}
     drops = [name for record in records.values() for name in record.drops]
     listed = sum(plan["listed"].values())
     if len(drops) > MAX_UNREADABLE * listed:
@@ -350,7 +337,7 @@ def _finish(out: Path, plan: dict[str, Any]) -> Path:
     verbatim = sum(record.verbatim for record in records.values())
     total = sum(len(index) for _, index in splits.values())
     size = plan["size"]
-    manifest = write_manifest(
+    write_manifest(
         out,
         dataset=plan["dataset"],
         release=plan["release"],
@@ -361,13 +348,5 @@ def _finish(out: Path, plan: dict[str, Any]) -> Path:
         splits=splits,
         dropped={**plan["left_out"], **({"unreadable": len(drops)} if drops else {})},
         dropped_names=(plan["left_out_names"] + drops)[:NAMES_KEPT],
+        pack_sha256=sha256_of_pack(plan),
     )
-    for name in names:
-        if not records[name].shard.samples:  # all its images were unreadable
-            (out / f"{name}.tar").unlink()
-            (out / f"{name}.idx").unlink()
-        (out / f"{name}.done").unlink()
-    for stale in [*out.glob("*.partial"), *out.glob("packing-*.lock")]:  # of killed runs
-        stale.unlink()
-    (out / STATE).unlink()
-    return manifest

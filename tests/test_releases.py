@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from conftest import run
 from dan_dist.config import load_config
 from dan_dist.shardset import ShardSet, open_shardset
 from shards import affectnet, identities, layouts, rafdb, sfew
+from shards import source as source_files
 from shards.faces import CLASSES, face
 from shards.release import Item, Release
 from shards.similarity import TEMPLATE, align, similarity
@@ -155,6 +158,46 @@ def test_a_list_without_header_and_in_its_own_folder(tmp_path: Path) -> None:
     assert sum(packed(root, "affectnet", "--size", "32")[0].counts["train"]) == 16
 
 
+def test_the_full_releases_lists_as_they_come(tmp_path: Path) -> None:
+    """With a byte order mark, NULL for what there is not, blank lines, and photos of no row."""
+    root = tmp_path / "full"
+    layouts.write_affectnet_full(root, 16, 8, size=32, seed=0)
+    lines = (root / "training.csv").read_text().splitlines()
+    rows = [line.split(",") for line in lines[1:]]
+    rows[0][5] = rows[1][7] = "NULL"
+    absent = [["0/none.jpg", *rows[2][1:]], [*rows[3][:1], *["NULL"] * 5, "10", "-2", "-2"]]
+    text = "\r\n".join([lines[0], *(",".join(row) for row in [*rows, *absent]), "", ""])
+    (root / "training.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    photo = root / "Manually_Annotated_Images" / "0" / "extra.jpg"
+    shutil.copy(next(photo.parent.iterdir()), photo)
+    shards, said = packed(root, "affectnet", "--size", "32")
+    assert sum(shards.counts["train"]) == 16
+    assert shards.dropped == {
+        "annotated, but there is no image": 1, "label 10 (non-face)": 1, "no annotation": 1
+    }  # fmt: skip
+    assert "training.csv, line 18: 0/none.jpg: annotated" in said
+    assert "0/extra.jpg: no annotation" in said
+    metas = {s["__key__"]: json.loads(s["json"]) for s in samples(shards, "train")}
+    keys = [row[0].removesuffix(".jpg").replace("/", "_") for row in rows]
+    assert set(metas[keys[0]]) == {"valence", "arousal"}
+    assert set(metas[keys[1]]) == {"arousal", "landmarks"}
+    (root / "training.csv").write_bytes(text.encode().replace(b"0/none", b"caf\xe9"))
+    assert "training.csv, line 18: b'caf\\xe9.jpg" in refused(root, "affectnet")
+
+
+def test_the_landmarks_of_a_full_release_are_not_held_in_memory(tmp_path: Path) -> None:
+    layouts.write_affectnet_full(tmp_path, 16, 8, size=32, seed=0)
+    release = affectnet.release(tmp_path, size=32, margin=0.0)
+    assert max(len(pickle.dumps(item)) for item in release.splits["train"]) < 200
+    first = release.read(release.splits["train"][0])
+    assert first.meta and len(first.meta["landmarks"]) == 136
+    with (tmp_path / "training.csv").open("r+b") as file:
+        file.seek(130)
+        file.write(b"9" * 100)
+    with pytest.raises(OSError, match=r"training\.csv was changed while it was packed"):
+        release.read(release.splits["train"][0])
+
+
 def test_raf_db(tmp_path: Path) -> None:
     layouts.write_rafdb(tmp_path / "raf" / "basic", 21, 14, seed=0)
     shards, said = packed(tmp_path / "raf", "rafdb")
@@ -211,6 +254,33 @@ def test_sfews_frames_are_aligned_by_landmarks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("place", "dropped"),
+    [
+        (lambda points: points * 1.5, 0),  # over the frame's edge
+        (lambda points: points + 5000, 1),
+        (lambda points: points * 1e12, 1),
+        (lambda points: points * np.nan, 1),
+    ],
+)
+def test_landmarks_far_outside_a_frame_are_named(
+    tmp_path: Path, place: Callable[[np.ndarray], np.ndarray], dropped: int
+) -> None:
+    root = tmp_path / "frames"
+    layouts.write_sfew(root, 98, 7, seed=0, size=32, aligned=False)
+    (root / "Train" / "Angry" / "Thumbs.db").write_bytes(b"no image")
+    (root / "Train" / "Train_Aligned_Faces.zip").write_bytes(b"no folder")
+    names = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*.png"))]
+    points = [place(TEMPLATE / 3.5), *[TEMPLATE / 3.5] * (len(names) - 1)]
+    marks = [[name, *own.ravel()] for name, own in zip(names, points, strict=True)]
+    with (tmp_path / "marks.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([*marks, ["Train/Angry/none.png", *range(10)]])
+    release = sfew.release(root, landmarks=tmp_path / "marks.csv", size=32)
+    pack(release, tmp_path / "out", size=32, workers=1, progress=False)
+    expected = {"landmarks, but there is no image": 1} | ({"unreadable": 1} if dropped else {})
+    assert open_shardset(tmp_path / "out").dropped == expected
+
+
+@pytest.mark.parametrize(
     ("lines", "said"),
     [
         (["a.png,1,2,3"], "line 1: a.png: 3 numbers, expected 10"),
@@ -236,6 +306,14 @@ def test_similarity_transforms_have_known_answers() -> None:
         similarity([[3, 3]] * 5, TEMPLATE)
     with pytest.raises(ValueError, match="are one point"):
         similarity([[float("nan"), 3]] * 5, TEMPLATE)
+
+
+def test_landmarks_of_no_face_are_refused() -> None:
+    z, w = np.array([1, 2, -1, 3, -5], complex), TEMPLATE @ [1, 1j]
+    w -= w.mean()
+    z -= w * np.vdot(w, z) / np.vdot(w, w)  # of which nothing is like the template
+    with pytest.raises(ValueError, match="are not those of a face"):
+        align(face(0, 1, 0, size=64), np.stack([z.real, z.imag], axis=1), 64)
 
 
 def test_aligning_to_its_own_template_changes_nothing() -> None:
@@ -303,10 +381,14 @@ def test_identities(tmp_path: Path) -> None:
             image = face(0, 10 * identity + k, 0, size=32, identity=identity)
             image.save(root / f"m.{identity:03d}" / f"{k}-Face.jpg", quality=95)
     (root / "m.empty").mkdir()
+    (root / "m.000" / "more").mkdir()
+    shutil.copy(root / "m.000" / "0-Face.jpg", root / "m.000" / "more" / "0.jpg")
     shards, _ = packed(root, "identities", "--size", "32", "--shard-size", "16")
     assert shards.class_names == tuple(f"m.{k:03d}" for k in range(30))
     assert shards.counts["train"] == tuple(1 + k % 4 for k in range(30))
-    assert shards.dropped == {"an identity without images": 1}
+    assert shards.dropped == {
+        "deeper than an identity's folder": 1, "an identity without images": 1
+    }  # fmt: skip
     split = shards.split("train")
     assert all(shard.label is None for shard in split.shards)  # mixed
     assert len(set(split.index["label"][:16].tolist())) > 8
@@ -358,6 +440,8 @@ def move(relative: str) -> Callable[[Path], object]:
         (label(np.array("11")), "0_exp.npy: label 11, expected 0 to 10"),
         (label(np.array("-1")), "0_exp.npy: label -1, expected 0 to 10"),
         (label(np.array("happy")), "is no label"),
+        (label(np.array(2.7)), "is no label: 2.7 is no whole number"),
+        (label(np.array(np.inf)), "is no label: cannot convert float infinity"),
         (label(np.array(["1", "2"])), "is no label"),
         (label(np.array({"a": 1}, object)), "0_exp.npy: no plain array"),
         (write("train_set/annotations/0_exp.npy", b""), "0_exp.npy: no plain array"),
@@ -381,6 +465,47 @@ def test_images_and_annotations_without_each_other_are_named(copy: Path) -> None
     assert "images/2.jpg: no annotation" in said and sum(shards.counts["train"]) == 46
 
 
+def test_odd_files_of_the_reduced_release_are_named(copy: Path) -> None:
+    notes = copy / "train_set/annotations"
+    np.save(notes / "0_exp.npy", np.array(f"{int(np.load(notes / '0_exp.npy'))}.0"))  # is taken
+    face(0, 1, 0, size=64).save(copy / "train_set/images/2.png")
+    np.save(notes / "4_lnd.npy", np.array([np.nan, 1]))
+    for path in sorted(notes.glob("*_exp.npy")):  # more, so that one damaged is less than 1 %
+        for k in range(2000, 2002):
+            name = f"{path.name.removesuffix('_exp.npy')}{k}"
+            shutil.copy(copy / "train_set/images/0.jpg", copy / f"train_set/images/{name}.jpg")
+            shutil.copy(path, notes / f"{name}_exp.npy")
+    np.save(notes / "6_val.npy", np.array([1.0, 2.0]))
+    shards, said = packed(copy, "affectnet", "--size", "64")
+    assert shards.dropped["a second image of its number"] == shards.dropped["unreadable"] == 1
+    assert "2.png: a second image" in said and "6_val.npy: 2 numbers" in said
+
+
+def test_pipes_and_huge_files_of_a_source_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "huge").write_bytes(bytes(1000))
+    monkeypatch.setattr(source_files, "MAX_BYTES", 999)
+    for name, said in (("pipe", "no regular file"), ("huge", "1000 bytes, at most 999")):
+        with pytest.raises(ValueError, match=said):
+            read_file(tmp_path, name)
+
+
+@pytest.mark.parametrize("kind", ["affectnet", "rafdb"])
+def test_linked_folders_out_of_a_source_are_refused(tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "release"
+    if kind == "affectnet":
+        layouts.write_affectnet_full(root, 16, 8, size=32, seed=0)
+        folder = root / "Manually_Annotated_Images"
+    else:
+        layouts.write_rafdb(root, 14, 7, seed=0)
+        folder = root / "Image" / "aligned"
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert f"{folder} is a link that leads out of the source" in refused(root, kind)
+
+
 def test_an_empty_class_is_named(copy: Path) -> None:
     for path in (copy / "train_set/annotations").glob("*_exp.npy"):
         if int(np.load(path)) == 7:
@@ -392,12 +517,14 @@ def test_an_empty_class_is_named(copy: Path) -> None:
     ("change", "said"),
     [
         ({"expression": "12"}, "training.csv, line 2: label 12, expected 0 to 10"),
-        ({"expression": ""}, "training.csv, line 2: invalid literal"),
-        ({"face_x": "a"}, "training.csv, line 2: could not convert"),
+        ({"expression": ""}, "training.csv, line 2: '' is no label"),
+        ({"face_x": "a"}, "training.csv, line 2: face box ['a', "),
+        ({"face_x": "1e999"}, "training.csv, line 2: face box ['1e999', "),
+        ({"facial_landmarks": "1;" * 70_000}, "training.csv, line 2: field larger than"),
+        ({"facial_landmarks": "1;x"}, "1 of 24 images are unreadable"),
         ({"face_x": "9999"}, "lies outside (96, 96)"),
         ({"subDirectory_filePath": "../../secret.jpg"}, "leads out of the source"),
         ({"subDirectory_filePath": "/etc/hostname"}, "leads out of the source"),
-        ({"subDirectory_filePath": "0/none.jpg"}, "No such file"),
     ],
 )
 def test_what_stops_a_pack_of_the_full_release(
@@ -477,15 +604,19 @@ def test_links_and_paths_out_of_a_source_are_refused(tmp_path: Path) -> None:
     (tmp_path / "source" / "own").write_text("o")
     (tmp_path / "source" / "inward").symlink_to("own")
     (tmp_path / "source" / "outward").symlink_to("../secret")
+    (tmp_path / "source" / "folder").symlink_to("..")
     assert read_file(tmp_path / "source", "inward") == b"o"
-    for relative in ("outward", "../secret", str(tmp_path / "secret")):
+    for relative in ("outward", "folder/secret", "../secret", str(tmp_path / "secret")):
         with pytest.raises(ValueError, match="out of the source"):
             read_file(tmp_path / "source", relative)
 
 
 def test_keys_are_given_once() -> None:
     keys = Keys()
-    assert [keys.make("a b", "a b.jpg") for _ in range(3)] == ["a_b", "a_b_jpg", "a_b_jpg_"]
+    assert [keys.make("a", "a-jpg") for _ in range(3)] == ["a", "a-jpg", "a-jpg_"]
+    odd = [keys.make(name) for name in ("a b", "a_b", "a.b", "的", "脸")]
+    assert odd[1] == "a_b" and len(set(odd)) == 5
+    assert all(re.fullmatch(r"a_b_[0-9a-f]{12}|a_b|__[0-9a-f]{12}", key) for key in odd)
 
 
 def vanishing(item: Item) -> None:
@@ -495,7 +626,7 @@ def vanishing(item: Item) -> None:
 def test_a_source_that_vanishes_midway_stops_the_pack(tmp_path: Path) -> None:
     items = [Item(f"k{k}", 0, f"{k}.jpg") for k in range(50)]
     release = Release("gone", "x", ("only",), {"train": items}, vanishing)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"of 50 images are unreadable .*No such file"):
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '0\.jpg'"):
         pack(release, tmp_path / "out", size=32, workers=1, shard_size=10)
 
 

@@ -1,5 +1,7 @@
 """The shard format and the packer, through the real command where a user would use it."""
 
+import dataclasses
+import errno
 import fcntl
 import hashlib
 import io
@@ -8,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -21,12 +24,13 @@ import webdataset
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from conftest import REPOSITORY, run
+from conftest import REPOSITORY, damaged_scans, run
 from dan_dist.shardset import INDEX_DTYPE, MANIFEST, open_shardset
-from shards import folder
+from shards import folder, writer
+from shards.claim import CONTACT_SHEET
 from shards.images import plain_jpeg_size, to_jpeg
 from shards.release import Item
-from shards.writer import CONTACT_SHEET, merge, pack
+from shards.writer import merge, pack
 
 CLASSES = ("angry", "happy")
 
@@ -56,7 +60,7 @@ def tree(root: Path, *, train: int = 9, val: int = 3) -> Path:
 
 
 def digests(root: Path) -> dict[str, str]:
-    files = [p for p in root.iterdir() if p.name != CONTACT_SHEET]
+    files = [p for p in root.iterdir() if p.name != CONTACT_SHEET and p.suffix != ".lock"]
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -185,10 +189,26 @@ def test_images_made_in_memory_need_not_be_rgb(mode: str) -> None:
     assert not verbatim and plain_jpeg_size(jpeg) == (24, 24)
 
 
+def bad_exif() -> bytes:
+    """To be turned upright, and beside it a width that is text."""
+    width, turned = b"\1\0\0\2\0\0\0\2a\0\0\0", b"\1\x12\0\3\0\0\0\1\0\6\0\0"
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + width + turned + bytes(4)
+    return encoded(picture(0), "JPEG", exif=exif)
+
+
+def bad_tiff() -> bytes:
+    """Its pixels stand at an offset that is no whole number."""
+    tiff = encoded(picture(0), "TIFF")
+    entry = tiff.index(struct.pack("<HHI", 273, 4, 1))
+    return tiff[: entry + 2] + struct.pack("<HIf", 11, 1, 8.5) + tiff[entry + 12 :]
+
+
 @pytest.mark.parametrize(
     "data",
     [
         b"",
+        bad_exif(),
+        bad_tiff(),
         b"\xff\xd8\xff\xc0\x00\x08\x08\x00\x18\x00\x18\x03\xff\xd9",
         b"GIF89a",
         b"<html>",
@@ -200,6 +220,18 @@ def test_unreadable_bytes_are_refused(data: bytes) -> None:
     assert plain_jpeg_size(data) is None
     with pytest.raises(ValueError, match=r"cannot be decoded|is empty"):
         to_jpeg(data, 24)
+
+
+@pytest.mark.parametrize("kind", ["no scan", "no table"])
+def test_jpegs_that_lack_what_decoding_needs_are_no_plain_ones(kind: str) -> None:
+    assert plain_jpeg_size(damaged_scans(encoded(picture(0), "JPEG"))[kind]) is None
+
+
+def test_cut_jpegs_are_not_encoded_anew() -> None:
+    jpeg = encoded(picture(0, (96, 96)), "JPEG", quality=95)
+    for kind in ("cut", "no scan", "no table"):
+        with pytest.raises(ValueError, match="cannot be decoded"):
+            to_jpeg(damaged_scans(jpeg)[kind], 24)
 
 
 def test_image_bombs_are_refused_undecoded() -> None:
@@ -265,6 +297,172 @@ def test_parts_packed_at_once_and_merged_are_the_whole(shards: Path, tmp_path: P
     assert "no parts were packed" in fails("merge", "--out", tmp_path, cwd=tmp_path)
 
 
+def test_a_finished_pack_is_left_as_it_is(shards: Path, tmp_path: Path) -> None:
+    before = digests(shards), (shards / MANIFEST).stat().st_mtime_ns
+    elsewhere = shutil.copytree(tmp_path / "source", tmp_path / "mounted" / "elsewhere")
+    packed(elsewhere, shards, workers=2)
+    assert pack(folder.release(elsewhere), shards, size=24, shard_size=4, part=2, parts=3) is None
+    assert merge(shards) == shards / MANIFEST
+    assert (digests(shards), (shards / MANIFEST).stat().st_mtime_ns) == before
+    (shards / "train-00-00001.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train-00-00001\.tar not found"):
+        packed(elsewhere, shards)
+
+
+def test_where_the_source_lies_changes_no_byte(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source", train=110)
+    (source / "train" / "happy" / "0.jpg").write_bytes(b"nothing")
+    (source / "train" / "happy" / "1.jpg").unlink()
+    (source / "train" / "happy" / "1.jpg").symlink_to("/etc/hostname")
+    (source / "train" / "angry" / "deeper").mkdir()
+    (source / "train" / "angry" / "deeper" / "1.jpg").write_bytes(b"unseen")
+    (source / "train" / "angry" / "Thumbs.db").write_bytes(b"no image")
+    os.mkfifo(source / "train" / "angry" / "pipe.jpg")
+    out = packed(source, tmp_path / "out")
+    manifest = json.loads((out / MANIFEST).read_text())
+    assert manifest["dropped"] == {
+        "deeper than a class's folder": 1, "no regular file": 1,
+        "a link that leads out of the source": 1, "unreadable": 1,
+    }  # fmt: skip
+    assert not any(str(tmp_path) in name for name in manifest["dropped_names"])
+    source.rename(tmp_path / "moved")
+    assert digests(packed(tmp_path / "moved", tmp_path / "again")) == digests(out)
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(patched: pytest.MonkeyPatch, target: str, count: int) -> None:
+    """The process ends after `count` calls of a function of Path or of the writer."""
+    owner = Path if target == "unlink" else writer
+    original, calls = getattr(owner, target), []
+
+    def call(*arguments: object, **options: object) -> object:
+        if len(calls) == count:
+            raise Killed
+        calls.append(1)
+        return original(*arguments, **options)
+
+    patched.setattr(owner, target, call)
+
+
+@pytest.mark.parametrize("count", [3, 4, 6, 9])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_kill_while_cleaning_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, parts: int
+) -> None:
+    source, out = tree(tmp_path / "source", train=101), tmp_path / "out"
+    (source / "train" / "happy" / "99.jpg").write_bytes(b"nothing")  # by name, the last
+    options = {"size": 24, "workers": 1, "shard_size": 100}
+    release = folder.release(source)
+    for part in range(1, parts):
+        pack(release, out, part=part, parts=parts, **options)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        killed_at(patched, "unlink", count)
+        pack(release, out, part=parts, parts=parts, **options)
+        merge(out)
+    assert (out / MANIFEST).exists()
+    if parts == 1:
+        pack(release, out, **options)
+    else:
+        merge(out)
+    assert digests(out) == digests(packed(source, tmp_path / "whole", shard_size=100))
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda out: (out / name).unlink()
+
+
+def leave(name: str) -> Callable[[Path], object]:
+    return lambda out: (out / name).write_bytes(b"half")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [remove("train-00-00000.tar"), remove("train-00-00000.idx"), leave("train-00-00000.tar"),
+     leave("train-00-00000.idx"), leave("train-00-00000.done"), remove("packing.lock"),
+     leave("packing.json.0a1b2c3d.partial"), leave("train-01-00000.tar.0a1b2c3d.partial"),
+     lambda out: [p.rename(f"{p}.0a1b2c3d.partial") for p in out.glob("[pt]*[!k]")]],
+)  # fmt: skip
+def test_what_a_kill_left_is_not_trusted(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object]
+) -> None:
+    out = shards.parent / "killed"
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        killed_at(patched, "write_job", 3)
+        packed(shards.parent / "source", out)
+    damage(out)
+    assert digests(packed(shards.parent / "source", out)) == digests(shards)
+
+
+def test_a_source_that_is_away_for_a_while_changes_nothing(shards: Path) -> None:
+    """What cannot be read is no damaged image."""
+    source, out = shards.parent / "source", shards.parent / "again"
+    release = folder.release(source)
+    (source / "train" / "happy").rename(shards.parent / "away")
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: '/.*happy/0\.jpg'"):
+        pack(release, out, size=24, workers=1, shard_size=4)
+    assert not (out / "train-01-00000.done").exists() and (out / "train-00-00000.done").exists()
+    (shards.parent / "away").rename(source / "train" / "happy")
+    assert digests(packed(source, out)) == digests(shards)
+
+
+def test_a_read_error_stops_the_pack(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(item: Item) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), item.source)
+
+    release = dataclasses.replace(folder.release(shards.parent / "source"), read=failing)
+    with pytest.raises(OSError, match=r"Input/output error: 'train/angry/0\.jpg'"):
+        pack(release, shards.parent / "again", size=24, workers=1)
+
+
+def test_parts_that_start_together_do_not_meet(shards: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom shards import folder\nfrom shards.writer import pack\n"
+        "release = folder.release('source')\n"
+        "for k in range(8):\n"
+        "    time.sleep(max(0, float(sys.argv[2]) + 0.5 * k - time.time()))\n"
+        "    pack(release, f'out{k}', size=24, workers=1, shard_size=4, part=int(sys.argv[1]),\n"
+        "         parts=4, progress=False)\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(part), str(time.time() + 2)], cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )
+        for part in range(1, 5)
+    ]  # fmt: skip
+    assert [process.wait(60) for process in processes] == [0] * 4
+    for k in range(8):
+        merge(tmp_path / f"out{k}")
+        assert digests(tmp_path / f"out{k}") == digests(shards)
+
+
+def test_parts_of_two_counts_are_refused(shards: Path) -> None:
+    release, out = folder.release(shards.parent / "source"), shards.parent / "parts"
+    pack(release, out, size=24, workers=1, shard_size=4, part=1, parts=2)
+    with pytest.raises(ValueError, match="holds an unfinished pack in 2 parts, not in 3"):
+        pack(release, out, size=24, workers=1, shard_size=4, part=2, parts=3)
+
+
+def test_merge_judges_over_all_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source, out = tree(tmp_path / "source", train=101, val=49), tmp_path / "out"
+    options = {"size": 24, "workers": 1, "shard_size": 50, "parts": 8}
+    for k in (10, 11, 12):  # 3 of 300, all in one shard
+        (source / "train" / "angry" / f"{k}.jpg").write_bytes(b"nothing")
+    for part in range(1, 9):
+        pack(folder.release(source), out, part=part, **options)
+    assert "3 of this part's 50 images are unreadable" in caplog.text
+    assert merge(out) and open_shardset(out).counts["train"] == (98, 101)
+    shutil.rmtree(out)
+    (source / "train" / "happy" / "13.jpg").write_bytes(b"nothing")
+    for part in range(1, 9):
+        pack(folder.release(source), out, part=part, **options)
+    with pytest.raises(ValueError, match="4 of 300 images are unreadable"):
+        merge(out)
+
+
 def test_two_packs_into_one_folder_do_not_meet(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "twice"
     out.mkdir()
@@ -286,6 +484,7 @@ def test_a_pack_killed_at_any_moment_goes_on_and_ends_the_same(tmp_path: Path) -
     began = time.monotonic()
     assert run(*command, tmp_path / "whole", cwd=tmp_path).returncode == 0
     duration_s, whole = time.monotonic() - began, digests(tmp_path / "whole")
+    sheet = (tmp_path / "whole" / CONTACT_SHEET).read_bytes()
     interrupted = 0
     for k in range(10):
         out = tmp_path / f"out{k}"
@@ -298,10 +497,10 @@ def test_a_pack_killed_at_any_moment_goes_on_and_ends_the_same(tmp_path: Path) -
         time.sleep(moment_s)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        if not (out / MANIFEST).exists():
-            interrupted += bool(out.exists() and list(out.glob("*.done")))
-            done = run(*command, out, cwd=tmp_path)
-            assert done.returncode == 0 and "packed into" in done.stdout, done.stderr
+        interrupted += bool(out.exists() and list(out.glob("*.done")))
+        done = run(*command, out, cwd=tmp_path)  # also after the manifest is there
+        assert done.returncode == 0 and "packed into" in done.stdout, done.stderr
+        assert (out / CONTACT_SHEET).read_bytes() == sheet
         assert digests(out) == whole, f"killed after {moment_s:.2f} of {duration_s:.2f} s"
     assert interrupted  # some kills met the pack at work
 
@@ -350,7 +549,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path: Path) -> None:
 def test_other_folders_need_overwrite_and_foreign_files_stay(shards: Path) -> None:
     source = shards.parent / "source"
     with pytest.raises(ValueError, match="holds finished shards; choose another"):
-        packed(source, shards)
+        packed(source, shards, shard_size=9)
     packed(source, shards, shard_size=9, overwrite=True)
     assert open_shardset(shards).split("train").shards[0].samples == 9
     for name in ("thesis.tex", "thesis-2024-11.tar"):
@@ -389,6 +588,30 @@ def test_links_out_of_the_source_are_not_followed(tmp_path: Path) -> None:
     (source / "train" / "sad").symlink_to(tree(tmp_path / "other") / "val" / "angry")
     release = folder.release(source)
     assert release.class_names == CLASSES and len(release.splits["train"]) == 18
+
+
+def test_names_in_any_script_are_packed_apart(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source", train=1, val=1)
+    jpeg = encoded(picture(1), "JPEG")
+    for k in range(120):
+        (source / "train" / "happy" / f"{chr(0x4E00 + k)}的脸.jpg").write_bytes(jpeg)
+    counts = open_shardset(packed(source, tmp_path / "out")).counts
+    assert counts["train"] == (1, 121)
+
+
+def test_a_split_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source")
+    shutil.copytree(source / "val", os.fsdecode(os.fsencode(source) + b"/t\xe9st"))
+    with pytest.raises(ValueError, match=r"split 't\\udce9st' has no printable name"):
+        packed(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_any_bytes(tmp_path: Path) -> None:
+    source = tree(tmp_path / os.fsdecode(b"caf\xe9"), train=2, val=1)
+    done = run(sys.executable, "-m", "shards.pack", "folder", "--source", source, "--out",
+               source / "out", "--size", "24", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0 and "caf\\xe9/out" in done.stdout, done.stderr
 
 
 def test_files_that_share_a_stem_keep_apart(tmp_path: Path) -> None:
