@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from dan_dist.shardset import ShardSet, Split, open_shardset
-from shards.source import safe_key
+from dan_dist.shardset import ShardSet, Split, open_shardset, write_atomically
+from shards.images import decode
+from shards.source import plain_name, safe_key
 
 CELL = 112  # pixels of a picture on a sheet, at most
 NAME_WIDTH, FONT_SIZE, LINE = 120, 16, 24
-MAX_ROWS = 20  # classes shown in tables and sheets; a set of identities has thousands
+MAX_ROWS = 20  # classes in tables and overviews; a set of identities has thousands
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,17 +26,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default="sheets", help="folder for the sheets (default sheets)")
     parser.add_argument("--split", help="default: the first one")
     parser.add_argument("--images", type=int, default=96, help="a sheet (default 96)")
+    parser.add_argument("--classes", type=int, default=100, help="with sheets (default 100)")
     options = parser.parse_args(arguments)
     try:
+        for option in ("images", "classes"):
+            if (value := getattr(options, option)) < 1:
+                raise ValueError(f"--{option} {value}: expected at least 1")
         shards = open_shardset(options.shards)
         split = shards.split(options.split or shards.splits[0])
         print(table(shards))
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
-        for label, name in list(enumerate(shards.class_names))[:MAX_ROWS]:
+        for label, name in list(enumerate(shards.class_names))[: options.classes]:
             path = out / f"{split.name}-{label:02d}-{safe_key(name)}.png"
             if class_sheet(split, label, path, images=options.images):
-                print(path)
+                print(plain_name(str(path)))
+        if (more := len(shards.class_names) - options.classes) > 0:
+            print(f"{more} more classes; --classes {len(shards.class_names)} draws them all")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,11 +76,11 @@ def class_sheet(split: Split, label: int, path: Path, *, images: int, columns: i
     sheet = Image.new("RGB", (columns * side, LINE + len(rows) * side), "white")
     _write(sheet, (4, 2), title)
     _paste(sheet, rows, side, (0, LINE))
-    sheet.save(path)
+    _save(sheet, path)
     return True
 
 
-def overview(shards: ShardSet, path: str | Path, *, columns: int = 12) -> None:
+def overview(shards: ShardSet, path: Path, *, columns: int = 12) -> None:
     """One sheet of the first split: a row of images for each class, its name at the left."""
     split = shards.split(shards.splits[0])
     names = shards.class_names[:MAX_ROWS]
@@ -86,7 +93,13 @@ def overview(shards: ShardSet, path: str | Path, *, columns: int = 12) -> None:
     for row, name in enumerate(names):
         _write(sheet, (8, row * side + side // 2 - FONT_SIZE // 2), name)
     _paste(sheet, rows, side, (NAME_WIDTH, 0))
-    sheet.save(path)
+    _save(sheet, path)
+
+
+def _save(sheet: Image.Image, path: Path) -> None:
+    png = io.BytesIO()
+    sheet.save(png, "PNG")
+    write_atomically(path, png.getvalue())
 
 
 def _evenly(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
@@ -95,12 +108,23 @@ def _evenly(ids: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 
 
 def _pictures(split: Split, ids: NDArray[np.int64]) -> list[Image.Image]:
-    found = []
-    for row in split.index[ids]:
-        with split.path(row["shard"]).open("rb") as file:
-            file.seek(int(row["offset"]))
-            found.append(Image.open(io.BytesIO(file.read(int(row["size"])))).convert("RGB"))
-    return found
+    return [_picture(split, int(sample)) for sample in ids]
+
+
+def _picture(split: Split, sample: int) -> Image.Image:
+    """The image, or a red square that names it: a person sees what is damaged."""
+    row = split.index[sample]
+    with split.path(row["shard"]).open("rb") as file:
+        file.seek(int(row["offset"]))
+        data = file.read(int(row["size"]))
+    try:
+        return decode(data)
+    except ValueError:
+        placeholder = Image.new("RGB", (CELL, CELL), "red")
+        shard, _, key = split.key(sample).partition("/")
+        lines = [text[k : k + 14] for text in (shard, key) for k in range(0, len(text), 14)]
+        _write(placeholder, (2, 2), "\n".join(lines), size=12)
+        return placeholder
 
 
 def _side(pictures: Sequence[Image.Image]) -> int:
@@ -117,8 +141,8 @@ def _paste(
             sheet.paste(picture, (corner[0] + c * side, corner[1] + r * side))
 
 
-def _write(sheet: Image.Image, at: tuple[int, int], text: str) -> None:
-    font = ImageFont.load_default(FONT_SIZE)
+def _write(sheet: Image.Image, at: tuple[int, int], text: str, size: int = FONT_SIZE) -> None:
+    font = ImageFont.load_default(size)
     ImageDraw.Draw(sheet).text(at, text, fill="black", font=font)
 
 

@@ -6,9 +6,9 @@ and every image decoded. Exit code 0: whole; 1: faults, a line each; 2: no set o
 
 import argparse
 import hashlib
-import io
 import json
 import os
+import re
 import sys
 import tarfile
 import zlib
@@ -17,12 +17,23 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
-from dan_dist.shardset import Shard, ShardSet, open_index, open_shardset, sha256_of
-from shards.images import plain_jpeg_size
+from dan_dist.shardset import (
+    MANIFEST,
+    Shard,
+    ShardSet,
+    check_key,
+    copy_name,
+    open_index,
+    open_shardset,
+    sha256_of,
+)
+from shards.images import MAX_PIXELS, jpeg_fault, plain_jpeg_size
 from shards.pool import in_processes
+from shards.source import plain_name
+
+Parts = dict[str, tuple[int, int]]  # of one sample: kind → offset and size in the tar
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,18 +43,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
     options = parser.parse_args(arguments)
     try:
-        shards = open_shardset(options.shards)
+        shards, faults = open_shardset(options.shards), 0
+        for fault in verify(shards, options.workers or len(os.sched_getaffinity(0))):
+            faults += 1
+            print(plain_name(fault), flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    faults = 0
-    for fault in verify(shards, options.workers or len(os.sched_getaffinity(0))):
-        faults += 1
-        print(fault, flush=True)
     samples = sum(sum(counts) for counts in shards.counts.values())
-    print(
-        f"{faults} faults" if faults else f"{shards.root}: {samples} images, all as they should be"
-    )
+    whole = f"{plain_name(str(shards.root))}: {samples} images, all as they should be"
+    print(f"{faults} faults" if faults else whole)
     return 1 if faults else 0
 
 
@@ -55,7 +64,7 @@ def verify(shards: ShardSet, workers: int) -> Iterator[str]:
         for shard in shards.shards[split]:
             expected |= {shard.name, Path(shard.name).with_suffix(".idx").name}
     for path in sorted(shards.root.iterdir()):
-        if path.name not in expected:
+        if path.name not in expected and not re.fullmatch(r"packing[-\w]*\.lock", path.name):
             yield f"{path.name}: not part of the set"
 
 
@@ -72,8 +81,16 @@ def _verify_split(shards: ShardSet, split: str, workers: int) -> Iterator[str]:
     counts = np.bincount(index["label"], minlength=classes).tolist()
     if counts != list(shards.counts[split]):
         yield f"{name}: {counts} samples by class, the manifest says {list(shards.counts[split])}"
+    # A node's cached copy, which training alone reads, is made without `.idx`.
+    is_copy = shards.root.resolve().name == copy_name((shards.root / MANIFEST).read_bytes())
     tasks = (
-        (shards.root / shard.name, shard, index[index["shard"] == number], shards.image_size)
+        (
+            shards.root / shard.name,
+            shard,
+            index[index["shard"] == number],
+            shards.image_size,
+            is_copy,
+        )
         for number, shard in enumerate(own)
     )
     keys: list[NDArray[np.uint64]] = []
@@ -89,7 +106,7 @@ def _verify_split(shards: ShardSet, split: str, workers: int) -> Iterator[str]:
 
 
 def _verify_shard(
-    path: Path, shard: Shard, rows: NDArray[np.void], image_size: int | None
+    path: Path, shard: Shard, rows: NDArray[np.void], image_size: int | None, is_copy: bool
 ) -> tuple[list[str], NDArray[np.uint64]]:
     """The faults of one tar, and a hash of each key."""
     nothing = np.empty(0, np.uint64)
@@ -101,14 +118,10 @@ def _verify_shard(
     if sha256_of(path) != shard.sha256:
         faults.append(f"{shard.name}: its sha256 differs from the manifest's")
     try:
-        with tarfile.open(path, "r:") as tar:
-            members = [(m.name, m.offset_data, m.size) for m in tar.getmembers() if m.isfile()]
-    except tarfile.TarError as error:
+        samples, odd = _members(path)
+    except Exception as error:  # tarfile raises what it stumbles over in damaged headers
         return [*faults, f"{shard.name}: no readable tar: {error}"], nothing
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, offset, size in members:
-        key, _, kind = name.partition(".")
-        samples.setdefault(key, {})[kind] = offset, size
+    faults += [f"{shard.name}: {fault}" for fault in odd]
     if len(samples) != len(rows) or len(rows) != shard.samples:
         faults.append(
             f"{shard.name}: {len(samples)} samples, the index has {len(rows)} and the manifest "
@@ -120,13 +133,36 @@ def _verify_shard(
             f"{shard.name}: {key}: {fault}"
             for fault in _sample(data, parts, row, shard, image_size)
         ]
-    faults += _verify_idx(path.with_suffix(".idx"), samples)
-    digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in samples]
+    if not is_copy or path.with_suffix(".idx").exists():
+        faults += _verify_idx(path.with_suffix(".idx"), samples)
+    raw = (key.encode(errors="surrogateescape") for key in samples)
+    digests = [hashlib.blake2b(key, digest_size=8).digest() for key in raw]
     return faults, np.frombuffer(b"".join(digests), np.uint64)
 
 
+def _members(path: Path) -> tuple[dict[str, Parts], list[str]]:
+    """The samples of a tar by key, and what is odd about its members."""
+    samples: dict[str, Parts] = {}
+    faults = []
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.size < 0:  # the next header would be one that was read before
+                raise tarfile.ReadError(f"{member.name!r} has a size of {member.size}")
+            if not member.isfile():
+                faults.append(f"{member.name!r} is no file")
+                continue
+            key, _, kind = member.name.partition(".")
+            samples.setdefault(key, {})[kind] = member.offset_data, member.size
+    for key in samples:
+        try:
+            check_key(key)
+        except ValueError as error:
+            faults.append(str(error))
+    return samples, faults
+
+
 def _sample(
-    data: bytes, parts: dict[str, tuple[int, int]], row: np.void, shard: Shard, size: int | None
+    data: bytes, parts: Parts, row: np.void, shard: Shard, size: int | None
 ) -> Iterator[str]:
     def content(kind: str) -> bytes:
         offset, length = parts[kind]
@@ -150,19 +186,18 @@ def _sample(
             json.loads(content("json"))
         except ValueError as error:
             yield f"its metadata are no JSON: {error}"
-    try:
-        image = Image.open(io.BytesIO(jpeg), formats=("JPEG",))
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        yield f"its image cannot be decoded: {str(error).split(' <')[0]}"
-        return
-    if plain_jpeg_size(jpeg) is None:
+    pixels = plain_jpeg_size(jpeg)
+    if pixels and pixels[0] * pixels[1] > MAX_PIXELS:
+        yield f"its image has {pixels} pixels, at most {MAX_PIXELS} are read"
+    elif fault := jpeg_fault(jpeg):
+        yield f"its image cannot be decoded: {fault}"
+    elif pixels is None:
         yield "its image is no plain JPEG"
-    elif size is not None and image.size != (size, size):
-        yield f"its image has {image.size} pixels, the manifest says {size}×{size}"
+    elif size is not None and pixels != (size, size):
+        yield f"its image has {pixels} pixels, the manifest says {size}×{size}"
 
 
-def _verify_idx(path: Path, samples: dict[str, dict[str, tuple[int, int]]]) -> Iterator[str]:
+def _verify_idx(path: Path, samples: dict[str, Parts]) -> Iterator[str]:
     if not path.is_file():
         yield f"{path.name}: missing"
         return

@@ -1,9 +1,12 @@
 """What verify finds and show shows, by their commands."""
 
+import io
 import json
 import shutil
 import struct
 import sys
+import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import run
+from conftest import damaged_scans, run
 from dan_dist.shardset import MANIFEST, Sample, ShardSet, open_shardset, sha256_of, write_shard
+from shards import show
 from shards.verify import verify
 
 
@@ -57,13 +61,6 @@ def flip_a_bit(root: Path) -> None:
     patch(root, TAR, at, bytes([(root / TAR).read_bytes()[at] ^ 1]))
 
 
-def break_an_image(root: Path) -> None:
-    """Cut short by zeros: the tar and its signature are right, the picture is not."""
-    own = row(root)
-    patch(root, TAR, int(own["offset"]) + 300, bytes(int(own["size"]) - 300))
-    sign(root, TAR)
-
-
 def wrong_label(root: Path) -> None:
     patch(root, TAR, (root / TAR).read_bytes().index(b".cls") // 512 * 512 + 512, b"5")
     sign(root, TAR)
@@ -80,6 +77,41 @@ def rewrite(root: Path, jpeg: Callable[[bytes], bytes], key: str = "") -> None:
         name = data[r["offset"] - 512 :][:100].split(b".")[0].decode()
         samples.append(Sample(key if key and k == 3 else name, jpeg(image) if k == 3 else image, 1))
     write_shard(root / TAR, samples)
+    sign(root, TAR)
+
+
+def exchange(root: Path, jpeg: Callable[[bytes], bytes]) -> None:
+    """The shard with one image exchanged and everything signed anew: only decoding finds it."""
+    rewrite(root, jpeg)
+    index = np.load(root / "index-train.npy")
+    own = index["shard"] == row(root)["shard"]
+    with tarfile.open(root / TAR) as tar:
+        images = [m for m in tar if m.name.endswith(".jpg")]
+    data = (root / TAR).read_bytes()
+    index["offset"][own] = [m.offset_data for m in images]
+    index["size"][own] = [m.size for m in images]
+    index["crc32"][own] = [zlib.crc32(data[m.offset_data :][: m.size]) for m in images]
+    np.save(root / "index-train.npy", index)
+    sha256 = sha256_of(root / "index-train.npy")
+    edit(root, lambda m: m["splits"]["train"].update(index_sha256=sha256))
+
+
+def spoil(kind: str) -> Callable[[Path], None]:
+    return lambda root: exchange(root, lambda jpeg: damaged_scans(jpeg)[kind])
+
+
+def bomb(_: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (20_000, 5_001)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def header(root: Path, **fields: object) -> None:
+    """Another header for the shard's first member."""
+    info = tarfile.TarInfo("face.jpg")
+    for name, value in fields.items():
+        setattr(info, name, value)
+    patch(root, TAR, 0, info.tobuf(tarfile.GNU_FORMAT, errors="surrogateescape"))
     sign(root, TAR)
 
 
@@ -106,7 +138,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a short shard": (lambda r: (r / TAR).write_bytes((r / TAR).read_bytes()[:-512]),
                       "bytes, the manifest says"),
     "a flipped bit": (flip_a_bit, f"{TAR}: its sha256 differs"),
-    "a broken image": (break_an_image, "its image"),
+    "a cut image": (spoil("cut"), "cannot be decoded: Corrupt JPEG data: premature end"),
+    "a zeroed image": (spoil("zeros"), "cannot be decoded: Corrupt JPEG data"),
+    "a noisy image": (spoil("noise"), "cannot be decoded: Corrupt JPEG data"),
+    "an empty image": (spoil("no scan"), "cannot be decoded: Corrupt JPEG data: premature end"),
+    "no table": (spoil("no table"), "cannot be decoded: Quantization table"),
+    "an image bomb": (lambda r: exchange(r, bomb), "its image has (20000, 5001) pixels, at most"),
+    "a link in a tar": (lambda r: header(r, type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+                        f"{TAR}: 'face.jpg' is no file"),
+    "a path in a tar": (lambda r: header(r, name="/etc/passwd", size=9), "key '/etc/passwd' must"),
+    "a key of any bytes": (lambda r: header(r, name="\udce9.jpg", size=9), "key '\\udce9' must"),
+    "a negative size": (lambda r: header(r, size=-1024), "no readable tar: 'face.jpg' has a size"),
+    "a folder for a tar": (lambda r: ((r / TAR).unlink(), (r / TAR).mkdir()), f"{TAR}: missing"),
     "a wrong label": (wrong_label, "label 5, the index says 1 and the manifest 1"),
     "an image of another size": (lambda r: rewrite(r, small), "its image has (16, 16) pixels"),
     "junk after an image": (lambda r: rewrite(r, lambda j: j + b"x"), "its image is no plain JPEG"),
@@ -183,3 +226,24 @@ def test_show_draws_each_class(faces: ShardSet, tmp_path: Path) -> None:
             width, height = struct.unpack(">II", file.read(24)[16:])
         assert (width, height) == (12 * 32, 24 + 32)
     assert "no split 'test'" in run(*command, "--split", "test", cwd=tmp_path).stderr
+
+
+def test_show_marks_what_is_damaged(faces: ShardSet, tmp_path: Path) -> None:
+    root = shutil.copytree(faces.root, tmp_path / "shards")
+    exchange(root, lambda jpeg: jpeg[:-2] + b"??")
+    assert show.main([str(root), "--out", str(tmp_path / "sheets")]) == 0
+    sheet = Image.open(tmp_path / "sheets" / "train-01-happy.png").convert("RGB")
+    reds = [k for k in range(12) if sheet.getpixel((k * 112 + 100, 24 + 100)) == (255, 0, 0)]
+    assert reds == [3]
+    show.overview(open_shardset(root), tmp_path / "overview.png")
+
+
+def test_show_draws_the_classes_asked_for(
+    faces: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheets = tmp_path / "sheets"
+    assert show.main([str(faces.root), "--out", str(sheets), "--classes", "3"]) == 0
+    assert "5 more classes; --classes 8 draws them all" in capsys.readouterr().out
+    assert len(list(sheets.iterdir())) == 3
+    assert show.main([str(faces.root), "--images", "0"]) == 2
+    assert capsys.readouterr().err == "error: --images 0: expected at least 1\n"
