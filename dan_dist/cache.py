@@ -1,13 +1,13 @@
 """Shards near the GPU: a node's own copy of a set that lies on slow or remote storage.
 
 The copy's folder is named by the manifest's checksum, so that a set packed anew is copied anew and
-jobs of several sets share one cache. Every file is verified by sha256 as it is copied; the manifest
-comes last. What is already there is kept, whoever copied it and however that ended.
+jobs of several sets share one cache. Every file that training reads is verified by sha256 as it is
+copied; the manifest comes last. What is already there is kept, whoever copied it and however that
+ended.
 """
 
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import shutil
@@ -25,6 +25,7 @@ from dan_dist.shardset import (
     INDEX_DTYPE,
     MANIFEST,
     ShardSet,
+    copy_name,
     parse_manifest,
     sha256_of,
     write_atomically,
@@ -35,6 +36,7 @@ PROTOCOLS = ("http", "https", "s3", "gs", "az", "abfs", "hf")
 THREADS = 8  # files copied at once
 ATTEMPTS = 3  # of each file
 RETRY_S = 1.0
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,15 @@ class Wanted(NamedTuple):
     """One file of a set."""
 
     name: str
-    size_bytes: int | None  # None: the manifest does not say
+    size_bytes: int  # of an index without its header
     sha256: str
+
+
+class Source(NamedTuple):
+    """Where a set is copied from; errors name the file."""
+
+    read: Callable[[str], bytes]  # a file's name → its bytes
+    fetch: Callable[[str, Path], None]  # a file's name, where to copy it
 
 
 def is_remote(source: str) -> bool:
@@ -65,31 +74,29 @@ def localise(source: str, cache: str | None) -> str:
         if is_remote(source):
             raise ValueError(f"data.shards {source} is remote: set data.cache to a local folder")
         return source
-    fetch = _fetcher(source)
-    home = Path(cache)
-    home.mkdir(parents=True, exist_ok=True)
-    # A name of its own for each process, as several may ask at once.
-    draft = home / f"{MANIFEST}.{os.getpid()}"
+    origin, home = _origin(source), Path(cache)
+    content = origin.read(MANIFEST)  # into memory: a full disk is to say what is needed
+    folder = home / copy_name(content)
+    files = _files(parse_manifest(folder, content))
     try:
-        fetch(MANIFEST, draft)
-        content = draft.read_bytes()
-    finally:
-        draft.unlink(missing_ok=True)
-    folder = home / hashlib.sha256(content).hexdigest()[:16]
-    shards = parse_manifest(folder, content)
-    with _locked(folder.with_suffix(".lock"), folder):
-        folder.mkdir(exist_ok=True)
-        todo = [file for file in _files(shards) if not _is_there(folder / file.name, file)]
-        if todo:
-            _check_space(folder, todo)
-            _copy(fetch, folder, todo, source)
-        if not (folder / MANIFEST).exists():
-            write_atomically(folder / MANIFEST, content)
+        home.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock"), folder):
+            folder.mkdir(exist_ok=True)
+            if todo := _missing(folder, files):
+                _check_space(folder, todo)
+                _copy(origin.fetch, folder, todo, source)
+            if not (folder / MANIFEST).exists():
+                write_atomically(folder / MANIFEST, content)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise OSError(f"data.cache {cache}: the disk is full; {_megabytes(files)} are needed for "
+                      f"{source}") from error  # fmt: skip
     return str(folder)
 
 
-def _fetcher(source: str) -> Callable[[str, Path], None]:
-    """A function that copies a named file of `source` to a path; errors name the file."""
+def _origin(source: str) -> Source:
+    """How the files of a folder or URL are read."""
     protocol = source.split(":", 1)[0] if is_remote(source) else "file"
     if is_remote(source) and (protocol not in PROTOCOLS or "::" in source):
         known = ", ".join(f"{name}://" for name in PROTOCOLS)
@@ -101,19 +108,31 @@ def _fetcher(source: str) -> Callable[[str, Path], None]:
             error
         )
 
-    def fetch(name: str, target: Path) -> None:
-        try:
-            files.get_file(f"{root.rstrip('/')}/{name}", str(target))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{source}/{name} not found") from error
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
-            raise OSError(f"{source}/{name}: {error}") from error
-        except Exception as error:  # each protocol's library has errors of its own
-            raise OSError(f"{source}/{name}: {type(error).__name__}: {error}") from error
+    def read(name: str) -> bytes:
+        with _naming(f"{source}/{name}"):
+            content: bytes = files.cat_file(f"{root.rstrip('/')}/{name}")
+            return content
 
-    return fetch
+    def fetch(name: str, target: Path) -> None:
+        with _naming(f"{source}/{name}"):
+            files.get_file(f"{root.rstrip('/')}/{name}", str(target))
+
+    return Source(read, fetch)
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Errors say of what file; each protocol's library has errors of its own."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file} not found") from error
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise OSError(f"{file}: {error}") from error
+    except Exception as error:
+        raise OSError(f"{file}: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -129,52 +148,64 @@ def _locked(path: Path, folder: Path) -> Iterator[None]:
 
 
 def _files(shards: ShardSet) -> list[Wanted]:
-    files = [
-        Wanted(shards.index_names[split], None, shards.index_sha256[split])
-        for split in shards.splits
-    ]
-    for own in shards.shards.values():
+    files = []
+    for split, own in shards.shards.items():
+        samples = sum(shard.samples for shard in own)
+        name, sha256 = shards.index_names[split], shards.index_sha256[split]
+        files.append(Wanted(name, samples * INDEX_DTYPE.itemsize, sha256))
         files += [Wanted(shard.name, shard.size_bytes, shard.sha256) for shard in own]
     return files
 
 
-def _is_there(path: Path, file: Wanted) -> bool:
-    """Files are renamed into place when verified, so that their size tells; an index is small."""
-    if not path.is_file():
-        return False
-    if file.size_bytes is None:
+def _missing(folder: Path, files: list[Wanted]) -> list[Wanted]:
+    """What is still to be copied.
+
+    Once there is a manifest, a tar's size tells. Before, the machine may have failed meanwhile, and
+    a file of the right size need not hold what was written: it is read again.
+    """
+    is_whole = (folder / MANIFEST).exists()
+
+    def is_there(file: Wanted) -> bool:
+        path = folder / file.name
+        if not path.is_file():
+            return False
+        if is_whole and path.suffix == ".tar":
+            return path.stat().st_size == file.size_bytes
         return sha256_of(path) == file.sha256
-    return path.stat().st_size == file.size_bytes
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(is_there, files))
+    return [file for file, is_found in zip(files, found, strict=True) if not is_found]
 
 
 def _check_space(folder: Path, todo: list[Wanted]) -> None:
-    needed = sum(file.size_bytes or 0 for file in todo)
     free = shutil.disk_usage(folder).free
-    if needed > free:
+    if sum(file.size_bytes for file in todo) > free:
         raise OSError(
-            f"data.cache {folder.parent}: {needed / 1e6:,.1f} MB are needed, "
-            f"{free / 1e6:,.1f} MB are free"
+            f"data.cache {folder.parent}: {_megabytes(todo)} are needed, {free / 1e6:,.1f} MB are "
+            "free"
         )
+
+
+def _megabytes(files: list[Wanted]) -> str:
+    return f"{sum(file.size_bytes for file in files) / 1e6:,.1f} MB"
 
 
 def _copy(
     fetch: Callable[[str, Path], None], folder: Path, todo: list[Wanted], source: str
 ) -> None:
-    total = sum(file.size_bytes or INDEX_DTYPE.itemsize for file in todo)
-    log.info("copying %d files, %.1f MB, from %s to %s", len(todo), total / 1e6, source, folder)
+    total = sum(file.size_bytes for file in todo)
+    log.info("copying %d files, %s, from %s to %s", len(todo), _megabytes(todo), source, folder)
     bar = tqdm(desc="copying shards", total=total, unit="B", unit_scale=True, disable=None)
     with bar, ThreadPoolExecutor(THREADS) as pool:
         copies = {pool.submit(_copy_one, fetch, folder, file): file for file in todo}
         try:
             for done in as_completed(copies):
                 done.result()
-                bar.update(copies[done].size_bytes or INDEX_DTYPE.itemsize)
-        except OSError as error:
+                bar.update(copies[done].size_bytes)
+        except OSError:
             pool.shutdown(wait=False, cancel_futures=True)
-            if error.errno != errno.ENOSPC:
-                raise
-            raise OSError(f"data.cache {folder.parent}: the disk is full; {total / 1e6:,.1f} MB "
-                          f"were needed for {source}") from error  # fmt: skip
+            raise
 
 
 def _copy_one(fetch: Callable[[str, Path], None], folder: Path, file: Wanted) -> None:
@@ -187,13 +218,15 @@ def _copy_one(fetch: Callable[[str, Path], None], folder: Path, file: Wanted) ->
         try:
             fetch(file.name, partial)
             if (found := sha256_of(partial)) == file.sha256:
+                with partial.open("rb+") as written:
+                    os.fsync(written.fileno())
                 partial.replace(folder / file.name)
                 return
             fault = OSError(f"{file.name}: its sha256 is {found}, the manifest says {file.sha256}")
         except FileNotFoundError:
             raise
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in NO_SPACE:
                 raise
             fault = error
         finally:

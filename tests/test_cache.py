@@ -1,7 +1,9 @@
 """Shards read from HTTP and S3 servers and from folders, through a node's cache."""
 
+import errno
 import functools
 import http.server
+import os
 import shutil
 import socketserver
 import subprocess
@@ -16,6 +18,7 @@ from conftest import run, train
 from dan_dist import cache
 from dan_dist.cache import localise
 from dan_dist.shardset import MANIFEST, ShardSet, open_shardset
+from shards.verify import verify
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -171,20 +174,20 @@ def test_a_short_answer_is_asked_for_again(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(cache, "RETRY_S", 0.01)
     url, _, asked = web
-    fetcher = cache._fetcher
+    origin = cache._origin
 
-    def unreliable(source: str) -> Callable[[str, Path], None]:
-        fetch, failed = fetcher(source), set()
+    def unreliable(source: str) -> cache.Source:
+        whole, failed = origin(source), set()
 
         def once_torn(name: str, target: Path) -> None:
-            fetch(name, target)
+            whole.fetch(name, target)
             if name.endswith("00000.tar") and name not in failed:
                 failed.add(name)
                 target.write_bytes(target.read_bytes()[:100])
 
-        return once_torn
+        return whole._replace(fetch=once_torn)
 
-    monkeypatch.setattr(cache, "_fetcher", unreliable)
+    monkeypatch.setattr(cache, "_origin", unreliable)
     assert same(localise(url, str(tmp_path / "cache")), faces)
     assert asked.count("train-01-00000.tar") == 2
 
@@ -206,7 +209,9 @@ def test_a_url_needs_a_cache(tiny: Callable[[str], Path], tmp_path: Path) -> Non
     assert done.returncode == 2 and "error: data.shards https://host/set is remote" in done.stderr
 
 
-def test_a_full_disk_says_how_much_is_needed(faces: ShardSet, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size_kb", [100, 4])
+def test_a_full_disk_says_how_much_is_needed(faces: ShardSet, tmp_path: Path, size_kb: int) -> None:
+    """Too small for the set, and too small for its manifest."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("mounting needs root")
     disk = tmp_path / "disk"
@@ -214,7 +219,41 @@ def test_a_full_disk_says_how_much_is_needed(faces: ShardSet, tmp_path: Path) ->
     script = ("from dan_dist.cache import localise; import sys\n"
               "try: localise(*sys.argv[1:])\nexcept OSError as error: print(error)")  # fmt: skip
     (tmp_path / "fill.py").write_text(script)
-    command = (f"mount -t tmpfs -o size=100k tmpfs {disk}; "
+    command = (f"mount -t tmpfs -o size={size_kb}k tmpfs {disk}; "
                f"{sys.executable} fill.py {faces.root} {disk}/cache")  # fmt: skip
     done = run("unshare", "-m", "sh", "-c", command, cwd=tmp_path)
-    assert "disk/cache: 0.4 MB are needed, 0.1 MB are free" in done.stdout, done.stderr
+    free = f"{size_kb * 1024 / 1e6:.1f} MB are free"
+    assert f"disk/cache: 0.4 MB are needed, {free}" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_others_fill_meanwhile(
+    faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    origin = cache._origin(str(faces.root))
+
+    def full(name: str, target: Path) -> None:
+        origin.fetch(name, target)
+        if name == "train-01-00000.tar":
+            raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "_origin", lambda _: origin._replace(fetch=full))
+        with pytest.raises(OSError, match=r"cache: the disk is full; 0\.4 MB are needed for /"):
+            localise(str(faces.root), str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").glob("*/manifest.json"))
+    assert same(localise(str(faces.root), str(tmp_path / "cache")), faces)
+
+
+def test_a_copy_without_manifest_is_read_again(faces: ShardSet, tmp_path: Path) -> None:
+    copy = Path(localise(str(faces.root), str(tmp_path)))
+    (copy / MANIFEST).unlink()  # the machine failed before it was written
+    tar = copy / "train-01-00000.tar"
+    whole = tar.read_bytes()
+    tar.write_bytes(bytes(len(whole)))  # and the disk had not kept this one
+    assert localise(str(faces.root), str(tmp_path)) == str(copy) and tar.read_bytes() == whole
+
+
+def test_a_copy_has_no_faults(faces: ShardSet, tmp_path: Path) -> None:
+    copy = localise(str(faces.root), str(tmp_path))
+    assert list(verify(open_shardset(copy), workers=1)) == []
