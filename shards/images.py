@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator
 
 import numpy as np
-import simplejpeg  # type: ignore[import-untyped]
+import simplejpeg
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 JPEG_QUALITY = 95
