@@ -1,4 +1,4 @@
-"""What tests/test_deepspeed.py runs on the ranks of one torchrun: DDP and every stage, side by side.
+"""What tests/test_deepspeed.py runs on the ranks of one torchrun: DDP and every ZeRO stage.
 
     torchrun --nproc-per-node=2 tests/engines.py FOLDER CONFIG [section.key=value ...]
 
