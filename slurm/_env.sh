@@ -15,7 +15,6 @@ export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$DAN_REPOSITORY/mlfl
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export DAN_PYTHON DAN_DEVICE DAN_REPOSITORY
 
-
 dan_signal= # the last signal: USR1 comes before the time limit, TERM when the job is cancelled
 dan_step=   # the process of srun while it trains
 export DAN_STOP_FILE=

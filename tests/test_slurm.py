@@ -192,10 +192,10 @@ def outcome(folder: Path) -> dict:
 def test_two_nodes_preempted_and_requeued_end_as_if_nothing_was(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    options = [*DAN, "optim.lr=1e-3", "train.max_steps=40"]
+    options = [*DAN, "optim.lr=1e-3", "train.max_steps=24"]
     job = cluster.submit("affectnet8.sh", *options, sbatch=("--nodes=2",))
     run = tmp_path / "runs" / "affectnet8"
-    wait_for(lambda: "step 12 " in cluster.said(), 120)
+    wait_for(lambda: "step 8 " in cluster.said(), 120)
     query("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     wait_for(lambda: "Restarts=1" in query("scontrol", "show", "job", "-o", job), 60)
     assert cluster.end(job) == "COMPLETED", cluster.said()
@@ -238,7 +238,7 @@ def test_cancelled_then_submitted_again_and_signalled_while_it_starts(
     """Two ranks, as Slurm gives two GPUs; shards by way of the node's storage."""
 
     def submit() -> str:
-        return cluster.submit("sfew.sh", *DAN, "train.max_steps=30", "tracking.enabled=false",
+        return cluster.submit("sfew.sh", *DAN, "train.max_steps=20", "tracking.enabled=false",
                               sbatch=("--gpus-per-node=2",), DAN_NPROC="",
                               DAN_CACHE=str(tmp_path / "cache"))  # fmt: skip
 
