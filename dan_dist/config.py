@@ -61,7 +61,7 @@ class Data(Section):
 class Model(Section):
     image_size: Annotated[int, Field(ge=32, multiple_of=32)] = 224  # pixels
     heads: Annotated[int, Field(ge=0)] = 4  # 0 is the baseline ResNet-18
-    backbone: str = "none"  # a weights file, "imagenet", or "none" for a random start
+    backbone: str = "none"  # a weights file or checkpoint, "imagenet", or "none" for a random start
     sync_bn: bool = True  # BatchNorm statistics over all ranks
 
 

@@ -1,40 +1,71 @@
 """The same training under DeepSpeed: ZeRO divides the optimiser's state, and more, over the ranks.
 
 Checkpoints are those of the DDP engine: the state is gathered when it is saved and divided when it
-is loaded, so that a run goes on at any world size, stage and engine.
+is loaded, so that a run goes on at any world size, stage and engine. That is on purpose in place of
+DeepSpeed's own format and its universal one, which need a conversion, and DeepSpeed, to be read.
 """
 
+import difflib
 import logging
-import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+import deepspeed  # for the device that `init_world` has chosen
+import deepspeed.ops
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero.utils import ZeRORuntimeException
+from deepspeed.utils import (
+    logger,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+)
 from torch import Tensor, nn
 
 from dan_dist.engine import Engine
 from dan_dist.losses import Loss
 from dan_dist.world import group_of_one
 
-# Read when DeepSpeed is imported; what it finds by itself, it tells at length
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-import deepspeed
-import deepspeed.ops
-from deepspeed.utils import (
-    logger,
-    safe_get_full_optimizer_state,
-    safe_set_full_optimizer_state,
-)
-
-logger.setLevel(logging.ERROR)
+logger.setLevel(logging.ERROR)  # what it finds by itself, it tells at length
 
 # On a CPU, DeepSpeed would compile a collective of its own at the first start, for a minute and
 # with a compiler that may be missing; gloo, which is there, serves.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+# DeepSpeed's keys for what our configuration says
+OURS = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.global_batch and train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "managed_gradient_accumulation": "train.global_batch and train.micro_batch",
+    "elasticity": "train.global_batch",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim.name, optim.lr …",
+    "scheduler": "schedule.name, schedule.gamma …",
+    **dict.fromkeys(
+        ("bf16", "bfloat16", "fp16", "amp", "torch_autocast", "data_types"), "train.precision"
+    ),
+    "zero_optimization.stage": "engine.zero_stage",
+}
+# Its others, of which it takes any without a word (runtime/config.py of 0.19)
+THEIRS = (
+    "activation_checkpointing", "aio", "autotuning", "checkpoint", "comet", "comms_logger",
+    "communication_data_type", "compile", "compression_training", "csv_monitor",
+    "curriculum_learning", "data_efficiency", "dataloader_drop_last", "datastates_ckpt",
+    "disable_allgather", "disable_python_gc", "dump_state", "eigenvalue", "expert_parallel",
+    "flops_profiler", "gradient_allreduce_op", "gradient_predivide_factor", "graph_harvesting",
+    "hybrid_engine", "log_level", "memory_breakdown", "nebula", "pipeline", "prescale_gradients",
+    "progressive_layer_drop", "quantize_training", "seq_parallel_communication_data_type",
+    "sparse_attention", "sparse_gradients", "steps_per_print", "tensor_parallel", "tensorboard",
+    "timers", "use_data_before_expert_parallelism", "wall_clock_breakdown", "wandb",
+    "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)  # fmt: skip
+# What it raises where it does not like its configuration
+REFUSALS = (
+    AssertionError, TypeError, KeyError, ValueError, DeepSpeedConfigError, ZeRORuntimeException
+)  # fmt: skip
 
 
 class DeepSpeedEngine(Engine):
@@ -44,32 +75,38 @@ class DeepSpeedEngine(Engine):
     too, 3 the weights too. extra: DeepSpeed's own configuration, laid over what is derived here.
 
     Raises:
-        ValueError: `extra` states batch sizes, or DeepSpeed refuses its configuration.
+        ValueError: `extra` states what our configuration says, or a key that DeepSpeed does not
+            know, or DeepSpeed refuses its configuration.
     """
 
     def __init__(self, *arguments: Any, zero_stage: int, extra: Mapping[str, Any], **rest: Any):
-        if stated := [key for key in SIZES if key in extra]:
-            raise ValueError(
-                f"engine.deepspeed.{stated[0]}: train.global_batch and train.micro_batch say that"
-            )
+        check_extra(extra)
         self.zero_stage, self.extra = zero_stage, extra
         super().__init__(*arguments, **rest)
 
     def state(self) -> dict[str, Any]:
-        """What `Engine.state` gives, gathered from all ranks: all must call it."""
-        parameters = list(self.objective.parameters())
-        with self._whole(parameters):
-            weights = {k: v.detach().clone() for k, v in self.objective.state_dict().items()}
+        """What `Engine.state` gives, gathered from all ranks: all must call it, rank 0 has it.
+
+        One tensor after the other, into the CPU's memory: where the weights are divided, the whole
+        of them need not fit a GPU.
+        """
+        weights = {}
+        for name, tensor in self.objective.state_dict(keep_vars=True).items():
+            with self._whole([tensor] if isinstance(tensor, nn.Parameter) else []):
+                if self.world.is_main:
+                    weights[name] = tensor.detach().to("cpu", copy=True)
         if self.zero_stage == 0:
             return {"objective": weights, "optimizer": self.optimizer.state_dict()}
+        parameters = list(self.objective.parameters())
         step, keys = self._inner_state()
         moments: dict[int, dict[str, Any]] = {}
         for number, parameter in enumerate(parameters) if keys else ():
-            moments[number] = {
-                key: safe_get_full_optimizer_state(parameter, key).clone() for key in keys
-            }
-            if step is not None:
-                moments[number]["step"] = step.clone()
+            own: dict[str, Any] = {} if step is None else {"step": step.to("cpu", copy=True)}
+            for key in keys:
+                whole = safe_get_full_optimizer_state(parameter, key)
+                if self.world.is_main:
+                    own[key] = whole.to("cpu", copy=True)
+            moments[number] = own
         zero: Any = self.model.optimizer
         group = {k: v for k, v in zero.param_groups[0].items() if k != "params"}
         groups = [{**group, "params": list(range(len(parameters)))}]
@@ -108,6 +145,7 @@ class DeepSpeedEngine(Engine):
             "gradient_clipping": self.clip_norm or 0.0,
             "zero_optimization": {"stage": self.zero_stage},
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # torch's serves where its state is offloaded
             # Not its bf16 section, which casts weights but not BatchNorm's statistics.
             "torch_autocast": {"enabled": self.bf16, "dtype": "bfloat16"},
             "steps_per_print": 10**9,
@@ -120,19 +158,23 @@ class DeepSpeedEngine(Engine):
                 config=_merge(derived, self.extra),
                 dist_init_required=False,
             )
-        except (AssertionError, TypeError, KeyError, ValueError) as error:
+        except REFUSALS as error:
             line = " ".join(str(error).split())
             raise ValueError(f"DeepSpeed refuses its configuration: {line}") from error
         wrapped: nn.Module = engine
         return wrapped
 
+    def _zero_grad(self) -> None:
+        """DeepSpeed does that after a step, in memory that it may have set aside for gradients."""
+
     def _forward_backward(self, images: Tensor, labels: Tensor, *, last: bool) -> Loss:
-        loss = self._forward(images, labels)
         engine: Any = self.model
-        # DeepSpeed averages over ranks, but these are parts of the mean over the global batch.
+        # Said, not counted by DeepSpeed, whose count a skipped step would put out of step.
+        engine.set_gradient_accumulation_boundary(last)
+        loss = self._forward(images, labels)
+        # DeepSpeed averages over ranks, but these are parts of the mean over the global batch. And it
+        # must be given another tensor than `loss.total`, whose gradient it divides by micro-steps.
         engine.backward(loss.total * self.world.size, scale_wrt_gas=False)
-        if not last:
-            engine.step()  # it counts micro-batches, and steps after the last one alone
         return loss
 
     def _update(self, loss: Tensor) -> tuple[Tensor, bool]:
@@ -176,6 +218,23 @@ class DeepSpeedEngine(Engine):
         moments = [k for k, v in own.items() if torch.is_tensor(v) and k != "step"]
         step = own.get("step")
         return (torch.as_tensor(step) if step is not None else None), moments
+
+
+def check_extra(extra: Mapping[str, Any]) -> None:
+    """Refuses expert configuration that says what ours says, or that DeepSpeed would not read.
+
+    Raises:
+        ValueError: names the key, and ours or the nearest.
+    """
+    zero = extra.get("zero_optimization")
+    sub = [f"zero_optimization.{key}" for key in zero] if isinstance(zero, Mapping) else []
+    for key in (*extra, *sub):
+        if key in OURS:
+            raise ValueError(f"engine.deepspeed.{key}: {OURS[key]} says that")
+        if key not in THEIRS and key not in sub:
+            near = difflib.get_close_matches(key, (*THEIRS, *OURS), 1, cutoff=0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"engine.deepspeed.{key}: DeepSpeed knows no such key{hint}")
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         parts = torch.zeros(4, dtype=self.dtype, device=self.world.device)
         images = batch.images.tensor_split(self.micro_steps)
         labels = batch.labels.tensor_split(self.micro_steps)
@@ -175,7 +175,10 @@ class Engine:
         )
 
     def state(self) -> dict[str, Any]:
-        """Everything that training changes: weights, centres, statistics, optimiser."""
+        """Everything that training changes: weights, centres, statistics, optimiser.
+
+        All ranks must call it; rank 0 has it whole.
+        """
         return {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -195,6 +198,9 @@ class Engine:
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _forward_backward(self, images: Tensor, labels: Tensor, *, last: bool) -> Loss:
         """Adds one micro-batch's part of the gradient; after the last one, ranks hold the whole."""

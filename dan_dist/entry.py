@@ -27,8 +27,8 @@ def run(main: Callable[[list[str], StopRequest], int]) -> NoReturn:
     if has_launcher():
         end_with_parent()  # instead of working on unwatched, in a folder that a successor wants
     stop = StopRequest()
-    stop.install()
     try:
+        stop.install()
         sys.exit(_speaking(main, sys.argv[1:], stop))
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 CHANNELS = 512  # of ResNet-18's last stage
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
+OWN = "network.backbone."  # in our checkpoints
 
 
 class Output(NamedTuple):
@@ -121,8 +122,9 @@ def load_backbone(network: DAN, source: str) -> str:
     """Starts the backbone from `source`: "none", "imagenet" (torchvision's weights) or a file.
 
     A file holds a ResNet-18 in torchvision's names, bare or under 'state_dict', 'model_state_dict'
-    or 'model', with or without a 'module.' prefix; its classifier is left out. Only tensors are
-    read, no code is run. Returns one line that says what was loaded.
+    or 'model', with or without a 'module.' prefix; its classifier is left out. Or it is one of our
+    own checkpoints, of which the backbone is taken. Only tensors are read, no code is run. Returns
+    one line that says what was loaded.
 
     Raises:
         FileNotFoundError: the file does not exist (the message names the choices).
@@ -166,6 +168,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
+    if isinstance(state, dict) and isinstance(state.get("objective"), dict):
+        own = state["objective"].items()
+        state = {k.removeprefix(OWN): v for k, v in own if k.startswith(OWN)}
     if not isinstance(state, dict):
         raise ValueError(f"model.backbone {path}: holds a {type(state).__name__}, not tensors")
     return {_strip(k): v for k, v in state.items() if isinstance(v, Tensor)}

@@ -18,7 +18,9 @@ PREEMPTED = 75  # exit code (EX_TEMPFAIL); of a worker under a launcher it would
 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
-_LAUNCHERS = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"}  # what they leave in the environment
+# What torchrun and DeepSpeed's launcher leave in the environment
+_TORCHRUN, _DEEPSPEED = "TORCHELASTIC_RUN_ID", "CROSS_RANK"
+STOP_FILE = "DAN_STOP_FILE"  # names a file that says: stop; for who was not there to hear a signal
 
 Status = Literal["finished", "preempted", "failed"]
 
@@ -39,8 +41,11 @@ class StopRequest:
         self._first_s = 0.0
 
     def install(self) -> None:
+        """Listens from now on; what was to be heard before is read from the file of STOP_FILE."""
         for number in SIGNALS:
             signal.signal(number, self._handle)
+        if (path := os.environ.get(STOP_FILE)) and Path(path).exists():
+            self._handle(signal.SIGUSR1, None)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
@@ -55,7 +60,11 @@ class StopRequest:
 
 def has_launcher() -> bool:
     """Whether torchrun, or DeepSpeed's launcher, started this process."""
-    return not _LAUNCHERS.isdisjoint(os.environ)
+    return _TORCHRUN in os.environ or is_deepspeed_launched()
+
+
+def is_deepspeed_launched() -> bool:
+    return _DEEPSPEED in os.environ
 
 
 def end_with_parent() -> None:

@@ -28,7 +28,7 @@ from dan_dist.progress import NotFiniteError, Progress
 from dan_dist.pulse import Pulse, joined
 from dan_dist.sampler import steps_per_epoch
 from dan_dist.shardset import ShardSet, Split, open_shardset
-from dan_dist.stop import OUTCOME, Status, StopRequest, write_outcome
+from dan_dist.stop import OUTCOME, Status, Stopped, StopRequest, write_outcome
 from dan_dist.tracking import MlflowTracker, NullTracker
 from dan_dist.world import World, core_count
 from shards import synthetic
@@ -64,6 +64,12 @@ def main(config: Config, stop: StopRequest | None = None) -> Ended:
             if world.is_main:
                 with suppress(OSError):  # the folder itself may be what is wrong
                     write_outcome(folder, "failed", step=None, reason=str(error))
+            raise
+        except Stopped as stopped:
+            if world.is_main:
+                with suppress(OSError):
+                    line = f"{stopped}: stopped before training"
+                    write_outcome(folder, "preempted", step=None, reason=line)
             raise
         finally:  # a launcher that has seen another rank die ends this one
             stop.wait_for_step = False

@@ -122,6 +122,7 @@ def init_world(device: str = "auto") -> World:
         # torchrun gives each of several ranks one thread; share the cores instead.
         if local_size > 1:
             torch.set_num_threads(max(1, core_count() // local_size))
+    os.environ["DS_ACCELERATOR"] = place.type  # DeepSpeed reads it when it is imported
     store = None
     if size > 1:
         shared, _, _ = next(rendezvous("env://"))

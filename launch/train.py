@@ -5,7 +5,7 @@ world size 1. SIGTERM, SIGUSR1 or Ctrl-C end the run after a checkpoint; the sam
 """
 
 from dan_dist.entry import run
-from dan_dist.stop import PREEMPTED, StopRequest, has_launcher
+from dan_dist.stop import PREEMPTED, StopRequest, has_launcher, is_deepspeed_launched
 
 
 def main(arguments: list[str], stop: StopRequest) -> int:
@@ -17,9 +17,9 @@ def main(arguments: list[str], stop: StopRequest) -> int:
     from dan_dist import train
     from dan_dist.config import load_config
 
-    # DeepSpeed's launcher adds --local_rank=N, which its environment says too.
+    # DeepSpeed's launcher adds --local_rank=N, unless told not to; its environment says that too.
     own = [a for a in arguments if not a.startswith("--local_rank")]
-    if own != arguments and not any(a.startswith("engine.name=") for a in own):
+    if is_deepspeed_launched() and not any(a.startswith("engine.name=") for a in own):
         own.append("engine.name=deepspeed")
     path = "configs/demo.yaml"
     if own and "=" not in own[0]:

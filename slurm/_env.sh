@@ -10,62 +10,100 @@ DAN_CACHE=${DAN_CACHE:-}         # node-local storage into which shards are copi
 DAN_NPROC=${DAN_NPROC:-}         # processes a node; none: the node's GPUs
 DAN_DEVICE=${DAN_DEVICE:-cuda}   # cpu: no GPU is asked for or looked at
 export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$DAN_REPOSITORY/mlflow.db}
+# srun asks for the cores of sbatch's --cpus-per-task only when it is told to.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export DAN_PYTHON DAN_DEVICE DAN_REPOSITORY
 
-# Ends the job, with the node's name, where a node has no usable GPU or DALI does not start.
+dan_signal= # the last signal: USR1 comes before the time limit, TERM when the job is cancelled
+dan_step=   # the process of srun while it trains
+export DAN_STOP_FILE=
+
+# From now on signals are noted, and passed on.
+dan_listen() {
+    trap 'dan_stop USR1' USR1
+    trap 'dan_stop TERM' TERM
+}
+
+dan_stop() {
+    dan_signal=$1
+    echo "signal $1 at $(date): a checkpoint"
+    # Workers that do not listen yet look for this file when they do.
+    [ -z "$DAN_STOP_FILE" ] || : >"$DAN_STOP_FILE" || true
+    [ -z "$dan_step" ] || kill -USR1 "$dan_step" 2>/dev/null || true
+}
+
+# Ends the job, with the node's name, where a node lacks a GPU or DALI does not start.
 dan_check() {
     # shellcheck disable=SC2016 # the variables are the node's
     srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c '
-        "$DAN_PYTHON" "$DAN_REPOSITORY/slurm/health.py" "$DAN_DEVICE" ||
-            { echo "error: node $SLURMD_NODENAME failed its check" >&2; exit 1; }'
+        timeout -k 5 180 "$DAN_PYTHON" "$DAN_REPOSITORY/slurm/health.py" "$DAN_DEVICE" ||
+            { echo "error: node $SLURMD_NODENAME failed its check (code $?)" >&2; exit 1; }'
 }
 
-# dan_train CONFIG OUTPUT [section.key=value ...]: one torchrun a node; on USR1, which comes before
-# the time limit, and on TERM, a checkpoint, and the job goes back into the queue.
+# dan_train CONFIG OUTPUT [section.key=value ...]: one torchrun a node. On USR1 a checkpoint, and
+# the job goes back into the queue; on TERM a checkpoint.
 dan_train() {
-    local config=${DAN_CONFIG:-$1} output=$2 first address port
-    shift 2
+    local output=$2 name=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+    dan_listen
+    mkdir -p "$output/logs"
+    rm -f "$output/outcome.json" "$output"/stop.* # an earlier attempt's
+    DAN_STOP_FILE=$output/stop.$name
+    if [[ $MLFLOW_TRACKING_URI == sqlite:* && "$SLURM_NNODES${SLURM_ARRAY_TASK_ID:-}" != 1 ]]; then
+        echo "warning: several nodes write $MLFLOW_TRACKING_URI; better a server" >&2
+    fi
+    dan_check || return 1
+    local code=0
+    [ -n "$dan_signal" ] || dan_run "$name" "$@" || code=$?
+    rm -f "$DAN_STOP_FILE"
+    dan_end "$output" "$code"
+}
+
+# dan_run NAME CONFIG OUTPUT [section.key=value ...]: returns the step's exit code.
+dan_run() {
+    local name=$1 config=${DAN_CONFIG:-$2} output=$3 first address code=0
+    shift 3
     local overrides=("train.output=$output" "train.device=$DAN_DEVICE")
     [ -z "$DAN_DATA" ] || overrides+=("data.shards=$DAN_DATA")
     [ -z "$DAN_CACHE" ] || overrides+=("data.cache=$DAN_CACHE")
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     # The address that Slurm itself uses: a node's name need not resolve.
     address=$(scontrol show node -o "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-    port=$((20000 + SLURM_JOB_ID % 10000))
-    local processes=${DAN_NPROC:-${SLURM_GPUS_ON_NODE:-1}}
-    local name=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
-    mkdir -p "$output/logs"
-    dan_check || return 1
-    trap 'dan_stop USR1' USR1
-    trap 'dan_stop TERM' TERM
     # torchrun would die of USR1, so it is started deaf to it; its workers listen again.
+    # shellcheck disable=SC2016 # the variables are the node's
     srun --kill-on-bad-exit=1 --ntasks-per-node=1 --output="$output/logs/%x-%j-node%n.log" \
-        --open-mode=append bash -c 'trap "" USR1; exec "$@"' -- \
-        "$DAN_PYTHON" -m torch.distributed.run --nnodes="$SLURM_NNODES" \
-        --nproc-per-node="$processes" --rdzv-backend=c10d --rdzv-id="$name" \
-        --rdzv-endpoint="$address:$port" --max-restarts="${DAN_RESTARTS:-0}" \
+        --open-mode=append bash -c 'trap "" USR1
+            exec "$DAN_PYTHON" -m torch.distributed.run --log-dir="$0-node$SLURM_NODEID" "$@"' \
+        "$output/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID" --tee=3 --nnodes="$SLURM_NNODES" \
+        --nproc-per-node="${DAN_NPROC:-${SLURM_GPUS_ON_NODE:-1}}" --rdzv-backend=c10d \
+        --rdzv-id="$name" --rdzv-endpoint="$address:$((20000 + SLURM_JOB_ID % 10000))" \
+        --max-restarts="${DAN_RESTARTS:-0}" \
         "$DAN_REPOSITORY/launch/train.py" "$config" "${overrides[@]}" "$@" &
     dan_step=$!
-    dan_outcome=$output/outcome.json
-    local code=0
+    # A trap ends a wait before the step has ended; its code is what the last wait gives.
+    until wait "$dan_step" || ! kill -0 "$dan_step" 2>/dev/null; do :; done
     wait "$dan_step" || code=$?
-    # A trap ends the first wait before the step has ended.
-    while kill -0 "$dan_step" 2>/dev/null; do
-        code=0
-        wait "$dan_step" || code=$?
-    done
-    if grep -qs '"status": "preempted"' "$dan_outcome"; then
-        echo "preempted at $(date); back into the queue"
-        scontrol requeue "$(dan_job)"
-        return 0
-    fi
+    dan_step=
     return "$code"
 }
 
-dan_stop() {
-    echo "signal $1 at $(date): a checkpoint, then the queue"
-    kill -USR1 "$dan_step" 2>/dev/null || true
+# dan_end OUTPUT CODE: what becomes of the job. Only USR1 takes it back into the queue: a job that
+# is cancelled stays out, and one that Slurm preempts, Slurm requeues.
+dan_end() {
+    local outcome
+    outcome=$(sed -n 's/.*"status": "\([a-z]*\)".*/\1/p' "$1/outcome.json" 2>/dev/null || true)
+    if [ "$outcome" = finished ]; then
+        [ -z "$dan_signal" ] || return 0
+        return "$2"
+    fi
+    if [ "$dan_signal" = USR1 ] && [ "$outcome" != failed ]; then
+        echo "preempted at $(date); back into the queue"
+        trap - USR1 TERM
+        scontrol requeue "$(dan_job)"
+        return 0
+    fi
+    echo "error: the run ended as ${outcome:-one that was killed}; see $1/logs" >&2
+    return $(($2 ? $2 : 1))
 }
 
 # The name by which scontrol knows this job, or this task of an array.

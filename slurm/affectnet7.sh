@@ -2,6 +2,7 @@
 # Trains configs/affectnet7.yaml: sbatch slurm/affectnet7.sh [section.key=value ...]
 # More nodes: sbatch --nodes=4 slurm/affectnet7.sh
 #SBATCH --job-name=affectnet7
+##SBATCH --partition=gpu
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64

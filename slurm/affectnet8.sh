@@ -2,6 +2,7 @@
 # Trains configs/affectnet8.yaml: sbatch slurm/affectnet8.sh [section.key=value ...]
 # More nodes: sbatch --nodes=4 slurm/affectnet8.sh
 #SBATCH --job-name=affectnet8
+##SBATCH --partition=gpu
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64

@@ -4,6 +4,7 @@
 #   sbatch --array=0-26 slurm/heads.sh --seeds 3
 # Submitted again, it trains what is missing. Another grid: DAN_GRID=fcn-loss, with --array=0-2.
 #SBATCH --job-name=heads
+##SBATCH --partition=gpu
 #SBATCH --array=0-8
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1
@@ -16,6 +17,7 @@
 #SBATCH --signal=B:USR1@180
 set -euo pipefail
 source "${DAN_REPOSITORY:-$SLURM_SUBMIT_DIR}/slurm/_env.sh"
+dan_listen
 grid=${DAN_GRID:-heads}
 config=${DAN_CONFIG:-configs/affectnet8.yaml}
 ablate=("$DAN_PYTHON" "$DAN_REPOSITORY/launch/ablate.py" "$grid" --config "$config"

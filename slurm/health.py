@@ -1,5 +1,6 @@
 """Whether this node can train: python slurm/health.py cuda|cpu. Ends with 1 and a line if not."""
 
+import os
 import sys
 
 import numpy as np
@@ -12,21 +13,42 @@ def _graph(device: str) -> object:
     return fn.crop_mirror_normalize(images.gpu() if device == "cuda" else images)
 
 
-def main(device: str) -> int:
-    """Touches every GPU of the node, then runs a DALI graph."""
-    try:
-        if device == "cuda":
-            import torch
+def _run_graph(gpu: int | None) -> None:
+    graph = _graph("cpu" if gpu is None else "cuda", device_id=gpu)
+    graph.build()
+    (output,) = graph.run()
+    assert np.asarray(output.as_cpu()[0]).size == 12
 
-            if not torch.cuda.is_available():
-                raise RuntimeError("torch finds no GPU")
-            for number in range(torch.cuda.device_count()):
-                torch.ones(1, device=f"cuda:{number}").sum().item()
-        graph = _graph(device, device_id=0 if device == "cuda" else None)
-        graph.build()
-        (output,) = graph.run()
-        assert np.asarray(output.as_cpu()[0]).size == 12
-    except Exception as error:  # whatever a broken driver makes torch or DALI raise
+
+def check(device: str, expected_gpus: int | None) -> None:
+    """Runs a DALI graph, on every GPU of the node if it is to train on them.
+
+    Raises:
+        RuntimeError: and whatever a broken driver makes torch or DALI raise.
+    """
+    if device == "cpu":
+        _run_graph(None)
+        return
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        raise RuntimeError("torch finds no GPU")
+    if expected_gpus not in (None, gpus):
+        raise RuntimeError(f"torch finds {gpus} GPUs, Slurm gives {expected_gpus}")
+    for gpu in range(gpus):
+        try:
+            torch.ones(1, device=f"cuda:{gpu}").sum().item()
+            _run_graph(gpu)
+        except Exception as error:
+            raise RuntimeError(f"GPU {gpu}: {error}") from error
+
+
+def main(device: str) -> int:
+    expected = os.environ.get("SLURM_GPUS_ON_NODE")
+    try:
+        check(device, int(expected) if expected else None)
+    except Exception as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     return 0

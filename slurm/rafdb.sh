@@ -2,6 +2,7 @@
 # Trains configs/rafdb.yaml: sbatch slurm/rafdb.sh [section.key=value ...]
 # More nodes: sbatch --nodes=4 slurm/rafdb.sh
 #SBATCH --job-name=rafdb
+##SBATCH --partition=gpu
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains configs/sfew.yaml: sbatch slurm/sfew.sh [section.key=value ...]
 #SBATCH --job-name=sfew
+##SBATCH --partition=gpu
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=8

@@ -27,9 +27,11 @@ from dan_dist import train as story
 from dan_dist.augment import Augment
 from dan_dist.config import load_config
 from dan_dist.data import Reader, TooMuchDamageError, train_stream
+from dan_dist.engine import Engine
 from dan_dist.journal import Journal
 from dan_dist.pulse import Pulse
 from dan_dist.shardset import ShardSet
+from dan_dist.stop import Stopped, StopRequest
 from dan_dist.world import _meet
 
 Write = Callable[[str], Path]
@@ -92,6 +94,22 @@ def test_a_signal_before_training_ends_it_at_once(tiny: Write, tmp_path: Path) -
     assert process.wait(30) == 130
     assert process.stdout is not None and "SIGUSR1: stopped before" in process.stdout.read()
     assert not (tmp_path / "run").exists()
+    (tmp_path / "stop").touch()  # a launcher's, whose signal came before anybody listened
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DAN_STOP_FILE", str(tmp_path / "stop"))
+        assert start(SCRIPT, tiny("run"), cwd=tmp_path).wait(30) == 130
+    stop, wait = StopRequest(), Engine.load_state
+    single(tiny("run"), "train.max_steps=1")
+
+    def stopped(engine: Engine, state: dict) -> None:
+        wait(engine, state)
+        stop._handle(signal.SIGUSR1, None)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Engine, "load_state", stopped)
+        story.main(load_config(tiny("run"), ["train.max_steps=2"]), stop)
+    found = outcome(tmp_path / "run")
+    assert (found["status"], found["step"]) == ("preempted", None)
 
 
 def test_a_second_signal_ends_it_at_once(tiny: Write, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torchvision
 
+from dan_dist import checkpoint
+from dan_dist.losses import Objective
 from dan_dist.model import DAN, load_backbone
 
 
@@ -42,6 +44,15 @@ def test_backbone_files_in_circulation_load(tmp_path: Path, prefix: str, wrapped
     network = DAN(7, 1)
     assert "100 tensors" in load_backbone(network, str(tmp_path / "backbone.pth"))
     assert torch.equal(network.backbone.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+
+
+def test_backbone_of_our_own_checkpoint_loads(tmp_path: Path) -> None:
+    objective = Objective(DAN(8, 2), 8)  # other classes and heads than here
+    checkpoint.save(tmp_path / "best.pt", {"objective": objective.state_dict(), "step": 3})
+    network = DAN(7, 1)
+    assert "100 tensors" in load_backbone(network, str(tmp_path / "best.pt"))
+    for name, tensor in objective.network.backbone.named_parameters():
+        assert torch.equal(network.backbone.get_parameter(name), tensor)
 
 
 def test_backbone_of_another_network_is_refused(tmp_path: Path) -> None:

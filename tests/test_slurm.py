@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from chaos import CONFIG, DAN
 from test_train import largest_difference, weights
 
@@ -190,44 +192,139 @@ def outcome(folder: Path) -> dict:
 def test_two_nodes_preempted_and_requeued_end_as_if_nothing_was(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    options = [*DAN, "optim.lr=1e-3", "train.max_steps=40"]
+    options = [*DAN, "optim.lr=1e-3", "train.max_steps=20", "tracking.enabled=false"]
     job = cluster.submit("affectnet8.sh", *options, sbatch=("--nodes=2",))
     run = tmp_path / "runs" / "affectnet8"
-    wait_for(lambda: "step 12 " in cluster.said(), 120)
+    wait_for(lambda: "step 8 " in cluster.said(), 120)
     query("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
+    config = tmp_path / "reference.yaml"
+    config.write_text(cluster.config.read_text().replace("unused", "reference"))
+    train(2, config, *options, cwd=tmp_path)
     wait_for(lambda: "Restarts=1" in query("scontrol", "show", "job", "-o", job), 60)
     assert cluster.end(job) == "COMPLETED", cluster.said()
     said = cluster.said()
     assert "SIGUSR1: stopped after a checkpoint" in said and "back into the queue" in said
     assert "resumed after step" in said and outcome(run)["status"] == "finished"
-    logs = sorted(p.name for p in (run / "logs").iterdir())
-    assert logs == [f"affectnet8-{job}-node{k}.log" for k in (0, 1)]
-    config = tmp_path / "reference.yaml"
-    config.write_text(cluster.config.read_text().replace("unused", "reference"))
-    train(2, config, *options, "tracking.enabled=false", cwd=tmp_path)
+    for node in (0, 1):
+        log = run / "logs" / f"affectnet8-{job}-node{node}"
+        assert log.with_suffix(".log").is_file()
+        attempts = sorted(p.parent.parent.parent.name[:-9] for p in log.rglob("0/stdout.log"))
+        assert attempts == [f"{job}.0", f"{job}.1"]
     assert largest_difference(weights(run), weights(tmp_path / "reference")) == 0
 
 
 def test_the_heads_make_their_runs_under_one_parent(cluster: Cluster, tmp_path: Path) -> None:
     import mlflow
 
-    job = cluster.submit("heads.sh", "train.max_steps=3", sbatch=("--array=0-2",))
-    wait_for(lambda: all(
-        cluster.state(f"{job}_{k}") in ("COMPLETED", "FAILED") for k in range(3)), 150)  # fmt: skip
-    assert all(cluster.state(f"{job}_{k}") == "COMPLETED" for k in range(3)), cluster.said()
+    job = cluster.submit("heads.sh", "train.max_steps=3", sbatch=("--array=0,2",))
+    assert [cluster.end(f"{job}_{k}") for k in (0, 2)] == ["COMPLETED"] * 2, cluster.said()
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("chaos").experiment_id])
     children = [r for r in runs if "mlflow.parentRunId" in r.data.tags]
     (parent,) = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
-    assert parent.info.run_name == f"heads-{job}"
+    assert re.fullmatch(r"heads-\w+", parent.info.run_name)
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent.info.run_id}
-    heads = {r.info.run_name: (r.data.params["model.heads"], r.data.params["loss.fcn"])
-             for r in children}  # fmt: skip
-    assert heads == {"heads-0": ("0", "none"), "heads-1": ("1", "affinity"),
-                     "heads-2": ("2", "affinity")}  # fmt: skip
+    heads = {(r.data.params["model.heads"], r.data.params["loss.fcn"]) for r in children}
+    assert len(children) == 2 and heads == {("0", "none"), ("2", "affinity")}
+    assert "several nodes write sqlite:" in cluster.said()
+
+
+def test_cancelled_then_submitted_again_and_signalled_while_it_starts(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Two ranks, as Slurm gives two GPUs; shards by way of the node's storage."""
+
+    def submit() -> str:
+        return cluster.submit("sfew.sh", *DAN, "train.max_steps=20", "tracking.enabled=false",
+                              sbatch=("--gpus-per-node=2",), DAN_NPROC="",
+                              DAN_CACHE=str(tmp_path / "cache"))  # fmt: skip
+
+    def restarts(job: str) -> str:
+        return query("scontrol", "show", "job", "-o", job).split("Restarts=")[1].split()[0]
+
+    run = tmp_path / "runs" / "sfew"
+    job = submit()
+    wait_for(lambda: "step 5 " in cluster.said(), 120)
+    query("scancel", job)
+    assert cluster.end(job) == "CANCELLED" and restarts(job) == "0"
+    found = outcome(run)
+    assert found["status"] == "preempted"
+    (saved,) = checkpoint.steps_saved(run)
+    assert saved == checkpoint.step_path(run, found["step"])
+    assert (tmp_path / "cache").is_dir() and "back into the queue" not in cluster.said()
+
+    again = submit()
+    logs = run / "logs" / f"sfew-{again}-node0"
+    wait_for(lambda: bool([*logs.rglob("1/stdout.log")]), 120)  # workers start, and are deaf yet
+    query("scancel", "--batch", "--signal=USR1", again)
+    wait_for(lambda: restarts(again) == "1", 60)
+    assert cluster.state(job) == "CANCELLED"
+    assert cluster.end(again) == "COMPLETED", cluster.said()
+    assert outcome(run)["status"] == "finished" and not [*run.glob("stop.*")]
+    assert f"resumed after step {found['step']}" in cluster.said()
+
+
+NO_SLURM = """
+source "$DAN_REPOSITORY/slurm/_env.sh"
+scontrol() { echo "scontrol $*"; }
+srun() { case "$*" in
+    *torch.distributed.run*) trap "" USR1; echo trains; TRAINING ;;
+    *) CHECK ;;
+esac; }
+dan_train config.yaml out
+"""
+
+
+@pytest.mark.parametrize(
+    ("check", "training", "requeued", "code"),
+    [
+        ("kill -USR1 $$", "exit 3", True, 0),  # nothing is started any more
+        ("kill -TERM $$", "exit 3", False, 1),
+        (":", "END finished; kill -USR1 $$; sleep 0.3", False, 0),
+        (":", "END preempted; kill -USR1 $$; sleep 0.3", True, 0),
+        (":", "END preempted; kill -TERM $$; sleep 0.3", False, 1),
+        (":", "END preempted", False, 1),
+        (":", "END failed; kill -USR1 $$; sleep 0.3; exit 2", False, 2),
+        (":", "kill -USR1 $$; sleep 0.3; exit 1", True, 0),  # gone before it could say anything
+        (":", "exit 4", False, 4),
+    ],
+)
+def test_what_becomes_of_a_job(
+    tmp_path: Path, check: str, training: str, requeued: bool, code: int
+) -> None:
+    """The scripts' part of it, without Slurm: `$$` is the batch script."""
+    training = re.sub(r"END (\w+)", r"""echo '{"status": "\1"}' >out/outcome.json""", training)
+    script = NO_SLURM.replace("TRAINING", training).replace("CHECK", check)
+    variables = {"DAN_REPOSITORY": str(REPOSITORY), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
+                 "SLURM_JOB_NAME": "x", "SLURM_JOB_NODELIST": "n1"}  # fmt: skip
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, **variables})  # fmt: skip
+    assert done.returncode == code, done
+    assert ("scontrol requeue 7" in done.stdout) == requeued, done
+    assert ("trains" in done.stdout) == (check == ":"), done
+    assert not [*(tmp_path / "out").glob("stop.*")]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "line"), [(0, "torch finds no GPU"), (7, "torch finds 7 GPUs, Slurm gives 8"),
+                       (8, "GPU 0: ")],
+)  # fmt: skip
+def test_a_node_without_all_its_gpus_is_sick(
+    gpus: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if gpus and torch.cuda.is_available():
+        pytest.skip("here GPUs are real")
+    health = runpy.run_path(str(REPOSITORY / "slurm" / "health.py"))
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert health["main"]("cuda") == 1
+    assert line in capsys.readouterr().err
 
 
 def test_failures_end_the_job_and_stay_out_of_the_queue(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "rafdb").mkdir(parents=True)
+    stale = '{"status": "preempted", "step": 3}'  # of an earlier job
+    (tmp_path / "runs" / "rafdb" / "outcome.json").write_text(stale)
     wrong = cluster.submit("rafdb.sh", "train.epoch=1")
     sick = cluster.submit("sfew.sh", DAN_DEVICE="cuda")
     assert cluster.end(wrong) == cluster.end(sick) == "FAILED"
@@ -240,6 +337,8 @@ def test_failures_end_the_job_and_stay_out_of_the_queue(cluster: Cluster, tmp_pa
 
 
 def test_packing_in_an_array_and_merging_after_it(cluster: Cluster, tmp_path: Path) -> None:
+    bare = subprocess.run(["bash", REPOSITORY / "slurm" / "pack.sh"], capture_output=True)
+    assert bare.returncode == 2 and bare.stderr.startswith(b"usage: sbatch slurm/pack.sh")
     source = tmp_path / "tree"
     from shards import layouts
 

@@ -1,0 +1,124 @@
+"""What tests/test_deepspeed.py runs on the ranks of one torchrun: DDP and every ZeRO stage.
+
+    torchrun --nproc-per-node=2 tests/engines.py FOLDER CONFIG [section.key=value ...]
+
+Leaves runs in FOLDER/ddp, zero0 …, and in FOLDER/steps.json how far single steps are apart.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dan_dist import train as story
+from dan_dist.checkpoint import to_cpu
+from dan_dist.config import load_config
+from dan_dist.data import Batch
+from dan_dist.engine import Engine, StepResult, Votes
+from dan_dist.losses import Objective
+from dan_dist.model import DAN
+from dan_dist.pulse import joined
+from dan_dist.stop import StopRequest
+from dan_dist.world import World
+
+GLOBAL_BATCH, CLASSES = 7, 7  # unequal shares, and weights that do not divide by two
+STAGES = (0, 1, 2, 3)
+LR = {"sgd": 0.01, "adam": 1e-3}
+State = dict[str, Any]
+
+
+class ContiguousDDP(Engine):
+    """DDP with the weights laid out in memory as DeepSpeed lays them: sums have the same order."""
+
+    def _wrap(self) -> torch.nn.Module:
+        wrapped = super()._wrap()
+        self.objective.to(memory_format=torch.contiguous_format)
+        return wrapped
+
+
+def build(world: World, stage: int | None, optimizer: str, **changes: Any) -> Engine:
+    """A fresh engine, always with the same weights; stage None: DDP."""
+    torch.manual_seed(0)
+    objective = Objective(DAN(CLASSES, 2), CLASSES, fcn="affinity", afn="partition")
+    options: dict[str, Any] = {
+        "optimizer": optimizer, "lr": LR[optimizer], "momentum": 0.9, "weight_decay": 0.0,
+        "precision": "float32", "sync_bn": True, "compile": False, "global_batch": GLOBAL_BATCH,
+        "micro_batch": 4 // world.size, "may_skip": False, "clip_norm": 1.0, **changes,
+    }  # fmt: skip
+    if stage is None:
+        return ContiguousDDP(objective, world, **options)
+    from dan_dist.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(objective, world, zero_stage=stage, **{"extra": {}, **options})
+
+
+def step(engine: Engine, number: int, *, poison: float = 0.0) -> StepResult:
+    """One step on this rank's part of the batch of that number; `poison` is added to it."""
+    random = torch.Generator().manual_seed(number)
+    images = torch.randn(GLOBAL_BATCH, 3, 32, 32, generator=random) + poison
+    labels = torch.randint(CLASSES, (GLOBAL_BATCH,), generator=random)
+    ranks, own = engine.world.size, engine.world.rank
+    part = slice(own * GLOBAL_BATCH // ranks, (own + 1) * GLOBAL_BATCH // ranks)
+    lr = engine.optimizer.param_groups[0]["lr"]
+    batch = Batch(images[part], labels[part], torch.arange(GLOBAL_BATCH)[part])
+    return engine.train_step(batch, lr=lr, votes=Votes(False, False, 0))
+
+
+def distance(a: State, b: State) -> float:
+    """Between all weights and centres, as points in space."""
+    names = [k for k in b["objective"] if k.endswith(("weight", "bias", "centers"))]
+    squares = [(a["objective"][k] - b["objective"][k]).double().square().sum() for k in names]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+def single_steps(world: World) -> dict[str, dict[str, float]]:
+    """How far a stage's first step is from DDP's: accumulated, clipped, unequal shares.
+
+    The weights' distance is in parts of DDP's step, the norm's a ratio.
+    """
+    found = {}
+    for optimizer in LR:
+        ddp = build(world, None, optimizer)
+        start, norm, expected = to_cpu(ddp.state()), step(ddp, 0).grad_norm, to_cpu(ddp.state())
+        for stage in STAGES:
+            engine = build(world, stage, optimizer)
+            ratio = float(step(engine, 0).grad_norm / norm)
+            state = engine.state()
+            if world.is_main:
+                weights = distance(state, expected) / distance(start, expected)
+                found[f"{optimizer}, stage {stage}"] = {"weights": weights, "norm": ratio}
+    return found
+
+
+def main(folder: Path, config: Path, overrides: list[str]) -> None:
+    """Each engine from the start to step 3, then each from where another one stopped to step 5."""
+    vars(story)["Engine"] = ContiguousDDP
+    with joined("cpu", timeout_s=60, on_loss=print) as (world, pulse):
+
+        def run(name: str, engine: str, steps: int) -> None:
+            options = [*overrides, f"train.output={folder / name}", f"train.max_steps={steps}"]
+            if engine != "ddp":
+                options += ["engine.name=deepspeed", f"engine.zero_stage={engine}"]
+            story.run(load_config(config, options), world, StopRequest(), pulse)
+
+        engines = ["ddp", *map(str, STAGES)]
+        for engine in engines:
+            run(engine, engine, 3)
+        if world.is_main:
+            for before, engine in zip([*engines[1:], engines[0]], engines, strict=True):
+                shutil.copytree(folder / before, folder / f"{before}-{engine}")
+        torch.distributed.barrier()
+        for before, engine in zip([*engines[1:], engines[0]], engines, strict=True):
+            run(f"{before}-{engine}", engine, 5)
+        run("ddp", "ddp", 5)
+        if world.is_main:
+            (folder / "steps.json").write_text(json.dumps(single_steps(world)))
+        else:
+            single_steps(world)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
