@@ -172,8 +172,8 @@ class DeepSpeedEngine(Engine):
         # Said, not counted by DeepSpeed, whose count a skipped step would put out of step.
         engine.set_gradient_accumulation_boundary(last)
         loss = self._forward(images, labels)
-        # DeepSpeed averages over ranks, but these are parts of the mean over the global batch. And it
-        # must be given another tensor than `loss.total`, whose gradient it divides by micro-steps.
+        # DeepSpeed averages over ranks, but these are parts of the mean over the global batch. And
+        # it must get another tensor than `loss.total`, whose gradient it divides by micro-steps.
         engine.backward(loss.total * self.world.size, scale_wrt_gas=False)
         return loss
 
