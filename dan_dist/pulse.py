@@ -160,8 +160,9 @@ class Pulse:
         seen = list(self._seen.items())
         if self._state == "rests":
             return
-        if now - self._beaten_s > self._timeout_s:  # what is known of the others is old
-            if now - self._moved_s > self._timeout_s:
+        stands = now - self._moved_s > self._patience_s()
+        if now - self._beaten_s > (self._silent_s if stands else self._timeout_s):
+            if now - self._moved_s > self._timeout_s:  # what is known of the others is old
                 self._end("the store of the job, on rank 0's node, does not answer", True)
         elif (left := self._left()) is not None:
             self._left_s = self._left_s or now
@@ -169,9 +170,9 @@ class Pulse:
                 self._end(left.doing, self._rank == 0, code=int(left.state == "failed"))
             elif now - self._left_s > YIELD_S and left.state == "stopped":
                 interrupt_main(SIGNALS[0])  # it may be at something long of its own
-        elif silent := self._silent(self._timeout_s):
+        elif silent := self._silent(self._silent_s if stands else self._timeout_s):
             self._give_up(silent, "is silent")
-        elif now - self._moved_s > self._patience_s():
+        elif stands:
             least = min([beat.progress for _, (beat, _) in seen] + [self._progress])
             behind = [rank for rank, (beat, _) in seen if beat.progress == least]
             self._give_up(behind + [self._rank] * (self._progress == least), "does not go on")
@@ -217,10 +218,10 @@ class Pulse:
         """The main thread may stand in a collective that cannot be interrupted."""
         try:
             if speaks and code:
-                print(f"error: {line}", file=sys.stderr, flush=True)
                 word = threading.Thread(target=self._on_loss, args=(line,), daemon=True)
-                word.start()  # its disk, too, may hang
-                word.join(YIELD_S)
+                word.start()  # its disk, too, may fail or hang
+                word.join(SILENT_S)
+                print(f"error: {line}", file=sys.stderr, flush=True)
             elif code:
                 time.sleep(YIELD_S)
         finally:

@@ -71,8 +71,8 @@ def main(config: Config, stop: StopRequest | None = None) -> Ended:
             world.together(lambda: held.enter_context(own))
             began_s = time.time()
             return run(config, world, stop, pulse)
-    except (ValueError, OSError, FloatingPointError) as error:
-        fail(str(error))
+    except Exception as error:
+        fail(str(error).split("\n")[0])
         raise
     finally:  # a launcher that has seen another rank die ends this one
         stop.wait_for_step = False

@@ -135,6 +135,10 @@ def init_world(device: str = "auto") -> World:
             torch.set_num_threads(max(1, core_count() // local_size))
     store = None
     if size > 1:
+        # On one node nobody else needs to reach what ranks listen on.
+        if size == local_size and "lo" in [name for _, name in socket.if_nameindex()]:
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(name, "lo")
         shared, _, _ = next(rendezvous("env://"))
         store = PrefixStore(_meet(shared, rank, size), shared)
         dist.init_process_group(

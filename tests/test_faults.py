@@ -1,5 +1,6 @@
 """What a run survives, piece by piece; tests/chaos.py has the whole."""
 
+import _thread
 import errno
 import json
 import logging
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import chaos
 import pytest
@@ -30,7 +32,8 @@ from dan_dist.data import Reader, TooMuchDamageError, train_stream
 from dan_dist.journal import Journal
 from dan_dist.pulse import Pulse
 from dan_dist.shardset import ShardSet
-from dan_dist.world import _meet
+from dan_dist.stop import Stopped
+from dan_dist.world import World, _meet
 
 Write = Callable[[str], Path]
 SCRIPT = str(REPOSITORY / "launch" / "train.py")
@@ -42,6 +45,15 @@ def single(config: Path, *overrides: str) -> story.Ended:
 
 def outcome(folder: Path) -> dict:
     return json.loads((folder / "outcome.json").read_text())
+
+
+def history(uri: str, key: str = "train/loss") -> list[tuple[int, float]]:
+    """The points of the one run that MLflow holds."""
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("dan_dist").experiment_id])
+    return [(p.step, p.value) for p in client.get_metric_history(found.info.run_id, key)]
 
 
 def start(*command: str | Path, cwd: Path) -> subprocess.Popen[str]:
@@ -67,9 +79,9 @@ def until(process: subprocess.Popen[str], words: str, timeout_s: float = 90) -> 
 
 
 def test_chaos_in_short(tmp_path: Path) -> None:
-    """Two of the kinds, and the comparison with the undisturbed run, bit for bit."""
-    kinds = ["sigkill_rank", "sigusr1", "corrupt_checkpoint"]
-    tallies = chaos.run(tmp_path, 3, random.randrange(10**6), kinds)
+    """Some of the kinds, and the comparison with the undisturbed run, bit for bit."""
+    kinds = ["sigkill_rank", "sigkill_all", "sigusr1", "corrupt_checkpoint", "truncate_shard"]
+    tallies = chaos.run(tmp_path, 4, random.randrange(10**6), kinds)
     assert sum(t.injected for t in tallies.values()) >= 2
 
 
@@ -151,23 +163,33 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
         pytest.skip("mounting needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
-    options = f"train.output={disk}/run train.checkpoint_every=4 train.checkpoint_errors={policy}"
+    options = (
+        f"train.output={disk}/run train.checkpoint_every=4 train.checkpoint_errors={policy} "
+        "tracking.enabled=true"
+    )
     # Room for the first checkpoint and the best one; then a file takes what is left.
     command = (
         f"mount -t tmpfs -o size=700m tmpfs {disk}; {sys.executable} {SCRIPT} {tiny('run')} "
         f"{options} train.max_steps=4; head -c 1G /dev/zero > {disk}/filler; "
         f"{sys.executable} {SCRIPT} {tiny('run')} {options} train.max_steps=14; echo code $?; "
-        f"ls {disk}/run; rm {disk}/filler; {sys.executable} {SCRIPT} {tiny('run')} {options}"
+        f"ls {disk}/run; cat {disk}/run/outcome.json; rm {disk}/filler; "
+        f"{sys.executable} {SCRIPT} {tiny('run')} {options}"
     )
     done = run("unshare", "-m", "sh", "-c", command, cwd=tmp_path, timeout_s=200)
     between = done.stdout.split("code ")[1].split("resumed")[0]
     assert "step-00000004.pt" in between and "partial" not in between, done.stdout + done.stderr
+    assert '"status": "failed", "step": 4' in between, between
     assert "resumed after step 4" in done.stdout.split("code ")[1]
     assert "finished after 20 steps" in done.stdout
-    if policy == "continue":
-        assert between.startswith("0") and "the one before stays, training goes on" in done.stdout
-    else:
-        assert between.startswith("2") and "error: no checkpoint could be written" in done.stderr
+    assert between.startswith("2")
+    if policy == "stop":
+        assert "error: no checkpoint could be written" in done.stderr
+        return
+    assert "the one before stays, training goes on" in done.stdout and "step 14 loss" in done.stdout
+    assert "error: all 14 steps are done, but the last checkpoint" in done.stderr
+    assert "journal.jsonl: No space left on device; what it is to hold waits" in done.stdout
+    points = history(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert [step for step, _ in points] == list(range(1, 21))
 
 
 def test_a_rank_that_hangs_ends_the_job_and_is_named(tiny: Write, tmp_path: Path) -> None:
@@ -199,35 +221,140 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     lines: list[str] = []
     for name, value in {"BEAT_S": 0.02, "SILENT_S": 0.3, "YIELD_S": 0.0}.items():
         monkeypatch.setattr(pulse, name, value)
-    monkeypatch.setattr(pulse.os, "_exit", lambda code: sys.exit(code))  # ends the thread
+    monkeypatch.setattr(pulse.os, "_exit", lambda code: _thread.exit())
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
     yield lines
 
 
+def pulses_of(store: Any, size: int, ended: list[str], timeout_s: float = 1.0) -> list[Pulse]:
+    return [Pulse(store, r, size, timeout_s=timeout_s, on_loss=ended.append) for r in range(size)]
+
+
 def test_a_rank_that_does_not_go_on_is_named(ended: list[str]) -> None:
-    """All give signs of life, but one never gets to step 3."""
-    store = HashStore()
-    pulses = [Pulse(store, r, 3, timeout_s=1.0, on_loss=ended.append) for r in range(3)]
+    """All give signs of life, but one never gets its images of step 3."""
+    pulses = pulses_of(HashStore(), 3, ended)
     for step in (1, 2, 3):
+        for own in pulses:
+            own.advance(f"step {step}, reading")
         for rank, own in enumerate(pulses):
             if (rank, step) != (1, 3):
                 own.advance(f"step {step}")
         time.sleep(0.1)
     time.sleep(2.0)
     assert len(ended) == 1
-    assert ended[0].startswith("rank 1 on ") and "(step 2) does not go on for 1 s" in ended[0]
+    assert ended[0].startswith("rank 1 on ") and "(step 3, reading) does not go on" in ended[0]
 
 
 def test_slow_but_steady_ranks_are_left_alone(ended: list[str]) -> None:
-    store = HashStore()
-    pulses = [Pulse(store, r, 2, timeout_s=0.5, on_loss=ended.append) for r in range(2)]
-    time.sleep(0.8)  # before the first step there is no deadline: compiling takes its time
+    pulses = pulses_of(HashStore(), 2, ended, timeout_s=0.5)
+    time.sleep(0.8)  # before the first step there is no deadline
+    pulses[0].advance("step 1", patient=True)
+    pulses[1].advance("step 1")
+    time.sleep(0.8)  # one of them compiles
     for step in range(5):
         for own in pulses:
             own.advance(f"step {step}")
         time.sleep(0.3)
+    for step in range(4):  # rank 0 is through with its part of the evaluation and waits
+        pulses[1].advance(f"evaluation step {step}")
+        time.sleep(0.3)
+    pulses[1].close()  # from here on nothing is done together
+    time.sleep(1.0)
     for own in pulses:
         own.close()
     assert not ended
+
+
+class HangingStore:
+    """That of a process that is stopped: it neither answers nor fails."""
+
+    def __init__(self) -> None:
+        self.store, self.hangs = HashStore(), False
+
+    def __getattr__(self, name: str) -> Any:
+        if self.hangs:
+            time.sleep(3600)
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize("fault", ["store hangs", "silent while compiling", "disk fails"])
+def test_what_has_no_step_to_wait_for_ends_as_well(
+    ended: list[str], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, store = threading.Event(), HangingStore()
+    monkeypatch.setattr(pulse.os, "_exit", lambda code: (gone.set(), _thread.exit()))
+
+    def fail(line: str) -> None:
+        ended.append(line)
+        raise OSError(errno.ENOSPC, "full")
+
+    pulses = pulses_of(store, 2, ended)
+    pulses[0]._on_loss = fail if fault == "disk fails" else ended.append
+    for own in pulses:
+        own.advance("step 1", patient=fault == "silent while compiling")
+    time.sleep(0.2)
+    if fault == "store hangs":
+        store.hangs = True
+    else:
+        pulses[1]._ended.set()  # dies without a word
+        for thread in pulses[1]._threads:
+            thread.join()
+        pulses[1]._state = "works"
+    assert gone.wait(5)
+    expected = "the store of the job" if fault == "store hangs" else "rank 1 on "
+    assert ended[0].startswith(expected), ended
+
+
+@pytest.mark.parametrize("way", ["stopped", "failed", "silent"])
+def test_ranks_that_wait_notice_one_that_has_left(ended: list[str], way: str) -> None:
+    """Rank 0 is at something long that it does for all."""
+    store = HashStore()
+    pulses = pulses_of(store, 2, ended)
+    time.sleep(0.2)
+    if way == "silent":
+        pulses[0]._ended.set()
+        for thread in pulses[0]._threads:
+            thread.join()
+    elif way == "failed":
+        pulses[0].leave("failed", "rank 0 on here: no space")
+    else:
+        pulses[0].leave("stopped", "SIGUSR1")
+    device = torch.device("cpu")
+    worlds = [World(1, 1, 2, 2, device, store, check=pulses[1].check) for _ in range(2)]
+    kind: type[BaseException] = Stopped if way == "stopped" else ConnectionError
+    words = {"stopped": "SIGUSR1", "failed": "no space", "silent": "rank 0 on "}[way]
+    with pytest.raises(kind, match=words):
+        worlds[0].once("faces", lambda: None)
+    with pytest.raises(kind, match=words):
+        worlds[1].together(lambda: None)
+    pulses[1].close()
+    assert not ended
+
+
+def test_a_failure_of_one_rank_is_that_of_all() -> None:
+    store, found = HashStore(), dict[int, str]()
+
+    def work(rank: int, failing: tuple[int, ...]) -> None:
+        def task() -> None:
+            if rank in failing:
+                raise ValueError(f"bad {rank}")
+
+        try:
+            worlds[rank].together(task)
+        except ValueError as error:
+            found[rank] = str(error)
+
+    worlds = [World(r, r, 3, 3, torch.device("cpu"), store) for r in range(3)]
+    for failing, expected in (((), []), ((1,), ["rank 1 on "] * 3), ((0, 1, 2), ["bad 0"] * 3)):
+        found.clear()
+        threads = [threading.Thread(target=work, args=(r, failing)) for r in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert len(found) == len(expected)
+        assert all(found[r].startswith(text) for r, text in enumerate(expected)), found
+    assert [worlds[r].tally("damaged", i) for r, i in ((0, 5), (1, 5), (2, 6))] == [1, 1, 2]
 
 
 def test_ranks_meet_whatever_an_earlier_gathering_left(ended: list[str]) -> None:
