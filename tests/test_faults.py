@@ -9,12 +9,14 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,12 @@ from dan_dist import checkpoint, engine, pulse, tracking
 from dan_dist import train as story
 from dan_dist.augment import Augment
 from dan_dist.config import load_config
-from dan_dist.data import Reader, TooMuchDamageError, train_stream
-from dan_dist.journal import Journal
+from dan_dist.data import Batch, Reader, TooMuchDamageError, TrainOrder, train_stream
+from dan_dist.journal import Journal, read_records, read_sent
+from dan_dist.losses import Objective
+from dan_dist.model import DAN as DanNetwork
 from dan_dist.pulse import Pulse
-from dan_dist.shardset import ShardSet
+from dan_dist.shardset import ShardSet, open_shardset
 from dan_dist.stop import Stopped
 from dan_dist.world import World, _meet
 
@@ -138,6 +142,90 @@ def test_a_damaged_checkpoint_is_passed_over(
         checkpoint.load(path)
     assert single(tiny("run")).metrics == whole
     assert "trying the one before" in caplog.text
+
+
+def test_checkpoints_that_cannot_be_read_are_kept(
+    tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    options = ["train.checkpoint_every=2", "train.keep_checkpoints=9"]
+    single(tiny("run"), *options, "train.max_steps=6")
+    (folder / "step-00000009.pt.partial").write_text("of a killed run")
+    lacking = checkpoint.load(checkpoint.step_path(folder, 6))
+    del lacking["config"]
+    torch.save(lacking, checkpoint.step_path(folder, 6))
+    checkpoint.step_path(folder, 8).mkdir()
+    with pytest.raises(ValueError, match="not a readable checkpoint .it lacks config"):
+        checkpoint.load(checkpoint.step_path(folder, 6))
+    assert single(tiny("run"), *options, "train.max_steps=5").status == "finished"
+    assert "step-00000008.pt cannot be read: Is a directory; trying the one before" in caplog.text
+    names = {p.name for p in folder.iterdir()}
+    assert {"step-00000006.pt.damaged", "step-00000008.pt.damaged"} <= names
+    assert outcome(folder)["step"] == 5 and not list(folder.glob("*.partial"))
+    assert not list(folder.glob("outcome.json.*"))
+    for path in checkpoint.steps_saved(folder)[1:]:
+        path.unlink()
+    own = checkpoint.step_path(folder, 5)
+    foreign = {**checkpoint.load(own), "format": "dan_dist checkpoint, version 2"}
+    torch.save(foreign, own)
+    with pytest.raises(ValueError, match="not a checkpoint of this project, expected"):
+        single(tiny("run"), *options)
+    own.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"none of its checkpoints can be read .step-00000005\.pt"):
+        single(tiny("run"), *options)
+    assert own.read_bytes() == b"PK"
+
+
+def test_all_ranks_go_on_from_what_one_has_chosen(tiny: Write, tmp_path: Path) -> None:
+    """A node that sees other files, or older ones, must not go on from them."""
+    config = load_config(tiny("run"), [])
+    single(tiny("run"), "train.max_steps=10", "train.checkpoint_every=5")
+    newest, older = checkpoint.steps_saved(tmp_path / "run")
+    chosen = story.choose(config)
+    assert chosen == str(newest)
+    newest.unlink()
+    with pytest.raises(OSError, match=r"step-00000010\.pt cannot be read: No such file"):
+        story.resume(config, None, None, chosen)  # type: ignore[arg-type]
+    newest.write_bytes(older.read_bytes())
+    with pytest.raises(ValueError, match=r"step-00000010\.pt is of step 5"):
+        story.resume(config, None, None, chosen)  # type: ignore[arg-type]
+
+
+def test_the_best_checkpoint_is_there_whenever_another_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    written, save = list[str](), checkpoint.save
+
+    def dying(path: Path, content: Any) -> None:
+        if content["step"] == 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, content)
+        written.append(f"{path.name} {content['best']}")
+
+    monkeypatch.setattr(checkpoint, "save", dying)
+    writer = checkpoint.Writer(tmp_path, keep=2, stop_on_error=False)
+    writer.write(5, {"step": 5, "best": 1, "optimizer": {}}, is_best=True)
+    writer.write(10, {"step": 10, "best": 2, "optimizer": {}}, is_best=True)
+    writer.wait()
+    assert writer.saved == 5 and "the one before stays" in caplog.text
+    monkeypatch.setattr(checkpoint, "save", lambda p, c: written.append(f"{p.name} {c['best']}"))
+    writer.write(15, {"step": 15, "best": 2, "optimizer": {}}, is_best=False)
+    writer.wait()
+    writer.close()
+    assert written == [
+        "best.pt 1", "step-00000005.pt 1", "best.pt 2", "step-00000015.pt 2"
+    ]  # fmt: skip
+    assert writer.saved == 15
+
+
+def test_a_longer_run_can_be_ended_at_its_checkpoint(tiny: Write, tmp_path: Path) -> None:
+    """In mid-epoch, where it has not been evaluated; as one that was to end there from the start."""
+    whole = single(tiny("whole"), "train.max_steps=7").metrics
+    single(tiny("run"), "train.checkpoint_every=7", "train.keep_checkpoints=9")
+    for path in checkpoint.steps_saved(tmp_path / "run")[:-1]:
+        path.unlink()
+    assert single(tiny("run"), "train.max_steps=7").metrics == whole
+    assert outcome(tmp_path / "run")["step"] == 7
 
 
 class Executes:
@@ -481,6 +569,86 @@ def test_a_server_that_was_away_is_told_everything_once(
     }  # fmt: skip
 
 
+def test_what_is_told_does_not_depend_on_interruptions(tiny: Write, tmp_path: Path) -> None:
+    options = ["tracking.enabled=true", "train.log_every=5", "train.max_steps=10"]
+    single(tiny("whole"), *options)
+    single(tiny("parts"), *options, "train.max_steps=3")
+    single(tiny("parts"), *options, "train.max_steps=8", "train.checkpoint_every=4")
+    single(tiny("parts"), *options)
+
+    def told(name: str) -> list[Any]:
+        records = [r for r in read_records(tmp_path / name) if r["kind"] == "metrics"]
+        kept = [(r["step"], r["values"]) for r in records]
+        return [(step, v["train/loss"], v["train/gradient_norm"]) for step, v in kept
+                if "train/loss" in v]  # fmt: skip
+
+    assert [step for step, *_ in told("whole")] == [5, 10]
+    assert told("parts") == told("whole")
+
+
+class FullDisk(FileIO):
+    """Takes 9 bytes."""
+
+    def write(self, data: Any) -> int:
+        return super().write(data[:9])
+
+
+def test_a_journal_waits_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path)
+    journal.append("run", uri="x")
+    whole = journal._file
+    journal._file = FullDisk(tmp_path / "journal.jsonl", "ab+")
+    for step in (1, 2):
+        journal.append("metrics", values={"a": 1.0}, step=step)
+    assert caplog.text.count("what it is to hold waits") == 1
+    assert [r["kind"] for r in journal.pending] == ["run"]  # nothing is sent before it is kept
+    assert [r["kind"] for r in read_records(tmp_path)] == ["journal", "run"]
+    journal._file = whole
+    journal.append("rollback", step=1)
+    assert journal.new_metrics({"a": 5.0}, 1) == {} and journal.new_metrics({"a": 5.0}, 2)
+    journal.append("metrics", values={"a": 5.0}, step=2)
+    journal.close()
+    found = [(r["step"], r["values"]["a"]) for r in read_records(tmp_path) if "values" in r]
+    assert found == [(1, 1.0), (2, 5.0)]  # of step 2, what was computed anew
+
+
+def test_journals_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They name files that are not theirs or gone, a server, what MLflow refuses; they are lost."""
+    import mlflow
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    (tmp_path / "secret").write_text("secret")
+    journal = Journal(tmp_path / "run")
+    journal.append("run", experiment="dan_dist", name="n", parent=None, uri="http://127.0.0.1:9",
+                   artifacts=f"file://{tmp_path}/stolen", params={}, config={}, time_ms=5)  # fmt: skip
+    for path in ("../secret", "figures/gone.png"):
+        journal.append("artifact", path=path, folder="")
+    journal.append("metrics", values={"bad\nname": 1.0}, step=1, time_ms=6)
+    journal.append("metrics", values={"train/loss": 1.0}, step=1, time_ms=6)
+    journal.close()
+    with pytest.raises(ValueError, match=r"begun in the store http://127\.0\.0\.1:9; to send it"):
+        tracking.replay(tmp_path / "run")
+    assert tracking.replay(tmp_path / "run", uri) == 5
+    assert "../secret lies outside" in caplog.text and "gone.png is not there" in caplog.text
+    assert caplog.text.count("left out of MLflow") == 3
+    assert history(uri) == [(1, 1.0)] and not (tmp_path / "stolen").exists()
+    assert not list((tmp_path / "mlruns").rglob("secret"))
+    run_id = read_sent(tmp_path / "run")[1]
+    (tmp_path / "run" / "journal.jsonl").unlink()
+    tracker = tracking.MlflowTracker(
+        tmp_path / "run", run_id=run_id, experiment="dan_dist", run_name=None, parent=None,
+        params={}, tags={}, config={},
+    )  # fmt: skip
+    tracker.metrics({"train/loss": 2.0}, 2)
+    tracker.end("FINISHED")
+    assert history(uri) == [(1, 1.0), (2, 2.0)]
+    assert mlflow.MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
+
+
 def test_a_run_is_found_again_when_the_answer_to_its_creation_was_lost(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     journal = Journal(tmp_path / "run")
@@ -499,6 +667,12 @@ def test_two_trainings_do_not_write_into_one_folder(tiny: Write, tmp_path: Path)
     with pytest.raises(OSError, match="run is in use by another process"):
         single(tiny("run"), "tracking.enabled=true", "train.max_steps=1")
     journal.close()
+    with (
+        checkpoint.alone(tmp_path / "other"),
+        pytest.raises(OSError, match="other is in use by another process"),
+    ):
+        single(tiny("other"), "train.max_steps=1")
+    assert not (tmp_path / "other" / "outcome.json").exists()
 
 
 def test_what_is_not_finite_is_kept_to_be_looked_into(
@@ -549,30 +723,123 @@ def test_steps_that_are_not_finite_can_be_skipped_up_to_a_limit(
             single(tiny("other"), *DAN, "train.max_skipped_steps=1")
 
 
+def test_a_skipped_step_leaves_nothing_behind() -> None:
+    own = engine.Engine(
+        Objective(DanNetwork(8, 2), 8), World(0, 0, 1, 1, torch.device("cpu")),
+        optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.0, precision="float32",
+        sync_bn=True, compile=False, global_batch=8, micro_batch=None, may_skip=True,
+    )  # fmt: skip
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    images[0, 0, 0, 0] = math.inf
+    before = {k: v.clone() for k, v in own.objective.state_dict().items()}
+    votes = engine.Votes(False, False, 0)
+    assert own.train_step(Batch(images, labels, labels), lr=0.1, votes=votes).skipped
+    for name, value in own.objective.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("fault", ["unreadable", "stale", "truncated", "replaced", "slow"])
 def test_shards_that_fail_in_flight(
-    faces: ShardSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """EIO and slowness, which no file on a disk of ours shows."""
-    split, pread = faces.split("train"), os.pread
-    reader = Reader(split, max_bad=3)
-    bad = {split.path(row["shard"]).name for row in split.index[:1]}
+    faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, fault: str,
+) -> None:  # fmt: skip
+    """After they were opened; what a disk of ours does not show is put in between."""
+    shutil.copytree(faces.root, tmp_path / "shards")
+    split, pread, opened = open_shardset(tmp_path / "shards").split("train"), os.pread, Path.open
+    reader, row = Reader(split, max_bad=99), split.index[0]
+    shard, intact = split.path(row["shard"]), reader.read(0).tobytes()
+    number = {"unreadable": errno.EIO, "stale": errno.ESTALE}.get(fault)
 
     def failing(file: int, size: int, offset: int) -> bytes:
-        time.sleep(0.001)
-        if Path(f"/proc/self/fd/{file}").readlink().name in bad and offset < 4096:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        time.sleep(0.05 if fault == "slow" else 0)
+        if number and Path(f"/proc/self/fd/{file}").readlink().name.startswith(shard.name):
+            raise OSError(number, os.strerror(number))
         return pread(file, size, offset)
 
+    def closed(path: Path, *arguments: Any, **rest: Any) -> Any:
+        if number == errno.EIO and path == shard:
+            raise OSError(number, os.strerror(number))
+        return opened(path, *arguments, **rest)
+
     monkeypatch.setattr("dan_dist.data.os.pread", failing)
+    monkeypatch.setattr(Path, "open", closed)
+    if fault == "truncated":
+        os.truncate(shard, 0)
+    elif fault == "replaced":
+        shard.write_bytes(bytes(shard.stat().st_size))
+    elif fault == "stale":
+        shard.unlink()
+    if fault == "slow":
+        assert reader.read(0).tobytes() == intact and not reader.bad
+        return
+    with pytest.raises(TooMuchDamageError, match=f"no intact image .* {shard.name}/#0"):
+        reader.read(0)  # a class of one shard
     assert (
-        reader.read(0).tobytes()
-        == reader.read(next(i for i in range(1, 20) if i not in reader.bad)).tobytes()
+        f"damaged image {shard.name}/#0 (" in caplog.text and "replaced by another" in caplog.text
     )
-    assert "Input/output error" in caplog.text and "replaced by another" in caplog.text
     reader.max_bad = 0
     with pytest.raises(TooMuchDamageError, match="at most 0 are tolerated"):
         reader.report(50, "broken")
     reader.close()
+
+
+def test_a_deleted_shard_is_read_to_the_end(faces: ShardSet, tmp_path: Path) -> None:
+    shutil.copytree(faces.root, tmp_path / "shards")
+    reader = Reader(open_shardset(tmp_path / "shards").split("train"), max_bad=0)
+    for path in (tmp_path / "shards").glob("*.tar"):
+        path.unlink()
+    reader.read(0)
+    reader.close()
+
+
+def test_damage_under_and_over_the_limit(
+    tiny: Write, tmp_path: Path, faces: ShardSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Planted at step 7: under the limit, however often it stops, the run is that of its data;
+    over it, restored shards give what had been if nothing had ever happened."""
+    shards = tmp_path / "shards"
+    shutil.copytree(faces.root, shards)
+    split = open_shardset(shards).split("train")
+    options = [f"data.shards={shards}", "data.max_bad_images=3", "train.keep_checkpoints=9",
+               "tracking.enabled=true"]  # fmt: skip
+    whole = single(tiny("whole"), *options).metrics
+    for name in ("reference", "run", "over"):
+        single(tiny(name), *options, "train.max_steps=7")
+    order = TrainOrder(split, slice(0, 8), global_batch=8, seed=0, balanced=True)
+    early = [int(i) for k in (8, 9) for i in order(k).ids]
+    tar = split.path(split.index[early[0]]["shard"])
+    original = tar.read_bytes()
+
+    def damage(samples: list[int]) -> None:
+        for i in samples:
+            row = split.index[i]
+            with split.path(row["shard"]).open("r+b") as file:
+                file.seek(int(row["offset"]) + 50)
+                file.write(bytes(40))
+
+    damage(early[:1])
+    reference = single(tiny("reference"), *options)
+    single(tiny("run"), *options, "train.max_steps=13")
+    assert single(tiny("run"), *options).metrics == reference.metrics
+    ended = [checkpoint.load(checkpoint.step_path(tmp_path / n, 20)) for n in ("reference", "run")]
+    assert ended[0]["replaced"] == ended[1]["replaced"] > 0
+    weights = [e["objective"] for e in ended]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    single(tiny("over"), *options, "train.max_steps=13", "train.checkpoint_every=2")
+    with pytest.raises(TooMuchDamageError, match=rf"{tar.name}/face_\d+: its checksum"):
+        single(tiny("over"), *options, "data.max_bad_images=0")
+    assert outcome(tmp_path / "over")["status"] == "failed"
+    tar.write_bytes(original)
+    assert single(tiny("over"), *options).metrics == whole
+    assert "resumed after step 8 from" in caplog.text
+
+    def losses(name: str) -> dict[int, float]:
+        records = [r for r in read_records(tmp_path / name) if r["kind"] == "metrics"]
+        kept = [(r["step"], r["values"]) for r in records]
+        assert len({step for step, v in kept if "train/loss" in v}) == 20
+        return {step: v["train/loss"] for step, v in kept if "train/loss" in v}
+
+    assert losses("over") == losses("whole")
 
 
 def test_a_checkpoint_from_before_the_damage_is_preferred(tiny: Write, tmp_path: Path) -> None:
