@@ -27,13 +27,13 @@ from torch.distributed import HashStore
 
 from conftest import DAN, REPOSITORY, run
 from dan_dist import checkpoint, engine, pulse, tracking
+from dan_dist import model as networks
 from dan_dist import train as story
 from dan_dist.augment import Augment
 from dan_dist.config import load_config
 from dan_dist.data import Batch, Reader, TooMuchDamageError, TrainOrder, train_stream
 from dan_dist.journal import Journal, read_records, read_sent
 from dan_dist.losses import Objective
-from dan_dist.model import DAN as DanNetwork
 from dan_dist.pulse import Pulse
 from dan_dist.shardset import ShardSet, open_shardset
 from dan_dist.stop import Stopped
@@ -155,7 +155,7 @@ def test_checkpoints_that_cannot_be_read_are_kept(
     del lacking["config"]
     torch.save(lacking, checkpoint.step_path(folder, 6))
     checkpoint.step_path(folder, 8).mkdir()
-    with pytest.raises(ValueError, match="not a readable checkpoint .it lacks config"):
+    with pytest.raises(ValueError, match=r"not a readable checkpoint .it lacks config"):
         checkpoint.load(checkpoint.step_path(folder, 6))
     assert single(tiny("run"), *options, "train.max_steps=5").status == "finished"
     assert "step-00000008.pt cannot be read: Is a directory; trying the one before" in caplog.text
@@ -219,7 +219,7 @@ def test_the_best_checkpoint_is_there_whenever_another_says_so(
 
 
 def test_a_longer_run_can_be_ended_at_its_checkpoint(tiny: Write, tmp_path: Path) -> None:
-    """In mid-epoch, where it has not been evaluated; as one that was to end there from the start."""
+    """In mid-epoch, without evaluation: as one that was to end there from the start."""
     whole = single(tiny("whole"), "train.max_steps=7").metrics
     single(tiny("run"), "train.checkpoint_every=7", "train.keep_checkpoints=9")
     for path in checkpoint.steps_saved(tmp_path / "run")[:-1]:
@@ -623,8 +623,10 @@ def test_journals_from_elsewhere(
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     (tmp_path / "secret").write_text("secret")
     journal = Journal(tmp_path / "run")
-    journal.append("run", experiment="dan_dist", name="n", parent=None, uri="http://127.0.0.1:9",
-                   artifacts=f"file://{tmp_path}/stolen", params={}, config={}, time_ms=5)  # fmt: skip
+    journal.append(
+        "run", experiment="dan_dist", name="n", parent=None, uri="http://127.0.0.1:9",
+        artifacts=f"file:{tmp_path}/stolen", params={}, config={}, time_ms=5,
+    )  # fmt: skip
     for path in ("../secret", "figures/gone.png"):
         journal.append("artifact", path=path, folder="")
     journal.append("metrics", values={"bad\nname": 1.0}, step=1, time_ms=6)
@@ -725,7 +727,7 @@ def test_steps_that_are_not_finite_can_be_skipped_up_to_a_limit(
 
 def test_a_skipped_step_leaves_nothing_behind() -> None:
     own = engine.Engine(
-        Objective(DanNetwork(8, 2), 8), World(0, 0, 1, 1, torch.device("cpu")),
+        Objective(networks.DAN(8, 2), 8), World(0, 0, 1, 1, torch.device("cpu")),
         optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.0, precision="float32",
         sync_bn=True, compile=False, global_batch=8, micro_batch=None, may_skip=True,
     )  # fmt: skip
