@@ -166,10 +166,11 @@ class Pulse:
                 self._end("the store of the job, on rank 0's node, does not answer", True)
         elif (left := self._left()) is not None:
             self._left_s = self._left_s or now
-            if now - self._left_s > 2 * YIELD_S:
+            if left.state == "stopped" and now - self._left_s < YIELD_S:
+                if now - self._left_s > BEAT_S:
+                    interrupt_main(SIGNALS[0])  # it may be at something long of its own
+            elif now - self._left_s > 2 * BEAT_S:
                 self._end(left.doing, self._rank == 0, code=int(left.state == "failed"))
-            elif now - self._left_s > YIELD_S and left.state == "stopped":
-                interrupt_main(SIGNALS[0])  # it may be at something long of its own
         elif silent := self._silent(self._silent_s if stands else self._timeout_s):
             self._give_up(silent, "is silent")
         elif stands:
