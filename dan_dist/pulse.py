@@ -167,7 +167,7 @@ class Pulse:
         elif (left := self._left()) is not None:
             self._left_s = self._left_s or now
             if left.state == "stopped" and now - self._left_s < YIELD_S:
-                if now - self._left_s > BEAT_S:
+                if BEAT_S < now - self._left_s < 3 * BEAT_S:
                     interrupt_main(SIGNALS[0])  # it may be at something long of its own
             elif now - self._left_s > 2 * BEAT_S:
                 self._end(left.doing, self._rank == 0, code=int(left.state == "failed"))
