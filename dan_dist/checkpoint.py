@@ -1,12 +1,14 @@
 """Checkpoints: whole or absent, and refused by name where they belong to something else."""
 
+import fcntl
 import logging
 import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ FORMAT = "dan_dist checkpoint, version 1"
 BEST = "best.pt"
 DAMAGE = "damaged-since-step"
 _STEP = re.compile(r"step-(\d+)\.pt")
+KEYS = ("step", "config", "fingerprint", "class_names", "objective", "best", "metrics")
+RESUMED = (*KEYS, "optimizer", "run_id", "predictions", "evaluated", "replaced", "replaced_since",
+           "figures")  # fmt: skip
 
 # Keys of the configuration that may change when a run goes on: they say how long, where and how
 # quickly it computes, not what.
@@ -30,6 +35,10 @@ FREE_KEYS = (
 )  # fmt: skip
 
 
+class ForeignError(ValueError):
+    """A whole file, but not one of our checkpoints."""
+
+
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a checkpoint under a temporary name, flushes it to disk, renames it."""
     partial = path.with_name(path.name + ".partial")
@@ -39,15 +48,21 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, is to survive a power cut
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, *, keys: tuple[str, ...] = KEYS) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU; only tensors and plain values, no code is run.
 
     Raises:
-        ValueError: not one of our checkpoints, or damaged.
+        ValueError: damaged, or without one of `keys`. ForeignError: not one of our checkpoints.
+        OSError: it cannot be read.
     """
     try:
         # torch writes a checksum of every part, but does not look at them.
@@ -55,11 +70,15 @@ def load(path: Path) -> dict[str, Any]:
             if (damaged := parts.testzip()) is not None:
                 raise ValueError(f"{damaged} does not have its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise OSError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # unpickling garbage raises nearly anything
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path}: not a readable checkpoint ({reason})") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of this project, expected '{FORMAT}'")
+        raise ForeignError(f"{path}: not a checkpoint of this project, expected '{FORMAT}'")
+    if missing := [key for key in keys if key not in content]:
+        raise ValueError(f"{path}: not a readable checkpoint (it lacks {', '.join(missing)})")
     return content
 
 
@@ -85,6 +104,8 @@ class Writer:
         self._folder, self._keep, self._stop_on_error = folder, keep, stop_on_error
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: Future[None] | None = None
+        self._best: dict[str, Any] | None = None  # the best one, until it has been written
+        self.saved: int | None = None  # the last step whose checkpoint is on the disk
 
     def write(self, step: int, content: Mapping[str, Any], *, is_best: bool) -> None:
         """Starts writing the checkpoint of a step, and the best one, which has no optimiser state.
@@ -118,10 +139,14 @@ class Writer:
         self._pool.shutdown()
 
     def _write(self, step: int, content: dict[str, Any], is_best: bool) -> None:
-        save(step_path(self._folder, step), content)
-        prune(self._folder, self._keep)
         if is_best:
-            save(self._folder / BEST, {k: v for k, v in content.items() if k != "optimizer"})
+            self._best = {k: v for k, v in content.items() if k != "optimizer"}
+        if self._best is not None:  # before any checkpoint that says that there was a best one
+            save(self._folder / BEST, self._best)
+            self._best = None
+        save(step_path(self._folder, step), content)
+        self.saved = step
+        prune(self._folder, self._keep)
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -137,7 +162,7 @@ def steps_saved(folder: Path) -> list[Path]:
 
 def prune(folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints; the best one is another file and stays."""
-    for path in steps_saved(folder)[keep:]:
+    for path in filter(Path.is_file, steps_saved(folder)[keep:]):
         path.unlink()
 
 
@@ -145,16 +170,27 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of a run that can be read; damaged ones are named and passed over.
 
     After a run that ended for damaged images, one from before the first of them is preferred.
+
+    Raises:
+        ForeignError: it is not one of our checkpoints. ValueError: there are some, but none that
+            can be read.
     """
     paths = steps_saved(folder)
-    if (since := _damaged_since(folder)) is not None:
-        intact = [path for path in paths if path < step_path(folder, since)]
-        paths = intact or paths
+    if (since := damaged_since(folder)) is not None:
+        paths.sort(key=lambda path: path >= step_path(folder, since))  # keeps the order otherwise
     for path in paths:
         try:
-            return path, load(path)
-        except ValueError as error:
+            return path, load(path, keys=RESUMED)
+        except ForeignError:
+            raise
+        except (ValueError, OSError) as error:
             log.warning("%s; trying the one before", error)
+    if paths:
+        names = ", ".join(path.name for path in paths)
+        raise ValueError(
+            f"{folder}: none of its checkpoints can be read ({names}); give another train.output "
+            "to start anew"
+        )
     return None
 
 
@@ -164,14 +200,42 @@ def note_damage(folder: Path, since: int) -> None:
 
 
 def forget_later(folder: Path, step: int) -> None:
-    """Removes the checkpoints after `step`, from which a run goes on, and the word on damage."""
+    """Sets aside the checkpoints after `step`, from which a run goes on, and the word on damage.
+
+    They are damaged, or hold what damaged images have taught; nobody has looked into all of them,
+    so they are renamed, not removed. What a killed run was about to write is removed.
+    """
     for path in steps_saved(folder):
         if path > step_path(folder, step):
-            path.unlink()
+            path.rename(path.with_name(path.name + ".damaged"))
+    for path in folder.glob("*.partial"):
+        path.unlink(missing_ok=True)
     (folder / DAMAGE).unlink(missing_ok=True)
 
 
-def _damaged_since(folder: Path) -> int | None:
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One training at a time has `folder`, which is made if need be.
+
+    Raises:
+        OSError: another has it, or it cannot be written.
+    """
+    check_writable(folder)
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(f"{folder} is in use by another process") from error
+        except OSError:
+            pass  # this file system has no locks for folders
+        yield
+    finally:
+        os.close(file)
+
+
+def damaged_since(folder: Path) -> int | None:
+    """The first step of a run that ended for damaged images at which one was replaced."""
     path = folder / DAMAGE
     return int(path.read_text()) if path.is_file() else None
 

@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,15 +112,28 @@ class EvaluationOrder:
     def close(self) -> None: ...
 
 
+def readable_key(split: Split, sample: int) -> str:
+    """`<shard>/<key>` of a sample, or `<shard>/#<sample>` where the shard does not tell."""
+    with suppress(OSError):
+        key = split.key(sample)
+        if not key.endswith("/") and key.isprintable():
+            return key
+    return f"{split.shards[split.index[sample]['shard']].name}/#{sample}"
+
+
 class Reader:
     """Image bytes by sample number, checked; a damaged image is replaced by one of its class.
 
     The substitute is the next intact sample of the same class in index order, whatever the world
     size. Each damaged image is named once in the log; more than `max_bad` raise TooMuchDamageError.
+
+    tally: how many images all ranks have found damaged, the given one now among them.
     """
 
-    def __init__(self, split: Split, max_bad: int) -> None:
-        self.split, self.max_bad = split, max_bad
+    def __init__(
+        self, split: Split, max_bad: int, tally: Callable[[int], int] | None = None
+    ) -> None:
+        self.split, self.max_bad, self._tally = split, max_bad, tally
         self.bad: dict[int, str] = {}  # sample → reason
         self._lock = threading.Lock()
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -140,7 +154,7 @@ class Reader:
                 return np.frombuffer(data, np.uint8)
             self.report(candidate, fault)
         raise TooMuchDamageError(
-            f"no intact image is left of the class of {self.split.key(sample)}"
+            f"no intact image is left of the class of {readable_key(self.split, sample)}"
         )
 
     def advise(self, ids: list[int]) -> None:
@@ -155,7 +169,8 @@ class Reader:
             if sample in self.bad:
                 return
             self.bad[sample] = fault
-            name, count = self.split.key(sample), len(self.bad)
+            name = readable_key(self.split, sample)
+            count = self._tally(sample) if self._tally else len(self.bad)
         if count > self.max_bad:
             raise TooMuchDamageError(
                 f"{self.split.root / name}: {fault}; {count} images of split "
@@ -356,6 +371,7 @@ def train_stream(
     balanced: bool,
     augment: Augment,
     max_bad: int,
+    tally: Callable[[int], int] | None = None,
     start: int,
     image_size: int,
     shard_image_size: int | None,
@@ -366,7 +382,7 @@ def train_stream(
     columns = rank_columns(global_batch, rank, world_size)
     order = TrainOrder(split, columns, global_batch=global_batch, seed=seed, balanced=balanced)
     return Stream(
-        Reader(split, max_bad),
+        Reader(split, max_bad, tally),
         order,
         image_size=image_size,
         shard_image_size=shard_image_size,

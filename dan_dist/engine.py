@@ -151,6 +151,7 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        before = [buffer.clone() for buffer in self.objective.buffers()] if self.may_skip else []
         self.model.train()
         self._zero_grad()
         parts = torch.zeros(4, dtype=self.dtype, device=self.world.device)
@@ -162,6 +163,9 @@ class Engine:
         own = torch.tensor(votes, dtype=self.dtype)
         sums = self.world.sum(torch.cat([parts, own.to(self.world.device, non_blocking=True)]))
         norm, skipped = self._update(sums[0])
+        if skipped:  # the forward pass has changed BatchNorm's running statistics
+            for buffer, kept in zip(self.objective.buffers(), before, strict=True):
+                buffer.copy_(kept)
         return StepResult(sums[:4], sums[4:], norm, skipped)
 
     def evaluate(

@@ -56,9 +56,13 @@ def _speaking(
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DAN_TRACEBACK"):
             raise
-        if rank and stop.signal is None:
-            # Rank 0 mostly fails of the same and says so; torchrun then ends this process. Where
-            # it does not, this rank alone knows what is wrong.
-            time.sleep(RANK_0_FIRST_S)
+        stop.wait_for_step = True  # nothing is left that a signal could end
+        # Rank 0 mostly fails of the same and says so; torchrun then ends this process. Where
+        # it does not, this rank alone knows what is wrong.
+        until_s = time.monotonic() + RANK_0_FIRST_S
+        while rank and time.monotonic() < until_s:
+            if stop.signal is not None:
+                return FAILED
+            time.sleep(0.1)
         print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
         return FAILED if isinstance(error, ConnectionError) else USAGE

@@ -2,18 +2,25 @@
 
 `journal.jsonl` holds a record a line, appended and flushed to the disk before anything is sent;
 `journal.sent` holds how many were delivered and to which run. A process that is killed in the
-middle of a line loses that line, which its successor computes again.
+middle of a line loses that line, which its successor computes again. What a full disk does not
+take waits in memory until it does.
 """
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import threading
 import uuid
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+log = logging.getLogger(__name__)
 
 NAME, SENT = "journal.jsonl", "journal.sent"
 
@@ -22,37 +29,59 @@ class Journal:
     """The records of one run, in order; written by one process at a time.
 
     Raises:
-        BlockingIOError: another process has it open. OSError: it cannot be written.
+        BlockingIOError: another process has it open. OSError: it cannot be opened.
         ValueError: it is damaged before its last line.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = (folder / NAME).open("ab+")
+        self._file: FileIO = (folder / NAME).open("ab+", buffering=0)
         self._lock()
         self.changed = threading.Condition()
         self.delivered, self.run_id = read_sent(folder)
         self.last_step: dict[str, int] = {}  # metric → the last step it was noted for
         self.pending: deque[dict[str, Any]] = deque()
+        self.unwritten: list[dict[str, Any]] = []
+        self._full = False
         records = self._read()
         if not records:
             records = [{"kind": "journal", "id": uuid.uuid4().hex}]
-            self._write(records[0])
+            self.unwritten += records
         self.id: str = records[0]["id"]
         for record in records[1:]:
             self._note(record)
         self.opened = len(records) > 1  # a run was begun in it
         self.uri: str = next((r["uri"] for r in records if r["kind"] == "run"), "")
+        self.delivered = min(self.delivered, len(self.pending))  # where the journal was removed
         for _ in range(self.delivered):
             self.pending.popleft()
 
     def append(self, kind: str, **content: Any) -> None:
         """Writes a record to the disk and hands it to whoever sends them."""
-        record = {"kind": kind, **content}
-        self._write(record)
+        self.unwritten.append({"kind": kind, **content})
+        self.write()
+
+    def write(self) -> None:
+        """Writes what is not on the disk yet, or nothing of it."""
+        size_bytes = os.fstat(self._file.fileno()).st_size
+        lines = b"".join(json.dumps(record).encode() + b"\n" for record in self.unwritten)
+        try:
+            if self._file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(size_bytes)
+            if not self._full:
+                log.warning("%s: %s; what it is to hold waits", self.folder / NAME, error.strerror)
+            self._full = True
+            return
         with self.changed:
-            self._note(record)
+            for record in self.unwritten:
+                if record["kind"] != "journal":
+                    self._note(record)
+            self.unwritten, self._full = [], False
             self.changed.notify_all()
 
     def new_metrics(self, values: Mapping[str, float], step: int) -> dict[str, float]:
@@ -65,16 +94,20 @@ class Journal:
             self.pending.popleft()
             self.delivered += 1
             self.changed.notify_all()
-        self.save_sent()
+        with suppress(OSError):  # what is sent a second time does no harm
+            self.save_sent()
 
     def save_sent(self) -> None:
         """Writes what was delivered to the disk."""
         partial = self.folder / f"{SENT}.partial"
-        with partial.open("w") as file:
-            json.dump({"delivered": self.delivered, "run_id": self.run_id}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.folder / SENT)
+        try:
+            with partial.open("w") as file:
+                json.dump({"delivered": self.delivered, "run_id": self.run_id}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.folder / SENT)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def close(self) -> None:
         self._file.close()
@@ -87,16 +120,13 @@ class Journal:
         except OSError:
             pass  # this file system has no locks
 
-    def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
     def _note(self, record: dict[str, Any]) -> None:
         self.pending.append(record)
         if record["kind"] == "metrics":
             for key in record["values"]:
                 self.last_step[key] = max(record["step"], self.last_step.get(key, -1))
+        if record["kind"] == "rollback":
+            self.last_step = {k: min(s, record["step"]) for k, s in self.last_step.items()}
 
     def _read(self) -> list[dict[str, Any]]:
         """All whole lines; what a killed process left of another is cut off."""
@@ -108,10 +138,18 @@ class Journal:
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's journal, in order, while it may be written; none without a journal.
 
+    Metrics of steps that were taken back, and computed again without damage, are left out.
+
     Raises:
         ValueError: it is damaged before its last line.
     """
-    return _parse(folder / NAME)[0] if (folder / NAME).is_file() else []
+    records: list[dict[str, Any]] = []
+    for record in _parse(folder / NAME)[0] if (folder / NAME).is_file() else ():
+        if record["kind"] == "rollback":
+            last = record["step"]
+            records = [r for r in records if r["kind"] != "metrics" or r["step"] <= last]
+        records.append(record)
+    return records
 
 
 def read_sent(folder: Path) -> tuple[int, str | None]:

@@ -7,7 +7,6 @@ import math
 import time
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from dan_dist.data import Batch, Stream
@@ -31,7 +30,9 @@ class Progress:
     """Follows a run step by step. All ranks keep one: the watch stops them at the same step.
 
     `stop` and `save` are set once any rank has asked for it, one step late; `replaced` is the
-    number of images so far that stood in for damaged ones, `replaced_since` the first such step.
+    number of images so far that stood in for damaged ones, `replaced_since` the first such step;
+    `figures` are the losses and the gradient's norm of each step since the last log line, which
+    checkpoints keep: what is told does not depend on interruptions.
     """
 
     def __init__(
@@ -47,18 +48,19 @@ class Progress:
         global_batch: int,
         log_every: int,
         replaced: int,
+        replaced_since: int | None,
+        figures: list[list[float]],
         max_skipped: int,
     ) -> None:
         self.stop = self.save = False
-        self.replaced, self.replaced_since = replaced, None if not replaced else 0
+        self.replaced, self.replaced_since = replaced, replaced_since
         self.skipped, self.max_skipped = 0, max_skipped
         self.tracker, self.stream = tracker, stream
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         self.global_batch, self.log_every = global_batch, log_every
         self.bar = tqdm(total=total, initial=start, unit="step", disable=None if visible else True)
         self.unchecked: tuple[int, Batch, StepResult] | None = None
-        self.grad_norms: list[Tensor] = []
-        self.losses: list[Tensor] = []
+        self.figures = list(figures)
         self.restart_clock()
 
     def step(self, done: int, batch: Batch, result: StepResult, lr: float) -> None:
@@ -66,15 +68,15 @@ class Progress:
 
         Raises:
             NotFiniteError: the previous step's loss or gradient is not finite. It is looked at one
-                step late, when a GPU has finished it, so that looking never makes the GPU wait.
+                step late, when a GPU has finished it, so that looking makes the GPU wait for log
+                lines alone.
         """
         self.check()
         self.unchecked = done, batch, result
-        if not result.skipped:
-            self.losses.append(result.losses)
-            self.grad_norms.append(result.grad_norm)
+        self.timed_steps += 1
         self.bar.update()
         if done % self.log_every == 0:
+            self.check()
             self._log(done, lr)
 
     def check(self) -> None:
@@ -86,14 +88,15 @@ class Progress:
         if self.unchecked is None:
             return
         (step, batch, result), self.unchecked = self.unchecked, None
-        figures = torch.cat([result.losses, result.grad_norm[None], result.votes]).tolist()
-        losses, norm, votes = figures[:4], figures[4], Votes(*figures[5:])
+        found = torch.cat([result.losses, result.grad_norm[None], result.votes]).tolist()
+        losses, norm, votes = found[:4], found[4], Votes(*found[5:])
         self.stop |= votes.stop > 0
         self.save |= votes.save > 0
         self.replaced += int(votes.replaced)
         if votes.replaced and self.replaced_since is None:
             self.replaced_since = step
         if math.isfinite(losses[0]) and math.isfinite(norm):
+            self.figures.append(found[:5])
             return
         values = zip((*PARTS, "gradient norm"), (*losses, norm), strict=True)
         parts = ", ".join(f"{name} {value:.4g}" for name, value in values)
@@ -114,10 +117,9 @@ class Progress:
         self.tracker.metrics({**values, "val/best_accuracy": best_accuracy}, done)
 
     def restart_clock(self) -> None:
-        """Starts an interval: so evaluation and saving stay out of the throughput."""
+        """Evaluation and saving stay out of the throughput."""
         self.began, self.waited_s = time.perf_counter(), self.stream.wait_s
-        self.losses.clear()
-        self.grad_norms.clear()
+        self.timed_steps = 0
 
     def close(self) -> None:
         self.bar.close()
@@ -126,11 +128,11 @@ class Progress:
         return -(-done // self.steps_per_epoch)
 
     def _log(self, done: int, lr: float) -> None:
-        if not self.losses:  # every step of the interval was skipped
+        if not self.figures:  # every step of the interval was skipped
             return
-        means = torch.stack(self.losses).mean(dim=0).tolist()
+        *means, norm = (sum(column) / len(column) for column in zip(*self.figures, strict=True))
         elapsed_s = time.perf_counter() - self.began
-        rate = len(self.losses) * self.global_batch / elapsed_s
+        rate = self.timed_steps * self.global_batch / elapsed_s
         wait = (self.stream.wait_s - self.waited_s) / elapsed_s
         log.info(
             "epoch %d/%d step %d loss %.4f (classification %.4f, fcn %.4f, afn %.4f) lr %.2g, "
@@ -141,8 +143,9 @@ class Progress:
         speed = {"train/images_per_s": rate, "train/wait_share": wait, "train/lr": lr}
         others = {
             "train/epoch": done / self.steps_per_epoch,
-            "train/gradient_norm": torch.stack(self.grad_norms).mean().item(),
+            "train/gradient_norm": norm,
             "train/replaced_images": self.replaced,
         }
         self.tracker.metrics({**values, **speed, **others}, done)
+        self.figures.clear()
         self.restart_clock()

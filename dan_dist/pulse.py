@@ -4,22 +4,31 @@ A collective does not say for whom it waits, and on a GPU it cannot be interrupt
 writes once a second what it is doing into the store that all share, and looks at the others.
 """
 
+import math
 import os
 import socket
 import sys
 import threading
 import time
+from _thread import interrupt_main
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple, cast
 
 from torch.distributed.distributed_c10d import Store
 
+from dan_dist.stop import SIGNALS, Stopped
 from dan_dist.world import World, close_world, init_world
 
 BEAT_S = 1.0
 SILENT_S = 10.0  # without a beat, a process is stopped or its machine gone
-YIELD_S = 5.0  # the rank that speaks goes first
+YIELD_S = 5.0  # the rank that speaks goes first, and the main thread before this one
+PATIENT_S = 1800.0  # where compiling, or a slow disk, may take its time
+
+# What a rank does: prepare, work with the others, the same with patience, nothing that the others
+# wait for any more; or it has left.
+State = Literal["starts", "works", "patient", "rests", "failed", "stopped"]
 
 
 class Beat(NamedTuple):
@@ -27,8 +36,9 @@ class Beat(NamedTuple):
 
     number: int
     progress: int  # how often `advance` was called: in step with the other ranks
+    state: State
     host: str
-    doing: str
+    doing: str  # where it has left: why
 
 
 class Pulse:
@@ -50,98 +60,173 @@ class Pulse:
         self._timeout_s, self._on_loss = timeout_s, on_loss
         self._silent_s = min(SILENT_S, timeout_s / 2)
         self._number = self._progress = 0
-        self._doing, self._advanced_s = "starting", time.monotonic()
+        self._state: State = "starts"
+        self._doing = "starting"
+        # since any rank last went on; since the store last answered; since a rank has left
+        self._moved_s = self._beaten_s = time.monotonic()
+        self._left_s: float | None = None
         self._seen: dict[int, tuple[Beat, float]] = {}  # rank → its last beat, since when
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
-        if store is not None:
-            self._thread.start()
+        # Two threads: the store may hang along with rank 0, whose process can be what holds it.
+        self._threads = [
+            threading.Thread(target=work, name="pulse", daemon=True)
+            for work in (self._beat_on, self._watch_on)
+        ]
+        for thread in self._threads if store is not None else ():
+            thread.start()
 
-    def advance(self, doing: str) -> None:
-        """Says that this rank goes on, and with what."""
+    def advance(self, doing: str, *, patient: bool = False) -> None:
+        """Says that this rank goes on, and with what; `patient`: it may take very long."""
         self._progress += 1
-        self._doing, self._advanced_s = doing, time.monotonic()
+        self._state, self._doing = "patient" if patient else "works", doing
+        self._moved_s = time.monotonic()
+
+    def rest(self) -> None:
+        """Says that nothing more is done together: no deadline from here on."""
+        self._state, self._doing = "rests", "ending"
+
+    def leave(self, state: Literal["failed", "stopped"], why: str) -> None:
+        """Says that this rank ends before the others, who are to end as well."""
+        self._state, self._doing = state, " ".join(why.split())
+        self.close()
 
     def close(self) -> None:
+        if self._state not in ("failed", "stopped"):
+            self.rest()
         self._ended.set()
-        if self._store is not None:
-            self._thread.join()
+        for thread in self._threads if self._store is not None else ():
+            thread.join(self._silent_s)
 
-    def lost(self) -> str | None:
-        """After a failed collective: the line that names the ranks that have fallen silent."""
-        if self._store is None:
-            return None
+    def check(self) -> None:
+        """Looks at the other ranks before more is done together.
+
+        Raises:
+            Stopped: one was told to stop. ConnectionError: one has failed, or fallen silent.
+        """
+        self._raise_if_left(self._timeout_s)
+
+    def find_lost(self) -> None:
+        """After a failed collective: raises as `check` does, once the others can be told apart."""
         deadline_s = time.monotonic() + self._silent_s + 2 * BEAT_S
-        while time.monotonic() < deadline_s:
-            if silent := self._silent():
-                return self._name(silent, "has ended or hangs")
+        while self._size > 1 and time.monotonic() < deadline_s:
+            self._raise_if_left(self._silent_s)
             time.sleep(BEAT_S / 2)
-        return None
 
-    def _run(self) -> None:
-        last_s = time.monotonic()
-        while not self._ended.wait(BEAT_S):
-            now = time.monotonic()
-            if now - last_s > self._silent_s:  # it was this process that was stopped
-                self._advanced_s = now
-                self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
-            last_s = now
+    def _raise_if_left(self, silent_s: float) -> None:
+        if (left := self._left()) is not None:
+            raise Stopped(left.doing) if left.state == "stopped" else ConnectionError(left.doing)
+        if silent := self._silent(silent_s):
+            raise ConnectionError(self._name(silent, "has ended or hangs"))
+
+    def _beat_on(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._ended.wait(BEAT_S)
             try:
                 self._beat()
             except Exception:  # the store has gone, with rank 0 or its launcher
-                if time.monotonic() - self._advanced_s > self._timeout_s:
-                    self._end("the store of the job, on rank 0's node, does not answer", True)
                 continue
-            if self._progress and time.monotonic() - self._advanced_s > self._timeout_s:
-                self._give_up()
+            self._beaten_s = time.monotonic()
 
     def _beat(self) -> None:
         assert self._store is not None
         self._number += 1
-        own = f"{self._number} {self._progress} {socket.gethostname()} {self._doing}"
-        self._store.set(f"pulse/{self._rank}", own)
+        own = Beat(self._number, self._progress, self._state, socket.gethostname(), self._doing)
+        self._store.set(f"pulse/{self._rank}", " ".join(map(str, own)))
         for rank in range(self._size):
             if rank == self._rank or not self._store.check([f"pulse/{rank}"]):
                 continue
-            number, progress, host, doing = self._store.get(f"pulse/{rank}").decode().split(" ", 3)
-            beat = Beat(int(number), int(progress), host, doing)
-            if rank not in self._seen or self._seen[rank][0] != beat:
+            text = self._store.get(f"pulse/{rank}").decode()
+            number, progress, state, host, doing = text.split(" ", 4)
+            beat = Beat(int(number), int(progress), cast(State, state), host, doing)
+            last, _ = self._seen.get(rank, (None, 0.0))
+            if last is None or last[1:] != beat[1:]:
+                self._moved_s = time.monotonic()
+            if last != beat:
                 self._seen[rank] = beat, time.monotonic()
 
-    def _silent(self) -> list[int]:
-        now = time.monotonic()
-        return [rank for rank, (_, since_s) in self._seen.items() if now - since_s > self._silent_s]
+    def _watch_on(self) -> None:
+        last_s = time.monotonic()
+        while not self._ended.wait(BEAT_S):
+            now = time.monotonic()
+            if now - last_s > self._silent_s:  # it was this process that was stopped
+                self._moved_s = self._beaten_s = now
+                self._seen = {rank: (beat, now) for rank, (beat, _) in list(self._seen.items())}
+            last_s = now
+            self._watch(now)
 
-    def _give_up(self) -> None:
+    def _watch(self, now: float) -> None:
+        """Ends this process where the others will not let it go on."""
+        seen = list(self._seen.items())
+        if self._state == "rests":
+            return
+        stands = now - self._moved_s > self._patience_s()
+        if now - self._beaten_s > (self._silent_s if stands else self._timeout_s):
+            if now - self._moved_s > self._timeout_s:  # what is known of the others is old
+                self._end("the store of the job, on rank 0's node, does not answer", True)
+        elif (left := self._left()) is not None:
+            self._left_s = self._left_s or now
+            if left.state == "stopped" and now - self._left_s < YIELD_S:
+                if BEAT_S < now - self._left_s < 3 * BEAT_S:
+                    interrupt_main(SIGNALS[0])  # it may be at something long of its own
+            elif now - self._left_s > 2 * BEAT_S:
+                self._end(left.doing, self._rank == 0, code=int(left.state == "failed"))
+        elif silent := self._silent(self._silent_s if stands else self._timeout_s):
+            self._give_up(silent, "is silent")
+        elif stands:
+            least = min([beat.progress for _, (beat, _) in seen] + [self._progress])
+            behind = [rank for rank, (beat, _) in seen if beat.progress == least]
+            self._give_up(behind + [self._rank] * (self._progress == least), "does not go on")
+
+    def _patience_s(self) -> float:
+        """How long all may stand still: as long as the most patient of them asks for."""
+        states = {self._state, *(beat.state for beat, _ in list(self._seen.values()))}
+        if states & {"starts", "rests"}:
+            return math.inf
+        return max(PATIENT_S, self._timeout_s) if "patient" in states else self._timeout_s
+
+    def _left(self) -> Beat | None:
+        """The word of a rank that has left; a stop before a failure, which may follow from it."""
+        left = [b for b, _ in list(self._seen.values()) if b.state in ("failed", "stopped")]
+        return max(left, key=lambda beat: beat.state, default=None)
+
+    def _silent(self, silent_s: float) -> list[int]:
+        now, seen = time.monotonic(), list(self._seen.items())
+        return [
+            rank for rank, (beat, since_s) in seen
+            if now - since_s > silent_s and beat.state != "rests"
+        ]  # fmt: skip
+
+    def _give_up(self, culprits: list[int], what: str) -> None:
         """No step for too long: says which rank the others wait for, and ends this process."""
-        silent = self._silent()
-        least = min([beat.progress for beat, _ in self._seen.values()] + [self._progress])
-        behind = [rank for rank, (beat, _) in self._seen.items() if beat.progress == least]
-        if self._progress == least:
-            behind.append(self._rank)
-        culprits = silent or sorted(behind)
-        speaks = self._rank == min(set(range(self._size)) - set(culprits) or {min(culprits)})
-        what = "is silent" if silent else "does not go on"
-        self._end(self._name(culprits, f"{what} for {self._timeout_s:.0f} s"), speaks)
+        others = set(range(self._size)) - set(culprits)
+        line = self._name(sorted(culprits), f"{what} for {self._timeout_s:.0f} s")
+        self._end(
+            f"{line}; train.timeout_s is {self._timeout_s:.0f}",
+            self._rank == min(others or culprits),
+        )
 
     def _name(self, ranks: list[int], what: str) -> str:
         names = []
         for rank in ranks:
+            host, doing = socket.gethostname(), self._doing
             if rank in self._seen:
-                beat = self._seen[rank][0]
-                names.append(f"rank {rank} on {beat.host} ({beat.doing})")
-            else:
-                names.append(f"rank {rank} on {socket.gethostname()} ({self._doing})")
+                _, _, _, host, doing = self._seen[rank][0]
+            names.append(f"rank {rank} on {host} ({doing})")
         return f"{', '.join(names)} {what}"
 
-    def _end(self, line: str, speaks: bool) -> None:
-        if speaks:
-            self._on_loss(line)
-            print(f"error: {line}; train.timeout_s is {self._timeout_s:.0f}", file=sys.stderr,
-                  flush=True)  # fmt: skip
-        else:
-            time.sleep(YIELD_S)
-        os._exit(1)  # the main thread stands in a collective that cannot be interrupted
+    def _end(self, line: str, speaks: bool, *, code: int = 1) -> None:
+        """The main thread may stand in a collective that cannot be interrupted."""
+        try:
+            if speaks and code:
+                word = threading.Thread(target=self._on_loss, args=(line,), daemon=True)
+                word.start()  # its disk, too, may fail or hang
+                word.join(SILENT_S)
+                print(f"error: {line}", file=sys.stderr, flush=True)
+            elif code:
+                time.sleep(YIELD_S)
+        finally:
+            os._exit(code)
 
 
 @contextmanager
@@ -153,15 +238,24 @@ def joined(
     device, timeout_s, on_loss: see `init_world` and `Pulse`.
 
     Raises:
-        ConnectionError: a collective failed because a rank was lost; names it.
+        ConnectionError: a rank was lost, or has failed; names it. Stopped: one was told to stop.
     """
     world = init_world(device)
     pulse = Pulse(world.store, world.rank, world.size, timeout_s=timeout_s, on_loss=on_loss)
     try:
-        yield world, pulse
-    except RuntimeError as error:
-        if world.size > 1 and (line := pulse.lost()):
-            raise ConnectionError(line) from error
+        try:
+            yield replace(world, check=pulse.check), pulse
+        except RuntimeError:
+            pulse.find_lost()
+            raise
+    except Stopped as stopped:
+        pulse.leave("stopped", str(stopped))
+        raise
+    except Exception as error:
+        line = str(error).split("\n")[0]
+        named = isinstance(error, ConnectionError)
+        where = f"rank {world.rank} on {socket.gethostname()}: "
+        pulse.leave("failed", line if named else where + line)
         raise
     finally:
         pulse.close()

@@ -34,11 +34,19 @@ _DEFAULTS = {
 }
 _STORE = "mlflow.db"
 _JOURNAL_TAG, _PARENT_TAG = "dan_dist.journal", "dan_dist.parent"
+_ROLLBACK_TAG = "dan_dist.rolled_back"
 PARENT_S = 30  # within which who claimed to make a parent has made it, if it lives
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
 DRAIN_S = 60.0  # at the end of a run, as long as the server takes what it is sent
 RETRY_S = 10.0  # and in spite of failures: many runs may be opening a new store at once
 SHORT_DRAIN_S = 5.0
+
+
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # MLflow's words
+
+
+class RefusedError(Exception):
+    """A record that cannot be sent, now or ever."""
 
 
 class NullTracker:
@@ -63,12 +71,17 @@ class MlflowTracker(NullTracker):
 
     Raises:
         OSError: another training has `folder` open.
+
+    run_id: of the run that is gone on with where the journal was lost. forget_after: the step
+    after which what was noted is noted anew, as it was computed from damaged images.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
+        run_id: str | None = None,
+        forget_after: int | None = None,
         experiment: str,
         run_name: str | None,
         parent: str | None,
@@ -77,15 +90,17 @@ class MlflowTracker(NullTracker):
         config: Mapping[str, Any],
     ) -> None:
         self._journal, self._folder = Journal(folder), folder
-        uri, artifacts = store()
+        uri, _ = store()
         tags = {**tags, "commit": commit()}
         if not self._journal.opened:
             self._journal.append(
-                "run", experiment=experiment, name=run_name, parent=parent, artifacts=artifacts,
-                uri=uri, time_ms=_now_ms(), config=dict(config),
+                "run", experiment=experiment, name=run_name, parent=parent, uri=uri,
+                time_ms=_now_ms(), config=dict(config), run_id=run_id,
                 params={key: str(value) for key, value in params.items()},
             )  # fmt: skip
         self._journal.append("status", status="RUNNING", tags=tags, time_ms=_now_ms())
+        if forget_after is not None:
+            self._journal.append("rollback", step=forget_after)
         self.where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
         self._sender = Sender(self._journal, uri)
         self._sender.start()
@@ -102,11 +117,15 @@ class MlflowTracker(NullTracker):
     def figure(self, name: str, draw: Callable[..., Figure], *values: Any) -> None:
         """Notes the figure `draw(*values)` as the artifact `name`."""
         path = self._folder / "figures" / name
-        path.parent.mkdir(exist_ok=True)
         drawn = draw(*values)
-        drawn.savefig(path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            drawn.savefig(path)
+        except OSError as error:
+            log.warning("no figure %s: %s", path, error.strerror)
+        else:
+            self.artifact(path, "")
         plt.close(drawn)
-        self.artifact(path, "")
 
     def artifact(self, path: Path, folder: str) -> None:
         """Notes a file to be copied among the run's artifacts as it is when it is sent."""
@@ -123,6 +142,8 @@ class MlflowTracker(NullTracker):
         self._sender.drain(
             DRAIN_S if finished else SHORT_DRAIN_S, retry_s=RETRY_S if finished else 0.0
         )
+        if lost := len(self._journal.unwritten):
+            log.warning("%d records found no place on the disk, and are lost", lost)
         if left := len(self._journal.pending):
             log.warning(
                 "%d records have not reached MLflow; when it is back: "
@@ -150,7 +171,7 @@ class Sender(threading.Thread):
         delay_s = FIRST_RETRY_S
         while record := self._next():
             try:
-                self.deliver(record)
+                self.settle(record)
             except Exception as error:  # whatever mlflow and its HTTP stack raise
                 if not self._failing:
                     reason = str(error).split("\n")[0]
@@ -165,7 +186,6 @@ class Sender(threading.Thread):
             if self._failing:
                 log.warning("MLflow at %s is back", self._uri)
             self._failing, delay_s = False, FIRST_RETRY_S
-            self._journal.acknowledge()
 
     def drain(self, timeout_s: float, *, retry_s: float) -> None:
         """Ends the thread once all is sent, at a failure after `retry_s`, or after `timeout_s`."""
@@ -174,6 +194,20 @@ class Sender(threading.Thread):
         with self._journal.changed:
             self._journal.changed.notify_all()
         self.join(timeout_s)
+
+    def settle(self, record: Mapping[str, Any]) -> None:
+        """Sends the first pending record, or leaves it out where no sending it will ever help."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.deliver(record)
+        except (MlflowException, RefusedError) as error:
+            refused = getattr(error, "error_code", "") in REFUSALS and record["kind"] != "run"
+            if not (refused or isinstance(error, RefusedError)):
+                raise
+            reason = str(error).split("\n")[0]
+            log.warning("left out of MLflow: a record (%s): %s", record["kind"], reason)
+        self._journal.acknowledge()
 
     def deliver(self, record: Mapping[str, Any]) -> None:
         """Sends one record."""
@@ -197,8 +231,10 @@ class Sender(threading.Thread):
                 client.log_batch(run_id, metrics=rows)
             case "artifact":
                 client.log_artifact(
-                    run_id, str(self._journal.folder / record["path"]), record["folder"] or None
+                    run_id, str(self._own(record["path"])), record["folder"] or None
                 )
+            case "rollback":
+                client.set_tag(run_id, _ROLLBACK_TAG, f"to step {record['step']}, after damage")
             case "status":
                 for key, value in record["tags"].items():
                     client.set_tag(run_id, key, value)
@@ -208,9 +244,14 @@ class Sender(threading.Thread):
                     client.set_terminated(run_id, record["status"], record["time_ms"])
 
     def _open(self, record: Mapping[str, Any]) -> str:
-        """The run of this journal: the one with its tag, or a new one."""
-        number = _experiment(self._client, record["experiment"], record["artifacts"])
+        """The run of this journal: the one with its tag, the one it goes on with, or a new one."""
+        local, artifacts = store()  # not the journal's: that may come from elsewhere
+        number = _experiment(
+            self._client, record["experiment"], artifacts if self._uri == local else None
+        )
         own = f"tags.`{_JOURNAL_TAG}` = '{self._journal.id}'"
+        if former := record.get("run_id"):
+            own = f"attributes.run_id = '{former}'"
         runs = self._client.search_runs([number], own, order_by=["attributes.start_time ASC"])
         if runs:
             return str(runs[0].info.run_id)
@@ -219,6 +260,20 @@ class Sender(threading.Thread):
             tags["mlflow.parentRunId"] = _parent(self._client, number, record["parent"])
         run = self._client.create_run(number, record["time_ms"], tags, record["name"])
         return str(run.info.run_id)
+
+    def _own(self, name: str) -> Path:
+        """A file of the run's folder, and of no other: a journal may come from elsewhere.
+
+        Raises:
+            RefusedError: it lies elsewhere, or is gone.
+        """
+        folder = self._journal.folder.resolve()
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder):
+            raise RefusedError(f"{name} lies outside {folder}")
+        if not path.is_file():
+            raise RefusedError(f"{path} is not there any more")
+        return path
 
     def _next(self) -> dict[str, Any] | None:
         """The first record that was not delivered; None once the journal ends."""
@@ -354,10 +409,12 @@ def _now_ms() -> int:
 def replay(folder: Path, uri: str | None = None) -> int:
     """Sends what a run's journal still holds; returns the number of records.
 
-    uri: the store; by default that of MLFLOW_TRACKING_URI, or else the one the run began with.
+    uri: the store; by default that of MLFLOW_TRACKING_URI or `mlflow.db` in the working folder. A
+    journal that names another is not followed there: it may come from elsewhere.
 
     Raises:
         FileNotFoundError: `folder` holds no journal. OSError: its training is still running.
+        ValueError: the run was begun in another store.
     """
     if not (folder / "journal.jsonl").is_file():
         raise FileNotFoundError(f"{folder} holds no journal of a run")
@@ -366,10 +423,16 @@ def replay(folder: Path, uri: str | None = None) -> int:
     if not count:
         journal.close()
         return 0
-    sender = Sender(journal, uri or os.environ.get("MLFLOW_TRACKING_URI") or journal.uri)
+    chosen = uri or store()[0]
+    if chosen != journal.uri and not (uri or "MLFLOW_TRACKING_URI" in os.environ):
+        journal.close()
+        raise ValueError(
+            f"{folder} was begun in the store {journal.uri}; to send it there: "
+            f"MLFLOW_TRACKING_URI={journal.uri} python -m dan_dist.tracking replay {folder}"
+        )
+    sender = Sender(journal, chosen)
     while journal.pending:
-        sender.deliver(journal.pending[0])
-        journal.acknowledge()
+        sender.settle(journal.pending[0])
     journal.close()
     return count
 

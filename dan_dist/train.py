@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from dan_dist import checkpoint
 from dan_dist.augment import Augment
 from dan_dist.cache import is_remote, localise
 from dan_dist.config import Config, Schedule, flatten
-from dan_dist.data import Stream, TooMuchDamageError, evaluation_stream, train_stream
+from dan_dist.data import Stream, TooMuchDamageError, evaluation_stream, readable_key, train_stream
 from dan_dist.engine import Engine, Precision, Votes, check_split
 from dan_dist.figures import confusion_figure, images_figure
 from dan_dist.losses import Objective
@@ -28,7 +28,14 @@ from dan_dist.progress import NotFiniteError, Progress
 from dan_dist.pulse import Pulse, joined
 from dan_dist.sampler import steps_per_epoch
 from dan_dist.shardset import ShardSet, Split, open_shardset
-from dan_dist.stop import OUTCOME, Status, Stopped, StopRequest, write_outcome
+from dan_dist.stop import (
+    Status,
+    Stopped,
+    StopRequest,
+    open_outcome,
+    write_failure,
+    write_outcome,
+)
 from dan_dist.tracking import MlflowTracker, NullTracker
 from dan_dist.world import World, core_count
 from shards import synthetic
@@ -54,25 +61,34 @@ def main(config: Config, stop: StopRequest | None = None) -> Ended:
         Stopped: a stop signal before training.
     """
     folder, stop = Path(config.train.output), stop or StopRequest()
-    with joined(
-        config.train.device, timeout_s=config.train.timeout_s,
-        on_loss=lambda line: write_outcome(folder, "failed", step=None, reason=line),
-    ) as (world, pulse):  # fmt: skip
-        try:
+    began_s = math.inf  # as long as the folder may be another training's, nothing is written there
+
+    def fail(reason: str) -> None:
+        if began_s < math.inf:
+            write_failure(folder, step=stop.step, reason=reason, since_s=began_s)
+
+    try:
+        with (
+            ExitStack() as held,
+            joined(config.train.device, timeout_s=config.train.timeout_s, on_loss=fail) as joint,
+        ):
+            world, pulse = joint
+            stop.heed()
+            own = checkpoint.alone(folder) if world.is_main else ExitStack()
+            world.together(lambda: held.enter_context(own))
+            began_s = time.time()
             return run(config, world, stop, pulse)
-        except (ValueError, OSError, FloatingPointError) as error:
-            if world.is_main:
-                with suppress(OSError):  # the folder itself may be what is wrong
-                    write_outcome(folder, "failed", step=None, reason=str(error))
-            raise
-        except Stopped as stopped:
-            if world.is_main:
-                with suppress(OSError):
-                    line = f"{stopped}: stopped before training"
-                    write_outcome(folder, "preempted", step=None, reason=line)
-            raise
-        finally:  # a launcher that has seen another rank die ends this one
-            stop.wait_for_step = False
+    except Exception as error:
+        fail(str(error).split("\n")[0])
+        raise
+    except Stopped as stopped:
+        if began_s < math.inf and world.is_main:
+            with suppress(OSError):
+                line = f"{stopped}: stopped before training"
+                write_outcome(folder, "preempted", step=None, reason=line)
+        raise
+    finally:  # a launcher that has seen another rank die ends this one
+        stop.wait_for_step = False
 
 
 def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
@@ -84,7 +100,8 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
     shards, train, val = world.together(lambda: open_data(config, world, cached))
     objective = world.together(lambda: build_objective(config, shards))
     engine = build_engine(config, world, objective)
-    state = world.together(lambda: resume(config, engine, shards))
+    chosen = world.once("checkpoint", lambda: choose(config))
+    state = world.together(lambda: resume(config, engine, shards, chosen))
     start = state["step"]
     steps = steps_per_epoch(len(train), config.train.global_batch)
     total = min(steps * config.train.epochs, config.train.max_steps or steps * config.train.epochs)
@@ -93,14 +110,15 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
             f"train.output {config.train.output} is at step {start} already, "
             f"train.epochs and train.max_steps end at {total}"
         )
+    tracker = world.together(lambda: open_tracker(config, world, shards, state))
     world.once("folder", lambda: take_over(config, start))
-    tracker = world.together(lambda: open_tracker(config, world, shards))
     tracker.metrics(cost(len(shards.class_names), config.model.heads, config.model.image_size), 0)
     batches = open_train_stream(config, world, shards, train, start=start)
     validation = open_val_stream(config, world, shards, val)
     progress = Progress(
         tracker, batches, visible=world.is_main, start=start, total=total,
         epochs=config.train.epochs, steps_per_epoch=steps, replaced=state["replaced"],
+        replaced_since=state["replaced_since"], figures=state["figures"],
         global_batch=config.train.global_batch, log_every=config.train.log_every,
         max_skipped=config.train.max_skipped_steps,
     )  # fmt: skip
@@ -110,11 +128,36 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
     )  # fmt: skip
     due = Timer(config.train.checkpoint_minutes)
     status: Status = "failed"
+    may_compile = True  # the first evaluation of this process
+
+    def keep(done: int, *, evaluate: bool) -> None:
+        """Evaluates, if that is due, and writes the checkpoint of a step."""
+        nonlocal may_compile
+        progress.check()
+        state.update(step=done, replaced=progress.replaced, figures=progress.figures)
+        state["replaced_since"], is_best = progress.replaced_since, False
+        if evaluate:
+            found = engine.evaluate(*validation, partial(pulse.advance, patient=may_compile))
+            may_compile = False
+            is_best = judge(found, val, -(-done // steps), state, progress, tracker)
+        pulse.advance(f"checkpoint of step {done}", patient=True)  # the disk may be slow
+        learned = engine.state()  # gathered from all ranks, where they share it
+        if world.is_main:
+            content = {**describe(config, shards, state, tracker.run_id), **learned}
+            writer.write(done, content, is_best=is_best)
+        progress.save = False
+        due.restart()
+        progress.restart_clock()
+
     stop.wait_for_step = True
     try:
+        if start == total and state["evaluated"] != start:  # in mid-epoch, of a longer run
+            keep(start, evaluate=True)
         for done in range(start + 1, total + 1):
-            pulse.advance(f"step {done}")
+            stop.step, is_first = done, done == start + 1  # which may compile
+            pulse.advance(f"step {done}, reading", patient=is_first)
             batch = next(batches)
+            pulse.advance(f"step {done}", patient=is_first)
             lr = learning_rate(config.optim.lr, config.schedule, (done - 1) // steps)
             votes = Votes(stop.signal is not None, world.is_main and due(), batches.replaced)
             result = engine.train_step(batch, lr=lr, votes=votes)
@@ -125,35 +168,28 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
             at_interval = done % (config.train.checkpoint_every or total) == 0
             if not (at_end or at_interval or progress.stop or progress.save):
                 continue
-            progress.check()
-            state |= {"step": done, "replaced": progress.replaced}
-            is_best = False
-            if at_end:
-                found = engine.evaluate(*validation, pulse.advance)
-                is_best = judge(found, val, -(-done // steps), state, progress, tracker)
-            learned = engine.state()  # gathered from all ranks, where they share it
-            if world.is_main:
-                content = {**describe(config, shards, state, tracker.run_id), **learned}
-                writer.write(done, content, is_best=is_best)
-            progress.save = False
-            due.restart()
-            progress.restart_clock()
+            keep(done, evaluate=at_end)
             if progress.stop and done < total:
-                status = "preempted"
+                ended: Status = "preempted"
                 break
         else:
-            status = "finished"
+            ended = "finished"
+        pulse.rest()
         writer.wait()
         if world.is_main:
-            write_end(config, status, state["step"], stop)
+            stop.step = start if writer.saved is None else writer.saved
+            write_end(config, ended, state["step"], stop)
+        status = ended
         if status == "finished":
             report(config, world, tracker, shards, state)
     except TooMuchDamageError:
-        if progress.replaced_since:
-            checkpoint.note_damage(Path(config.train.output), progress.replaced_since)
+        if progress.replaced_since is not None:
+            with suppress(OSError):
+                checkpoint.note_damage(Path(config.train.output), progress.replaced_since)
         raise
     except NotFiniteError as error:
-        save_evidence(config, world, train, error)
+        with suppress(OSError):
+            save_evidence(config, world, train, error)
         raise
     finally:
         progress.close()
@@ -179,7 +215,7 @@ def judge(
     if is_best:
         state["best"] = {**metrics, "epoch": epoch}
         tracker.figure("confusion_matrix.png", confusion_figure, matrix, val.class_names)
-    state["metrics"] = metrics
+    state["metrics"], state["evaluated"] = metrics, state["step"]
     state["predictions"] = {
         "probabilities": torch.from_numpy(probabilities),
         "labels": torch.from_numpy(val.index["label"].astype(np.int64)),
@@ -189,12 +225,23 @@ def judge(
 
 
 def write_end(config: Config, status: Status, step: int, stop: StopRequest) -> None:
-    """Says how the run ended, in its folder and, where it will go on, on the screen."""
+    """Says how the run ended, in its folder and, where it will go on, on the screen.
+
+    stop.step: the last one whose checkpoint is on the disk, from which it would go on.
+
+    Raises:
+        OSError: the run finished, but its end could not be written.
+    """
     reason = "all steps done"
     if status == "preempted":
         reason = f"{stop.signal or 'a signal to another rank'}: stopped after a checkpoint"
-        log.info("%s of step %d; the same command goes on from there", reason, step)
-    write_outcome(Path(config.train.output), status, step=step, reason=reason)
+        log.info("%s of step %d; the same command goes on from there", reason, stop.step)
+    elif stop.step != step:
+        raise OSError(
+            f"all {step} steps are done, but the last checkpoint that could be written is that "
+            f"of step {stop.step}; the same command goes on from there"
+        )
+    write_outcome(Path(config.train.output), status, step=stop.step, reason=reason)
 
 
 class Timer:
@@ -304,26 +351,38 @@ def learning_rate(base: float, schedule: Schedule, epoch: int) -> float:
     return base * schedule.gamma ** (epoch // schedule.every)
 
 
-def resume(config: Config, engine: Engine, shards: ShardSet) -> dict[str, Any]:
-    """Puts the newest readable checkpoint of `train.output` into the engine; says where it was.
+def choose(config: Config) -> str:
+    """The newest readable checkpoint of `train.output`, from which all ranks go on; "" if none.
 
     Raises:
-        ValueError: the checkpoint is of another configuration or data set, or train.resume is
-            "never" and there is one.
+        ValueError: none can be read, or train.resume is "never" and there is one.
     """
     folder = Path(config.train.output)
-    fresh: dict[str, Any] = {
-        "step": 0, "best": {}, "metrics": {}, "replaced": 0, "predictions": None
-    }  # fmt: skip
     if config.train.resume == "never" and (paths := checkpoint.steps_saved(folder)):
         raise ValueError(
             f"train.output {folder} holds {paths[0].name} of an earlier run; train.resume=auto "
             "goes on with it, another train.output starts anew"
         )
     found = checkpoint.newest(folder)
-    if found is None:
+    return str(found[0]) if found else ""
+
+
+def resume(config: Config, engine: Engine, shards: ShardSet, chosen: str) -> dict[str, Any]:
+    """Puts the chosen checkpoint, if there is one, into the engine; says where the run was.
+
+    Raises:
+        ValueError: it is of another configuration, data set or step. OSError: it cannot be read.
+    """
+    fresh: dict[str, Any] = {
+        "step": 0, "best": {}, "metrics": {}, "evaluated": None, "predictions": None,
+        "replaced": 0, "replaced_since": None, "figures": [], "run_id": None,
+    }  # fmt: skip
+    if not chosen:
         return fresh
-    path, content = found
+    path = Path(chosen)
+    content = checkpoint.load(path, keys=checkpoint.RESUMED)
+    if path != checkpoint.step_path(path.parent, content["step"]):
+        raise ValueError(f"{path} is of step {content['step']}")
     checkpoint.check_continues(
         path,
         flatten(content["config"]),
@@ -351,6 +410,7 @@ def open_train_stream(
         balanced=config.data.sampling == "balanced",
         augment=Augment(**augment),
         max_bad=config.data.max_bad_images,
+        tally=partial(world.tally, "damaged") if world.store else None,
         start=start,
         image_size=config.model.image_size,
         shard_image_size=shards.image_size,
@@ -382,16 +442,22 @@ def decode_threads(config: Config, world: World) -> int:
 def take_over(config: Config, step: int) -> None:
     """Makes `train.output` this run's own: what an earlier one left beyond `step` goes."""
     folder = Path(config.train.output)
-    (folder / OUTCOME).unlink(missing_ok=True)
     checkpoint.forget_later(folder, step)
+    open_outcome(folder)
 
 
-def open_tracker(config: Config, world: World, shards: ShardSet) -> NullTracker:
+def open_tracker(
+    config: Config, world: World, shards: ShardSet, state: dict[str, Any]
+) -> NullTracker:
     """MLflow on rank 0; elsewhere, and where it is switched off, a tracker that records nothing."""
     if not world.is_main or not config.tracking.enabled:
         return NullTracker()
+    folder = Path(config.train.output)
     return MlflowTracker(
-        Path(config.train.output),
+        folder,
+        run_id=state["run_id"],
+        # After damage, what was noted of later steps does not stand
+        forget_after=None if checkpoint.damaged_since(folder) is None else state["step"],
         experiment=config.tracking.experiment,
         run_name=config.tracking.run_name or Path(config.train.output).name,
         parent=config.tracking.parent,
@@ -415,7 +481,7 @@ def describe(
     """What a checkpoint says beside what was learned: where the run is, and of what it is."""
     return {
         **state,
-        "run_id": run_id,
+        "run_id": run_id or state["run_id"],
         "config": config.model_dump(),
         "class_names": list(shards.class_names),
         "fingerprint": shards.fingerprint,
@@ -432,7 +498,7 @@ def save_evidence(config: Config, world: World, train: Split, error: NotFiniteEr
         "world_size": world.size,
         "fault": str(error),
         "ids": ids,
-        "keys": [train.key(i) for i in ids],
+        "keys": [readable_key(train, i) for i in ids],
     }
     path = Path(config.train.output) / f"not-finite-rank{world.rank}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,14 +1,15 @@
 """Who this process is among the ranks, and how ranks wait for and speak to each other."""
 
+import itertools
 import json
 import os
 import socket
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
-POLL_S = 0.2
+POLL_S = 0.05
 MEET_S = 600.0  # within which all ranks must have started
 COLLECTIVE_S = 3600.0  # a hanging rank is found by its pulse, long before
 
@@ -33,6 +34,8 @@ class World:
     local_size: int
     device: torch.device
     store: Store | None = None  # where ranks leave word for each other; None when alone
+    check: Callable[[], None] = lambda: None  # raises where another rank has left the job
+    _calls: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def is_main(self) -> bool:
@@ -49,31 +52,32 @@ class World:
 
         So bad input that one node alone sees ends the job with one line that names the rank.
         """
-        results: list[T] = []
-        failure = None
+        if self.store is None:
+            return task()
+        name, results, failure = f"together/{next(self._calls)}", list[T](), None
         try:
             results.append(task())
         except (ValueError, OSError) as error:
             failure = error
-        if self.size > 1:
-            own = failure and (type(failure) is ValueError, str(failure), socket.gethostname())
-            reports: list[Any] = [None] * self.size
-            dist.all_gather_object(reports, own)
-            for rank, report in enumerate(reports):
-                if report:
-                    is_value, text, host = report
-                    where = "" if all(reports) else f"rank {rank} on {host}: "
-                    raise (ValueError if is_value else OSError)(where + text) from failure
-        if failure:
-            raise failure
-        return results[0]
+            report = [isinstance(error, ValueError), str(error), socket.gethostname()]
+            self.store.set(f"{name}/{self.rank}", json.dumps(report))
+        self.store.add(f"{name}/{'failed' if failure else 'done'}", 1)
+        while self.store.add(f"{name}/done", 0) + self.store.add(f"{name}/failed", 0) < self.size:
+            self.check()
+            time.sleep(POLL_S)
+        if not self.store.add(f"{name}/failed", 0):
+            return results[0]
+        rank = next(r for r in range(self.size) if self.store.check([f"{name}/{r}"]))
+        is_value, text, host = json.loads(self.store.get(f"{name}/{rank}"))
+        where = f"rank {rank} on {host}: " if self.store.add(f"{name}/done", 0) else ""
+        raise (ValueError if is_value else OSError)(where + text) from failure
 
     def once(self, name: str, task: Callable[[], str | None], *, per_node: bool = False) -> str:
         """Runs `task` on rank 0, or on one rank of each node, and gives all ranks its result.
 
         The others wait however long it takes: they poll the store instead of standing in a
-        collective, which would time out. `name` is used once. If `task` fails anywhere, every rank
-        raises.
+        collective, which would time out, and look whether the rank is still there. `name` is used
+        once. If `task` fails anywhere, every rank raises.
         """
         if self.store is None:
             return task() or ""
@@ -93,8 +97,15 @@ class World:
         while self.store.add(f"{name}/done", 0) < self.size:
             if self.store.check([f"{name}/failed"]):
                 raise ValueError(self.store.get(f"{name}/failed").decode())
+            self.check()
             time.sleep(POLL_S)
         return self.store.get(place).decode()
+
+    def tally(self, name: str, item: int) -> int:
+        """How many items the ranks have named, `item` now among them, each counted once."""
+        assert self.store is not None
+        is_new = self.store.add(f"{name}/{item}", 1) == 1
+        return int(self.store.add(name, int(is_new)))
 
 
 def init_world(device: str = "auto") -> World:
@@ -125,6 +136,10 @@ def init_world(device: str = "auto") -> World:
     os.environ["DS_ACCELERATOR"] = place.type  # DeepSpeed reads it when it is imported
     store = None
     if size > 1:
+        # On one node nobody else needs to reach what ranks listen on.
+        if size == local_size and "lo" in [name for _, name in socket.if_nameindex()]:
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(name, "lo")
         shared, _, _ = next(rendezvous("env://"))
         store = PrefixStore(_meet(shared, rank, size), shared)
         dist.init_process_group(
@@ -169,7 +184,7 @@ def _meet(store: Store, rank: int, size: int) -> str:
             welcome = f"{joined}/welcome"
             if store.check([welcome]) and json.loads(store.get(welcome)).get(str(rank)) == own:
                 return joined
-        time.sleep(POLL_S / 10)
+        time.sleep(POLL_S / 2)
     missing = [str(r) for r in range(size) if str(r) not in signed] if rank == 0 else ["0"]
     raise OSError(f"rank {', '.join(missing)} did not start within {MEET_S:.0f} s")
 

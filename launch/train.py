@@ -14,6 +14,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         print(__doc__)
         return 0
 
+    stop.wait_for_step = has_launcher()  # until this rank can tell the others
     from dan_dist import train
     from dan_dist.config import load_config
 

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from shards.writer import pack
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOTAL = 60  # steps of a run: six epochs of ten
 ATTEMPT_S = 180.0  # hard limit of anything that is waited for
+METRICS = ("train/loss", "train/gradient_norm", "train/lr", "val/accuracy", "val/best_accuracy")
 DAN = ["model.heads=2", "loss.fcn=affinity", "loss.afn=partition"]
 EXACT = [*DAN, "optim.name=adam", "optim.lr=1e-3"]  # bit for bit
 ELASTIC = [*DAN, "optim.lr=1e-7", "optim.momentum=0.0", "train.precision=float64"]  # see README
@@ -314,19 +316,24 @@ def learned(folder: Path) -> dict[str, Any]:
     return {"tensors": tensors, "metrics": content["metrics"]}
 
 
-def check(campaign: Campaign, reference: Path, tolerance: float) -> None:
+def check(campaign: Campaign, reference: Campaign, tolerance: float) -> None:
     """Weights, metrics and MLflow's points are those of the undisturbed run."""
-    found, expected = learned(campaign.output), learned(reference)
+    found, expected = learned(campaign.output), learned(reference.output)
     assert found["tensors"].keys() == expected["tensors"].keys()
     for name, tensor in expected["tensors"].items():
         worst = float((found["tensors"][name] - tensor).abs().max())
         assert worst <= tolerance, f"{name} differs by {worst}"
     assert found["metrics"] == expected["metrics"]
-    check_points(campaign)
+    found, expected = points(campaign), points(reference)
+    for key, steps in (("train/loss", range(1, TOTAL + 1)), ("val/accuracy", range(10, 61, 10))):
+        assert [step for step, _ in found[key]] == list(steps), (key, found[key])
+    for key in METRICS:
+        for (step, value), (_, wanted) in zip(found[key], expected[key], strict=True):
+            assert abs(value - wanted) <= tolerance, f"{key} at step {step}: {value}, not {wanted}"
 
 
-def check_points(campaign: Campaign) -> None:
-    """MLflow holds one run of this campaign, with every point once, in order."""
+def points(campaign: Campaign) -> dict[str, list[tuple[int, float]]]:
+    """What MLflow holds of the one run of this campaign."""
     import mlflow
 
     from dan_dist.tracking import replay
@@ -336,10 +343,9 @@ def check_points(campaign: Campaign) -> None:
     number = client.get_experiment_by_name("chaos").experiment_id
     runs = client.search_runs([number], f"attributes.run_name = '{campaign.output.name}'")
     assert len(runs) == 1, f"{len(runs)} runs"
-    for key, steps in (("train/loss", range(1, TOTAL + 1)), ("val/accuracy", range(10, 61, 10))):
-        points = client.get_metric_history(runs[0].info.run_id, key)
-        assert sorted(p.step for p in points) == list(steps), (key, [p.step for p in points])
     assert runs[0].info.status == "FINISHED"
+    history = partial(client.get_metric_history, runs[0].info.run_id)
+    return {key: sorted((p.step, p.value) for p in history(key)) for key in METRICS}
 
 
 def campaign_in(
@@ -356,6 +362,7 @@ def run(folder: Path, faults: int, seed: int, kinds: list[str]) -> dict[str, Tal
     Raises:
         AssertionError: a run did not survive, or ended otherwise than the undisturbed one.
     """
+    print(f"seed {seed}", flush=True)
     dice, shared_memory = random.Random(seed), set(Path("/dev/shm").iterdir())
     tallies: dict[str, Tally] = collections.defaultdict(Tally)
     pack(synthetic.release(80, 16, size=32, seed=7), folder / "shards", size=32, shard_size=20)
@@ -365,7 +372,7 @@ def run(folder: Path, faults: int, seed: int, kinds: list[str]) -> dict[str, Tal
             if any((kind == "resize") == (name == "elastic") for kind in kinds):
                 whole = campaign_in(folder, f"reference-{name}", options, uri, dice)
                 finish(whole, tallies)
-                references[name] = whole.output
+                references[name] = whole
         runs = 0
         while sum(t.injected for t in tallies.values()) < faults:
             elastic = "resize" in kinds and (len(kinds) == 1 or dice.random() < 1 / len(kinds))
@@ -432,7 +439,6 @@ def main() -> int:
     parser.add_argument("--kinds", default=",".join(KINDS), help="of faults, with commas")
     options = parser.parse_args()
     seed = random.randrange(10**6) if options.seed is None else options.seed
-    print(f"seed {seed}")
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         try:
             tallies = run(Path(folder), options.faults, seed, options.kinds.split(","))
