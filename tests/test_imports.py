@@ -22,7 +22,7 @@ ALLOWED = {
     "dan_dist.deepspeed_engine": {"engine", "losses", "world"},
     "dan_dist.stop": set(),
     "dan_dist.entry": {"stop"},
-    "dan_dist.pulse": {"world"},
+    "dan_dist.pulse": {"stop", "world"},
     "dan_dist.journal": set(),
     "dan_dist.tracking": {"journal"},
     "dan_dist.figures": {"data", "metrics"},
