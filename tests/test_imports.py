@@ -21,7 +21,7 @@ ALLOWED = {
     "dan_dist.engine": {"data", "losses", "metrics", "sync", "world"},
     "dan_dist.deepspeed_engine": {"engine", "losses", "world"},
     "dan_dist.stop": set(),
-    "dan_dist.pulse": set(),
+    "dan_dist.pulse": {"stop", "world"},
     "dan_dist.journal": set(),
     "dan_dist.tracking": {"journal"},
     "dan_dist.figures": {"data"},
