@@ -65,7 +65,7 @@ def main(
     with joined(device, timeout_s=timeout_s, on_loss=lambda line: None) as (world, pulse):
         path = path / checkpoint.BEST if path.is_dir() else path
         content = world.together(lambda: load(path))
-        cached = world.once("cache", lambda: localise(data, cache), per_node=True)
+        cached = world.once(lambda: localise(data, cache), per_node=True)
         found = world.together(lambda: open_split(cached, split, content["class_names"], path))
         shards = open_shardset(cached)
         probabilities = predict(content, found, shards.image_size, world, pulse, precision)

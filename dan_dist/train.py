@@ -93,14 +93,12 @@ def main(config: Config, stop: StopRequest | None = None) -> Ended:
 
 def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
     """One training run in a world that is already there."""
-    world.once("synthetic", lambda: make_synthetic(config))
-    cached = world.once(
-        "cache", lambda: localise(config.data.shards, config.data.cache), per_node=True
-    )
+    world.once(lambda: make_synthetic(config))
+    cached = world.once(lambda: localise(config.data.shards, config.data.cache), per_node=True)
     shards, train, val = world.together(lambda: open_data(config, world, cached))
     objective = world.together(lambda: build_objective(config, shards))
     engine = build_engine(config, world, objective)
-    chosen = world.once("checkpoint", lambda: choose(config))
+    chosen = world.once(lambda: choose(config))
     state = world.together(lambda: resume(config, engine, shards, chosen))
     start = state["step"]
     steps = steps_per_epoch(len(train), config.train.global_batch)
@@ -111,7 +109,7 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
             f"train.epochs and train.max_steps end at {total}"
         )
     tracker = world.together(lambda: open_tracker(config, world, shards, state))
-    world.once("folder", lambda: take_over(config, start))
+    world.once(lambda: take_over(config, start))
     tracker.metrics(cost(len(shards.class_names), config.model.heads, config.model.image_size), 0)
     batches = open_train_stream(config, world, shards, train, start=start)
     validation = open_val_stream(config, world, shards, val)

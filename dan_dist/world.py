@@ -72,16 +72,16 @@ class World:
         where = f"rank {rank} on {host}: " if self.store.add(f"{name}/done", 0) else ""
         raise (ValueError if is_value else OSError)(where + text) from failure
 
-    def once(self, name: str, task: Callable[[], str | None], *, per_node: bool = False) -> str:
+    def once(self, task: Callable[[], str | None], *, per_node: bool = False) -> str:
         """Runs `task` on rank 0, or on one rank of each node, and gives all ranks its result.
 
         The others wait however long it takes: they poll the store instead of standing in a
-        collective, which would time out, and look whether the rank is still there. `name` is used
-        once. If `task` fails anywhere, every rank raises.
+        collective, which would time out, and look whether the rank is still there. If `task` fails
+        anywhere, every rank raises.
         """
         if self.store is None:
             return task() or ""
-        leads, ranks = self.is_main, self.size
+        name, leads, ranks = f"once/{next(self._calls)}", self.is_main, self.size
         place = f"{name}/result"
         if per_node:
             leads, ranks = self.local_rank == 0, self.local_size

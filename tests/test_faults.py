@@ -493,7 +493,7 @@ def test_ranks_that_wait_notice_one_that_has_left(ended: list[str], way: str) ->
     kind: type[BaseException] = Stopped if way == "stopped" else ConnectionError
     words = {"stopped": "SIGUSR1", "failed": "no space", "silent": "rank 0 on "}[way]
     with pytest.raises(kind, match=words):
-        worlds[0].once("faces", lambda: None)
+        worlds[0].once(lambda: None)
     with pytest.raises(kind, match=words):
         worlds[1].together(lambda: None)
     pulses[1].close()
