@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import webdataset
 
-from dan_dist import checkpoint, train
+from dan_dist import checkpoint, parts, train
 from dan_dist.config import load_config
 from dan_dist.engine import Votes
 from dan_dist.journal import Journal
@@ -152,13 +152,13 @@ def saving(path: str, steps: int) -> dict[str, float]:
     """
     config = load_config(path)
     world = init_world(config.train.device)
-    train.make_synthetic(config)
+    parts.make_synthetic(config)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
         shards = open_shardset(config.data.shards)
         split = shards.split("train")
-        engine = train.build_engine(config, world, train.build_objective(config, shards))
-        stream = train.open_train_stream(config, world, shards, split, start=0)
+        engine = parts.build_engine(config, world, parts.build_objective(config, shards))
+        stream = parts.open_train_stream(config, world, shards, split, start=0)
         writer = checkpoint.Writer(output, keep=1, stop_on_error=True)
         journal = Journal(output)
         quiet: list[float] = []
@@ -174,7 +174,7 @@ def saving(path: str, steps: int) -> dict[str, float]:
                 (busy if writing else quiet).append(time.perf_counter() - began)
             if step > 10 and step % 20 == 0:
                 began = time.perf_counter()
-                state = {"step": step, "best": {}, "metrics": {}, "replaced": 0}
+                state = {**train.FRESH, "step": step}
                 content = {**train.describe(config, shards, state, None), **engine.state()}
                 writer.write(step, content, is_best=True)
                 blocked.append(time.perf_counter() - began)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dan_dist import parts
 from dan_dist import train as story
 from dan_dist.checkpoint import to_cpu
 from dan_dist.config import load_config
@@ -95,7 +96,7 @@ def single_steps(world: World) -> dict[str, dict[str, float]]:
 
 def main(folder: Path, config: Path, overrides: list[str]) -> None:
     """Each engine from the start to step 3, then each from where another one stopped to step 5."""
-    vars(story)["Engine"] = ContiguousDDP
+    vars(parts)["Engine"] = ContiguousDDP
     with joined("cpu", timeout_s=60, on_loss=print) as (world, pulse):
 
         def run(name: str, engine: str, steps: int) -> None:

@@ -27,6 +27,7 @@ ALLOWED = {
     "dan_dist.tracking": {"journal"},
     "dan_dist.figures": {"data", "metrics"},
     "dan_dist.progress": {"data", "engine", "tracking"},
+    "dan_dist.parts": {"*"},
     "dan_dist.train": {"*"},
     "dan_dist.evaluation": {"*"},
     "dan_dist.ablation": {"checkpoint", "config", "journal", "shardset", "stop", "tracking"},

@@ -1,0 +1,186 @@
+"""What a configuration says, made: shards, objective, engine, streams, tracker."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dan_dist import checkpoint
+from dan_dist.augment import Augment
+from dan_dist.cache import is_remote
+from dan_dist.config import Config, flatten
+from dan_dist.data import Stream, evaluation_stream, train_stream
+from dan_dist.engine import Engine, Precision, check_split
+from dan_dist.losses import Objective
+from dan_dist.model import DAN, load_backbone
+from dan_dist.shardset import ShardSet, Split, open_shardset
+from dan_dist.tracking import MlflowTracker, NullTracker
+from dan_dist.world import World, core_count
+from shards import synthetic
+
+log = logging.getLogger(__name__)
+
+
+def make_synthetic(config: Config) -> None:
+    """Packs the drawn faces of the configuration where they are not yet."""
+    faces = config.data.synthetic
+    if faces and is_remote(config.data.shards):
+        raise ValueError(f"data.synthetic: faces cannot be packed into {config.data.shards}")
+    if faces:
+        synthetic.ensure(
+            config.data.shards, faces.train, faces.val, size=faces.size, seed=faces.seed
+        )
+
+
+def open_data(config: Config, world: World, folder: str) -> tuple[ShardSet, Split, Split]:
+    """The shards in `folder` and their two splits, checked against the configuration and the world.
+
+    Raises:
+        FileNotFoundError, ValueError: whatever would stop or spoil the training later.
+    """
+    shards = open_shardset(folder)
+    expected = config.data.classes
+    if expected is not None and tuple(expected) != shards.class_names:
+        raise ValueError(
+            f"data.classes has {len(expected)} classes ({', '.join(expected)}), {shards.root} has "
+            f"{len(shards.class_names)} ({', '.join(shards.class_names)})"
+        )
+    if len(shards.class_names) < 2:
+        raise ValueError(f"{shards.root}: {len(shards.class_names)} class, at least 2 are needed")
+    train, val = shards.split("train"), shards.split(config.data.val_split)
+    global_batch = config.train.global_batch
+    if len(train) < global_batch:
+        raise ValueError(
+            f"{shards.root}: {len(train)} training images, fewer than train.global_batch "
+            f"({global_batch})"
+        )
+    if not len(val):
+        raise ValueError(f"{shards.root}: split '{config.data.val_split}' is empty")
+    check_split(global_batch, config.train.micro_batch, world.size, config.model.sync_bn)
+    checkpoint.check_writable(Path(config.train.output))
+    return shards, train, val
+
+
+def build_objective(config: Config, shards: ShardSet) -> Objective:
+    """Network and losses at their start: 1. the seed, 2. a backbone file, later a checkpoint."""
+    torch.manual_seed(config.train.seed)
+    classes = len(shards.class_names)
+    network = DAN(classes, config.model.heads)
+    log.info(load_backbone(network, config.model.backbone))
+    return Objective(
+        network,
+        classes,
+        fcn=config.loss.fcn,
+        afn=config.loss.afn,
+        lambda_fcn=config.loss.lambda_affinity,
+        lambda_afn=config.loss.lambda_partition,
+    )
+
+
+def build_engine(config: Config, world: World, objective: Objective) -> Engine:
+    """The objective on this rank's device, with its optimiser, under DDP or DeepSpeed."""
+    make: Callable[..., Engine] = Engine
+    if config.engine.name == "deepspeed":
+        from dan_dist.deepspeed_engine import DeepSpeedEngine  # takes seconds to import
+
+        extra = config.engine.deepspeed
+        make = partial(DeepSpeedEngine, zero_stage=config.engine.zero_stage, extra=extra)
+    return make(
+        objective,
+        world,
+        optimizer=config.optim.name,
+        lr=config.optim.lr,
+        momentum=config.optim.momentum,
+        weight_decay=config.optim.weight_decay,
+        precision=resolve_precision(config, world),
+        sync_bn=config.model.sync_bn,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        compile=config.train.compile,
+        may_skip=config.train.max_skipped_steps > 0,
+        clip_norm=config.optim.clip_norm,
+    )
+
+
+def resolve_precision(config: Config, world: World) -> Precision:
+    """bf16 on a GPU and float32 on a CPU, unless the configuration says otherwise."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    return "bf16" if world.device.type == "cuda" else "float32"
+
+
+def open_train_stream(
+    config: Config, world: World, shards: ShardSet, train: Split, *, start: int
+) -> Stream:
+    """The augmented batches of this rank from step `start` on."""
+    augment = config.data.augment.model_dump()
+    for name in ("scale", "erase_area"):
+        augment[name] = tuple(augment[name])
+    return train_stream(
+        train,
+        rank=world.rank,
+        world_size=world.size,
+        global_batch=config.train.global_batch,
+        seed=config.train.seed,
+        balanced=config.data.sampling == "balanced",
+        augment=Augment(**augment),
+        max_bad=config.data.max_bad_images,
+        tally=partial(world.tally, "damaged") if world.store else None,
+        start=start,
+        image_size=config.model.image_size,
+        shard_image_size=shards.image_size,
+        device=world.device,
+        threads=decode_threads(config, world),
+    )
+
+
+def open_val_stream(
+    config: Config, world: World, shards: ShardSet, val: Split
+) -> tuple[Stream, int]:
+    """This rank's part of the validation passes, and the steps of one pass."""
+    return evaluation_stream(
+        val,
+        rank=world.rank,
+        world_size=world.size,
+        image_size=config.model.image_size,
+        shard_image_size=shards.image_size,
+        device=world.device,
+        threads=decode_threads(config, world),
+    )
+
+
+def decode_threads(config: Config, world: World) -> int:
+    """DALI's CPU threads on this rank: its share of the node's cores, unless configured."""
+    return config.data.threads or max(1, core_count() // world.local_size)
+
+
+def open_tracker(
+    config: Config, world: World, shards: ShardSet, state: dict[str, Any]
+) -> NullTracker:
+    """MLflow on rank 0; elsewhere, and where it is switched off, a tracker that records nothing."""
+    if not world.is_main or not config.tracking.enabled:
+        return NullTracker()
+    folder = Path(config.train.output)
+    return MlflowTracker(
+        folder,
+        run_id=state["run_id"],
+        # After damage, what was noted of later steps does not stand
+        forget_after=None if checkpoint.damaged_since(folder) is None else state["step"],
+        experiment=config.tracking.experiment,
+        run_name=config.tracking.run_name or Path(config.train.output).name,
+        parent=config.tracking.parent,
+        params=flatten(config.model_dump()),
+        config=config.model_dump(),
+        tags={
+            **config.tracking.tags,
+            "dataset": shards.dataset,
+            "release": shards.release,
+            "fingerprint": shards.fingerprint,
+            "world_size": str(world.size),
+            "device": world.device.type,
+            "precision": resolve_precision(config, world),
+        },
+    )
