@@ -44,7 +44,7 @@ def main(
     path: Path,
     data: str,
     *,
-    split: str = "val",
+    split: str | None = None,
     cache: str | None = None,
     output: Path | None = None,
     device: str = "auto",
@@ -56,8 +56,9 @@ def main(
     """Evaluates a checkpoint on all ranks, each image once; returns what stands in the JSON file.
 
     path: a checkpoint, or the folder of a run, whose best one is taken. data: folder or URL of
-    shards. output: by default a folder beside the checkpoint, named after it, data set and split.
-    precision: "auto" takes that of the training's own evaluations on this device.
+    shards. split: by default that of the training's own evaluations. output: by default a folder
+    beside the checkpoint, named after it, data set and split. precision: "auto" takes that of the
+    training's own evaluations on this device.
 
     Raises:
         ValueError, OSError: bad input, in one line, before anything is computed.
@@ -65,6 +66,7 @@ def main(
     with joined(device, timeout_s=timeout_s, on_loss=lambda line: None) as (world, pulse):
         path = path / checkpoint.BEST if path.is_dir() else path
         content = world.together(lambda: load(path))
+        split = split or content["config"]["data"]["val_split"]
         cached = world.once(lambda: localise(data, cache), per_node=True)
         found = world.together(lambda: open_split(cached, split, content["class_names"], path))
         shards = open_shardset(cached)

@@ -17,7 +17,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder (its best)")
     parser.add_argument("--data", required=True, help="folder or URL of the shards")
-    parser.add_argument("--split", default="val", help="default: val")
+    parser.add_argument("--split", help="default: that of the training's own evaluations")
     parser.add_argument("--cache", help="folder on each node into which the shards are copied")
     parser.add_argument("--output", type=Path, help="default: a folder beside the checkpoint")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -136,7 +136,7 @@ def foreign(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "split", "line"),
     [
-        (lambda t: t / "none.pt", "val", r"none\.pt: no such checkpoint"),
+        (lambda t: t / "none.pt", None, r"none\.pt: no such checkpoint"),
         (lambda t: t, "val", r"best\.pt: no such checkpoint"),
         (foreign, "val", r"foreign\.pt: not a checkpoint of this project"),
         (lambda t: t / "run.yaml", "val", r"run\.yaml: not a readable checkpoint"),
@@ -146,7 +146,8 @@ def foreign(tmp_path: Path) -> Path:
     ],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_said_in_one_line(
-    tiny: Write, faces: ShardSet, tmp_path: Path, make: Callable[[Path], Path], split: str,
+    tiny: Write, faces: ShardSet, tmp_path: Path, make: Callable[[Path], Path],
+    split: str | None,
     line: str,
 ) -> None:  # fmt: skip
     single(tiny("run"), "train.max_steps=1")
