@@ -75,19 +75,26 @@ def test_resumed_stream_goes_on_as_if_never_stopped(
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_evaluation_gives_every_image_once(faces: ShardSet, world: int) -> None:
+def test_evaluation_gives_every_image_once(
+    faces: ShardSet, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "EVALUATION_BATCH", 5)
     split = faces.split("val")
     for repeat in range(2):  # two passes: nothing is left over from the first
         ids: list[int] = []
         for rank in range(world):
             stream, steps = evaluation_stream(
-                split, rank=rank, world_size=world, global_batch=5, image_size=32,
-                shard_image_size=32, device=CPU, threads=1,
+                split, rank=rank, world_size=world, image_size=32, shard_image_size=32,
+                device=CPU, threads=1,
             )  # fmt: skip
             batches = take(stream, steps * (repeat + 1))[steps * repeat :]
             for batch in batches:
                 real = batch.labels >= 0
                 assert torch.equal(real, batch.ids >= 0)
+                # The same images side by side, whatever the number of ranks
+                assert len(batch.ids) == 5 and (batch.ids[real] % 5).tolist() == list(
+                    range(int(real.sum()))
+                )
                 ids += batch.ids[real].tolist()
         assert sorted(ids) == list(range(len(split)))
 
@@ -101,7 +108,7 @@ def pillow(split: Split, sample: int) -> Image.Image:
 def test_evaluation_pixels_are_pillows_and_normalised(faces: ShardSet) -> None:
     split = faces.split("val")
     stream, _ = evaluation_stream(
-        split, rank=0, world_size=1, global_batch=16, image_size=32, shard_image_size=32,
+        split, rank=0, world_size=1, image_size=32, shard_image_size=32,
         device=CPU, threads=1,
     )  # fmt: skip
     (batch,) = take(stream, 1)
@@ -213,11 +220,11 @@ def test_past_the_limit_the_image_is_named(faces: ShardSet, tmp_path: Path, kind
 
 def test_other_sizes_are_resized_in_one_linear_step(faces: ShardSet) -> None:
     stream, _ = evaluation_stream(
-        faces.split("val"), rank=0, world_size=1, global_batch=4, image_size=64,
+        faces.split("val"), rank=0, world_size=1, image_size=64,
         shard_image_size=faces.image_size, device=CPU, threads=1,
     )  # fmt: skip
     (batch,) = take(stream, 1)
-    assert batch.images.shape == (4, 3, 64, 64)
+    assert batch.images.shape == (16, 3, 64, 64)
     image = pillow(faces.split("val"), 0).resize((64, 64), Image.Resampling.BILINEAR)
     scale, mean = torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1)
     ours = (batch.images[0] * scale + mean) * 255
