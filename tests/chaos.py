@@ -329,7 +329,9 @@ def check(campaign: Campaign, reference: Campaign, tolerance: float) -> None:
         assert [step for step, _ in found[key]] == list(steps), (key, found[key])
     for key in METRICS:
         for (step, value), (_, wanted) in zip(found[key], expected[key], strict=True):
-            assert abs(value - wanted) <= tolerance, f"{key} at step {step}: {value}, not {wanted}"
+            assert abs(value - wanted) <= tolerance * max(1.0, abs(wanted)), (
+                f"{key} at step {step}: {value}, not {wanted}"
+            )
 
 
 def points(campaign: Campaign) -> dict[str, list[tuple[int, float]]]:
