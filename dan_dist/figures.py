@@ -123,6 +123,7 @@ def accuracy_figure(
     numeric = all(_is_number(value) for value in values)
     places = {v: float(v) if numeric else float(k) for k, v in enumerate(values)}
     figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    runs = max((row["finished"] for row in done), default=0)
     others = [tuple(row[a] for a in axes[1:]) for row in done]
     for number, other in enumerate(dict.fromkeys(others)):
         own = [row for row, o in zip(done, others, strict=True) if o == other]
@@ -131,13 +132,12 @@ def accuracy_figure(
             axis.errorbar(
                 [places[row[axes[0]]] for row in own],
                 [row[f"{kind}_accuracy"] for row in own],
-                [row[f"{kind}_accuracy_deviation"] for row in own],
+                [row[f"{kind}_accuracy_deviation"] for row in own] if runs > 1 else None,
                 fmt=style if numeric else style[0], capsize=4, color=f"C{number}",
                 alpha=1.0 if kind == "last" else 0.5,
                 label=f"{prefix + ': ' if prefix else ''}{kind} epoch",
             )  # fmt: skip
     axis.set_xticks(list(places.values()), values)
-    runs = max((row["finished"] for row in done), default=0)
     spread = f", mean ± deviation over {runs} seeds" if runs > 1 else ", one seed"
     axis.set(
         xlabel=axes[0], ylabel=f"accuracy on {images} validation images, %",

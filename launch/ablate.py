@@ -75,8 +75,8 @@ def main(arguments: list[str], stop: StopRequest) -> int:
     parent = ablation.identity(folder, name)
     page = comparison.summarise(name, parent, configs[0].tracking.experiment, results, folder)
     print(f"tables and figures: {folder / comparison.FOLDER}")
-    if page.startswith(comparison.LOCAL):
-        print(f"mlflow ui --backend-store-uri {store()[0]}")
+    if not (uri := store()[0]).startswith("http"):
+        print(f"mlflow ui --backend-store-uri {uri}")
     print(f"compare in MLflow: {page}")
     if stop.signal:
         return PREEMPTED
