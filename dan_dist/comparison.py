@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from statsmodels.stats.contingency_tables import mcnemar
 
-from dan_dist.ablation import Result, alone
+from dan_dist.ablation import Result
 from dan_dist.figures import accuracy_figure, curves_figure, save
 from dan_dist.journal import read_sent
 from dan_dist.tracking import publish, store
@@ -213,17 +213,16 @@ def summarise(
     ended = [folder / r.child.name for r in results if r.status != "missing"]
     states = {r.status for r in results}
     status = "RUNNING" if "missing" in states else "FINISHED"
-    with alone(folder, "comparison", wait=True):  # the last of several sees what all have done
-        text = compare(name, results, folder / FOLDER)
-        print(text)
-        number = publish(
-            folder / FOLDER,
-            experiment=experiment,
-            parent=parent,
-            note=text,
-            status="FAILED" if "failed" in states else status,
-            journals=ended,
-        )
+    text = compare(name, results, folder / FOLDER)
+    print(text)
+    number = publish(
+        folder / FOLDER,
+        experiment=experiment,
+        parent=parent,
+        note=text,
+        status="FAILED" if "failed" in states else status,
+        journals=ended,
+    )
     runs = [run_id for child in ended if (run_id := read_sent(child)[1])]
     return address(runs, number)
 

@@ -73,7 +73,9 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         if not any(r.status == "finished" for r in results):
             return PREEMPTED
     parent = ablation.identity(folder, name)
-    page = comparison.summarise(name, parent, configs[0].tracking.experiment, results, folder)
+    with ablation.alone(folder, "comparison", wait=True):  # the last of several sees what all did
+        results = [ablation.read(child, c) for child, c in zip(grid, configs, strict=True)]
+        page = comparison.summarise(name, parent, configs[0].tracking.experiment, results, folder)
     print(f"tables and figures: {folder / comparison.FOLDER}")
     if not (uri := store()[0]).startswith("http"):
         print(f"mlflow ui --backend-store-uri {uri}")
