@@ -18,7 +18,7 @@ import torch
 from engines import STAGES, ContiguousDDP, build, distance, single_steps, step
 
 from conftest import REPOSITORY, TINY, run, train
-from dan_dist import checkpoint
+from dan_dist import checkpoint, parts
 from dan_dist import train as story
 from dan_dist.checkpoint import to_cpu
 from dan_dist.config import load_config
@@ -77,7 +77,7 @@ def test_each_goes_on_where_another_stopped(two: Path) -> None:
 
 
 def test_from_two_ranks_to_one(two: Path, tiny: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(story, "Engine", ContiguousDDP)
+    monkeypatch.setattr(parts, "Engine", ContiguousDDP)
     found = []
     for number, engine in enumerate([[], *map(deepspeed, STAGES)]):
         config = tiny(f"one{number}")
