@@ -32,6 +32,7 @@ FREE_KEYS = (
     "data.classes", "train.epochs", "train.max_steps", "train.device", "train.compile",
     "train.output", "train.resume", "train.keep_checkpoints", "train.checkpoint_",
     "train.log_every", "train.timeout_s", "tracking.", "engine.", "model.backbone",
+    "model.weights",
 )  # fmt: skip
 
 
@@ -66,9 +67,10 @@ def load(path: Path, *, keys: tuple[str, ...] = KEYS) -> dict[str, Any]:
     """
     try:
         # torch writes a checksum of every part, but does not look at them.
-        with zipfile.ZipFile(path) as parts:
-            if (damaged := parts.testzip()) is not None:
-                raise ValueError(f"{damaged} does not have its checksum")
+        if zipfile.is_zipfile(path):  # files of torch before 1.6, which others may hold, are none
+            with zipfile.ZipFile(path) as parts:
+                if (damaged := parts.testzip()) is not None:
+                    raise ValueError(f"{damaged} does not have its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror or error}") from error

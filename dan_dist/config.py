@@ -62,6 +62,9 @@ class Model(Section):
     image_size: Annotated[int, Field(ge=32, multiple_of=32)] = 224  # pixels
     heads: Annotated[int, Field(ge=0)] = 4  # 0 is the baseline ResNet-18
     backbone: str = "none"  # a weights file or checkpoint, "imagenet", or "none" for a random start
+    # a DAN that the whole network starts from, ours or the authors', in place of the backbone
+    weights: str | None = None
+    weights_classes: str | None = None  # of the authors' files: "affectnet7", "rafdb", or names
     sync_bn: bool = True  # BatchNorm statistics over all ranks
 
 

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from dan_dist.augment import UNIFORMS, Augment, place
+from dan_dist.model import MEAN, STD
 from dan_dist.sampler import (
     Ids,
     augmentation_uniforms,
@@ -37,8 +38,6 @@ from dan_dist.sampler import (
 )
 from dan_dist.shardset import Split
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB, of values in [0, 1]
-STD = (0.229, 0.224, 0.225)
 READERS = 4  # threads; they wait for storage, not for a core
 STEPS_AHEAD = 4  # steps whose bytes are fetched in advance, before DALI's own queue
 ADVISED_AHEAD = 12  # steps that the kernel is told of: cold reads are then under way in numbers

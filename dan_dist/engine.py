@@ -25,6 +25,14 @@ from dan_dist.world import World
 log = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bf16", "float64"]
+Wanted = Precision | Literal["auto"]
+
+
+def resolve_precision(wanted: Wanted, device: torch.device) -> Precision:
+    """bf16 on a GPU and float32 on a CPU, unless told otherwise."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device.type == "cuda" else "float32"
 
 
 class Votes(NamedTuple):

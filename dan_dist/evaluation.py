@@ -12,18 +12,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dan_dist import checkpoint
 from dan_dist.cache import localise
 from dan_dist.data import Reader, evaluation_stream
-from dan_dist.engine import class_probabilities
+from dan_dist.engine import Wanted, class_probabilities, resolve_precision
 from dan_dist.figures import confusion_figure, mistakes_figure, reliability_figure, save
 from dan_dist.journal import forget
 from dan_dist.metrics import calibrate, class_scores, confusion, summarise
-from dan_dist.model import DAN
 from dan_dist.pulse import Pulse, joined
-from dan_dist.shardset import Split, open_shardset, write_atomically
+from dan_dist.shardset import ShardSet, Split, open_shardset, write_atomically
 from dan_dist.tracking import MlflowTracker
-from dan_dist.world import World, core_count
+from dan_dist.weights import Trained, columns_of, load_trained
+from dan_dist.world import World
 
 log = logging.getLogger(__name__)
 
@@ -45,116 +44,101 @@ def main(
     data: str,
     *,
     split: str | None = None,
+    classes: str | None = None,
     cache: str | None = None,
     output: Path | None = None,
     device: str = "auto",
-    precision: str = "auto",
+    precision: Wanted = "auto",
     experiment: str | None = None,
     tracked: bool = True,
     timeout_s: float = 60.0,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on all ranks, each image once; returns what stands in the JSON file.
 
-    path: a checkpoint, or the folder of a run, whose best one is taken. data: folder or URL of
-    shards. split: by default that of the training's own evaluations. output: by default a folder
-    beside the checkpoint, named after it, data set and split. precision: "auto" takes that of the
-    training's own evaluations on this device.
+    path, classes: see `load_trained`. data: folder or URL of shards. split: by default that of the
+    training's own evaluations. output: by default a folder beside the checkpoint, named after it,
+    data set and split. precision: "auto" takes that of the training's own evaluations on this
+    device.
 
     Raises:
         ValueError, OSError: bad input, in one line, before anything is computed.
     """
     with joined(device, timeout_s=timeout_s, on_loss=lambda line: None) as (world, pulse):
-        path = path / checkpoint.BEST if path.is_dir() else path
-        content = world.together(lambda: load(path))
-        split = split or content["config"]["data"]["val_split"]
+        trained = world.together(lambda: load_trained(path, classes))
         cached = world.once(lambda: localise(data, cache), per_node=True)
-        found = world.together(lambda: open_split(cached, split, content["class_names"], path))
-        shards = open_shardset(cached)
-        probabilities = predict(content, found, shards.image_size, world, pulse, precision)
+        shards = world.together(lambda: open_shardset(cached))
+        columns, found = world.together(lambda: open_split(shards, split, trained))
+        probabilities = predict(trained, found, shards.image_size, world, pulse, precision)
+        probabilities = probabilities[:, columns]  # in the shards' order of classes
         # Names from a manifest may hold anything, slashes too.
-        name = re.sub(r"[^\w.-]", "_", f"{path.stem}-{shards.dataset}-{split}")
-        output = output or path.parent / name
+        name = re.sub(r"[^\w.-]", "_", f"{trained.path.stem}-{shards.dataset}-{found.name}")
+        output = output or trained.path.parent / name
         report = {
-            "checkpoint": path.name,
-            "step": content["step"],
+            "checkpoint": trained.path.name,
+            "step": trained.step,
             "dataset": shards.dataset,
             "release": shards.release,
             "fingerprint": shards.fingerprint,
-            "split": split,
+            "split": found.name,
             **describe(probabilities, found),
         }
         if world.is_main:
             write(output, report, probabilities, found)
             if tracked:
-                name = experiment or content["config"]["tracking"]["experiment"]
-                track(output, report, content, name)
+                track(output, report, trained, experiment)
             tell(report, output)
         return report
 
 
-def load(path: Path) -> dict[str, Any]:
-    """A checkpoint of a training.
+def open_split(shards: ShardSet, name: str | None, trained: Trained) -> tuple[list[int], Split]:
+    """The split to evaluate, and where its classes stand among the network's.
 
-    Raises:
-        FileNotFoundError: no such file. ValueError: not one of ours, or damaged.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    return checkpoint.load(path)
-
-
-def open_split(folder: str, split: str, class_names: list[str], path: Path) -> Split:
-    """The split to evaluate, whose classes must be the checkpoint's, by name and order.
+    name: None takes that of the training's own evaluations; "val" or "test", where it is not known.
 
     Raises:
         FileNotFoundError, ValueError: no shards, no such split, none of its images, other classes.
     """
-    shards = open_shardset(folder)
-    if tuple(class_names) != shards.class_names:
+    columns = columns_of(trained.class_names, shards.class_names)
+    if columns is None:
+        names = ", ".join(trained.class_names)
         raise ValueError(
-            f"{path} was trained on {len(class_names)} classes ({', '.join(class_names)}), "
+            f"{trained.path} was trained on {len(trained.class_names)} classes ({names}), "
             f"{shards.root} has {len(shards.class_names)} ({', '.join(shards.class_names)})"
         )
-    found = shards.split(split)
+    if name is None and trained.config:
+        name = trained.config["data"]["val_split"]
+    found = shards.split(name or ("val" if "val" in shards.splits else "test"))
     if not len(found):
-        raise ValueError(f"{shards.root}: split '{split}' is empty")
-    return found
+        raise ValueError(f"{shards.root}: split '{found.name}' is empty")
+    return columns, found
 
 
 def predict(
-    content: dict[str, Any],
+    trained: Trained,
     split: Split,
     shard_image_size: int | None,
     world: World,
     pulse: Pulse,
-    precision: str,
+    precision: Wanted,
 ) -> NDArray[np.float32]:
-    """(images, classes) by the network of a checkpoint, in index order, the same on every rank."""
-    config = content["config"]
-    network = DAN(len(content["class_names"]), config["model"]["heads"])
-    prefix = "network."
-    weights = content["objective"]
-    network.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-    )
-    if precision == "auto":
-        precision = config["train"]["precision"]
-    if precision == "auto":
-        precision = "bf16" if world.device.type == "cuda" else "float32"
-    dtype = torch.float64 if precision == "float64" else torch.float32
-    network.to(world.device, dtype).to(memory_format=torch.channels_last)
+    """(images, classes) by a network from a file, in index order, the same on every rank."""
+    if precision == "auto" and trained.config:
+        precision = trained.config["train"]["precision"]
+    resolved = resolve_precision(precision, world.device)
+    dtype = torch.float64 if resolved == "float64" else torch.float32
+    network = trained.network.to(world.device, dtype).to(memory_format=torch.channels_last)
     stream, steps = evaluation_stream(
         split,
         rank=world.rank,
         world_size=world.size,
-        image_size=config["model"]["image_size"],
+        image_size=trained.image_size,
         shard_image_size=shard_image_size,
         device=world.device,
-        threads=max(1, core_count() // world.local_size),
+        threads=world.cores,
     )
     try:
         return class_probabilities(
-            network.eval(), stream, steps, world, bf16=precision == "bf16", advance=pulse.advance
+            network, stream, steps, world, bf16=resolved == "bf16", advance=pulse.advance
         )
     finally:
         stream.close()
@@ -215,19 +199,18 @@ def write(
     write_atomically(output / REPORT, json.dumps(report, indent=1) + "\n")
 
 
-def track(output: Path, report: dict[str, Any], content: dict[str, Any], experiment: str) -> None:
+def track(output: Path, report: dict[str, Any], trained: Trained, experiment: str | None) -> None:
     """A run of its own in MLflow, which names the training's."""
     forget(output)
     where = f"{report['dataset']}-{report['split']}"
-    trained = Path(content["config"]["train"]["output"]).name
     tracker = MlflowTracker(
         output,
-        experiment=experiment,
-        run_name=f"evaluate {trained} on {where}",
+        experiment=experiment or trained.experiment,
+        run_name=f"evaluate {trained.name} on {where}",
         parent=None,
         params={key: report[key] for key in ("checkpoint", "dataset", "release", "split")},
-        config=content["config"],
-        tags={"kind": "evaluation", "trained_by": content["run_id"] or "unknown",
+        config=trained.config,
+        tags={"kind": "evaluation", "trained_by": trained.run_id or "unknown",
               "fingerprint": report["fingerprint"]},
     )  # fmt: skip
     values = {f"eval/{k}": report[k] for k in ("accuracy", "mean_recall", "calibration_error")}

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dan_dist.data import MEAN, STD
 from dan_dist.metrics import BINS, Calibration
+from dan_dist.model import MEAN, STD
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -1,7 +1,6 @@
 """The DAN network: backbone, k cross-attention heads, attention fusion (arXiv 2109.07270, §3)."""
 
 from collections import OrderedDict
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 CHANNELS = 512  # of ResNet-18's last stage
-PREFIXES = ("module.", "_orig_mod.", "backbone.")
-OWN = "network.backbone."  # in our checkpoints
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB, of values in [0, 1]
+STD = (0.229, 0.224, 0.225)
 
 
 class Output(NamedTuple):
@@ -61,7 +60,7 @@ class DAN(nn.Module):
     """Distract-your-attention network with `heads` cross-attention heads.
 
     `heads=0` is the paper's baseline: ResNet-18, pooling, one linear layer.
-    Input (B,3,S,S), S divisible by 32, normalised with the ImageNet mean and deviation.
+    Input (B,3,S,S), S divisible by 32, normalised by MEAN and STD.
     """
 
     def __init__(self, classes: int, heads: int = 4) -> None:
@@ -116,67 +115,3 @@ def cost(classes: int, heads: int, image_size: int) -> dict[str, float]:
         network(image)
     parameters = sum(p.numel() for p in network.parameters())
     return {"model/parameters": parameters, "model/gflops": counter.get_total_flops() / 1e9}
-
-
-def load_backbone(network: DAN, source: str) -> str:
-    """Starts the backbone from `source`: "none", "imagenet" (torchvision's weights) or a file.
-
-    A file holds a ResNet-18 in torchvision's names, bare or under 'state_dict', 'model_state_dict'
-    or 'model', with or without a 'module.' prefix; its classifier is left out. Or it is one of our
-    own checkpoints, of which the backbone is taken. Only tensors are read, no code is run. Returns
-    one line that says what was loaded.
-
-    Raises:
-        FileNotFoundError: the file does not exist (the message names the choices).
-        ValueError: not a readable weights file, or keys or shapes are not ResNet-18's.
-    """
-    if source == "none":
-        return "backbone: random start"
-    if source == "imagenet":
-        weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-        state = weights.get_state_dict(progress=False, check_hash=True)
-    else:
-        state = _read_weights(Path(source))
-    own = network.backbone.state_dict()
-    found = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    wanted = [k for k in own if not k.endswith("num_batches_tracked")]
-    missing = [k for k in wanted if k not in found]
-    if missing:
-        raise ValueError(
-            f"model.backbone {source}: {len(wanted) - len(missing)} of {len(wanted)} ResNet-18 "
-            f"tensors match; missing or of another shape: {', '.join(missing[:3])} …"
-        )
-    extra = [k for k in state if k not in own and not k.startswith("fc.")]
-    if extra:
-        raise ValueError(
-            f"model.backbone {source}: more than a ResNet-18: {', '.join(extra[:3])} …"
-        )
-    network.backbone.load_state_dict(found, strict=False)
-    return f"backbone: {len(wanted)} tensors from {source}"
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"model.backbone {path}: no such file; give the path of a ResNet-18 weights file "
-            "(resnet18_msceleb.pth in the paper's recipes), 'imagenet', or 'none': a random start"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling garbage raises nearly anything
-        raise ValueError(f"model.backbone {path}: not a weights file ({error})") from error
-    for name in ("state_dict", "model_state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(name), dict):
-            state = state[name]
-    if isinstance(state, dict) and isinstance(state.get("objective"), dict):
-        own = state["objective"].items()
-        state = {k.removeprefix(OWN): v for k, v in own if k.startswith(OWN)}
-    if not isinstance(state, dict):
-        raise ValueError(f"model.backbone {path}: holds a {type(state).__name__}, not tensors")
-    return {_strip(k): v for k, v in state.items() if isinstance(v, Tensor)}
-
-
-def _strip(key: str) -> str:
-    for prefix in PREFIXES:
-        key = key.removeprefix(prefix)
-    return key

@@ -13,12 +13,13 @@ from dan_dist.augment import Augment
 from dan_dist.cache import is_remote
 from dan_dist.config import Config, flatten
 from dan_dist.data import Stream, evaluation_stream, train_stream
-from dan_dist.engine import Engine, Precision, check_split
+from dan_dist.engine import Engine, check_split, resolve_precision
 from dan_dist.losses import Objective
-from dan_dist.model import DAN, load_backbone
+from dan_dist.model import DAN
 from dan_dist.shardset import ShardSet, Split, open_shardset
 from dan_dist.tracking import MlflowTracker, NullTracker
-from dan_dist.world import World, core_count
+from dan_dist.weights import load_backbone, load_weights
+from dan_dist.world import World
 from shards import synthetic
 
 log = logging.getLogger(__name__)
@@ -65,11 +66,15 @@ def open_data(config: Config, world: World, folder: str) -> tuple[ShardSet, Spli
 
 
 def build_objective(config: Config, shards: ShardSet) -> Objective:
-    """Network and losses at their start: 1. the seed, 2. a backbone file, later a checkpoint."""
+    """Network and losses at their start: 1. the seed, 2. a file of weights, later a checkpoint."""
     torch.manual_seed(config.train.seed)
     classes = len(shards.class_names)
     network = DAN(classes, config.model.heads)
-    log.info(load_backbone(network, config.model.backbone))
+    if config.model.weights is None:
+        log.info(load_backbone(network, config.model.backbone))
+    else:
+        source, order = config.model.weights, config.model.weights_classes
+        log.info(load_weights(network, shards.class_names, source, order))
     return Objective(
         network,
         classes,
@@ -95,7 +100,7 @@ def build_engine(config: Config, world: World, objective: Objective) -> Engine:
         lr=config.optim.lr,
         momentum=config.optim.momentum,
         weight_decay=config.optim.weight_decay,
-        precision=resolve_precision(config, world),
+        precision=resolve_precision(config.train.precision, world.device),
         sync_bn=config.model.sync_bn,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
@@ -103,13 +108,6 @@ def build_engine(config: Config, world: World, objective: Objective) -> Engine:
         may_skip=config.train.max_skipped_steps > 0,
         clip_norm=config.optim.clip_norm,
     )
-
-
-def resolve_precision(config: Config, world: World) -> Precision:
-    """bf16 on a GPU and float32 on a CPU, unless the configuration says otherwise."""
-    if config.train.precision != "auto":
-        return config.train.precision
-    return "bf16" if world.device.type == "cuda" else "float32"
 
 
 def open_train_stream(
@@ -133,7 +131,7 @@ def open_train_stream(
         image_size=config.model.image_size,
         shard_image_size=shards.image_size,
         device=world.device,
-        threads=decode_threads(config, world),
+        threads=config.data.threads or world.cores,
     )
 
 
@@ -148,13 +146,8 @@ def open_val_stream(
         image_size=config.model.image_size,
         shard_image_size=shards.image_size,
         device=world.device,
-        threads=decode_threads(config, world),
+        threads=config.data.threads or world.cores,
     )
-
-
-def decode_threads(config: Config, world: World) -> int:
-    """DALI's CPU threads on this rank: its share of the node's cores, unless configured."""
-    return config.data.threads or max(1, core_count() // world.local_size)
 
 
 def open_tracker(
@@ -181,6 +174,6 @@ def open_tracker(
             "fingerprint": shards.fingerprint,
             "world_size": str(world.size),
             "device": world.device.type,
-            "precision": resolve_precision(config, world),
+            "precision": resolve_precision(config.train.precision, world.device),
         },
     )

@@ -41,6 +41,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def cores(self) -> int:
+        """This rank's share of the node's cores."""
+        return max(1, core_count() // self.local_size)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor`, summed over ranks in place."""
         if self.size > 1:

@@ -18,6 +18,11 @@ def main(arguments: list[str], stop: StopRequest) -> int:
     parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder (its best)")
     parser.add_argument("--data", required=True, help="folder or URL of the shards")
     parser.add_argument("--split", help="default: that of the training's own evaluations")
+    parser.add_argument(
+        "--classes",
+        help="of a file in the authors' format, which does not name them: affectnet8, affectnet7, "
+        "rafdb, sfew, or the names in label order with commas",
+    )
     parser.add_argument("--cache", help="folder on each node into which the shards are copied")
     parser.add_argument("--output", type=Path, help="default: a folder beside the checkpoint")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -35,6 +40,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         options.checkpoint,
         options.data,
         split=options.split,
+        classes=options.classes,
         cache=options.cache,
         output=options.output,
         device=options.device,

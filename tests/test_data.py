@@ -18,14 +18,13 @@ from dan_dist import data
 from dan_dist.augment import ERASE_RATIO, UNIFORMS, Augment, place
 from dan_dist.data import (
     ADVISED_AHEAD,
-    MEAN,
-    STD,
     Batch,
     Stream,
     TrainOrder,
     evaluation_stream,
     train_stream,
 )
+from dan_dist.model import MEAN, STD
 from dan_dist.sampler import augmentation_uniforms
 from dan_dist.shardset import ShardSet, Split, open_shardset
 

@@ -8,7 +8,8 @@ import torchvision
 
 from dan_dist import checkpoint
 from dan_dist.losses import Objective
-from dan_dist.model import DAN, load_backbone
+from dan_dist.model import DAN
+from dan_dist.weights import load_backbone
 
 
 @pytest.mark.parametrize(

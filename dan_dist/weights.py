@@ -1,0 +1,276 @@
+"""Weights from files: our checkpoints, the authors' DAN, a ResNet-18. No code in them is run."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor
+
+from dan_dist import checkpoint
+from dan_dist.config import REPOSITORY, load_config
+from dan_dist.model import DAN
+
+PREFIXES = ("module.", "_orig_mod.", "backbone.")
+OWN = "network."  # in our checkpoints, the network among the objective's tensors
+ORDERS = ("affectnet8", "affectnet7", "rafdb", "sfew")  # configurations that name their classes
+SYNONYMS = {"happiness": "happy", "sadness": "sad", "angry": "anger"}  # as data sets call them
+AUTHORS_SIZE = 224  # pixels
+
+# Our names for the parts of DAN → the authors'
+_STAGES = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+_SPATIAL = {"reduce": "conv1x1", "square": "conv_3x3", "wide": "conv_1x3", "tall": "conv_3x1"}
+
+
+class Trained(NamedTuple):
+    """A network with its weights, and what its file says of it."""
+
+    path: Path
+    network: DAN  # on the CPU, in evaluation mode
+    class_names: tuple[str, ...]
+    image_size: int  # pixels
+    step: int  # optimiser steps; in the authors' files, epochs
+    config: dict[str, Any]  # of the training; empty in the authors' files
+    run_id: str | None  # MLflow's, of the training
+
+    @property
+    def name(self) -> str:
+        """What the training was called; of the authors' files, theirs."""
+        return Path(self.config["train"]["output"]).name if self.config else self.path.stem
+
+    @property
+    def experiment(self) -> str:
+        """MLflow's, of the training."""
+        return str(self.config["tracking"]["experiment"]) if self.config else "dan_dist"
+
+
+def load_trained(path: Path, classes: str | None = None) -> Trained:
+    """The network of one of our checkpoints, of a run's folder (its best), or of the authors' file.
+
+    classes: the authors' files do not name theirs; see `class_order`. Theirs of eight classes are
+    AffectNet's.
+
+    Raises:
+        FileNotFoundError: no such file. OSError: it cannot be read.
+        ValueError: damaged, neither of the two, too few of its keys match, or its classes are not
+            known.
+    """
+    path = path / checkpoint.BEST if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        content = checkpoint.load(path)
+    except checkpoint.ForeignError:
+        return _load_authors(path, classes)
+    names = tuple(content["class_names"])
+    if classes is not None and class_order(classes) != names:
+        raise ValueError(f"{path} has the classes {', '.join(names)}, not those of '{classes}'")
+    network = DAN(len(names), content["config"]["model"]["heads"])
+    own = {k.removeprefix(OWN): v for k, v in content["objective"].items() if k.startswith(OWN)}
+    _fill(network, own, str, path)
+    size = content["config"]["model"]["image_size"]
+    return Trained(path, network.eval(), names, size, content["step"], content["config"],
+                   content["run_id"])  # fmt: skip
+
+
+def _load_authors(path: Path, classes: str | None) -> Trained:
+    """The authors' `{'iter', 'model_state_dict', …}`, or the bare tensors of it."""
+    content = _read(path)
+    tensors = _tensors(content)
+    count = len(tensors["fc.bias"]) if tensors.get("fc.bias", torch.empty(())).ndim else 1
+    heads = {found[0] for key in tensors if (found := re.match(r"cat_head\d+\.", key))}
+    network = DAN(count, len(heads) or 4)
+    _fill(network, tensors, _authors_name, path)
+    order = classes or ("affectnet8" if count == 8 else None)
+    if order is None:
+        raise ValueError(
+            f"{path} is of the authors' format, which does not name its {count} classes: say whose "
+            f"order it is, one of {', '.join(ORDERS)}, or the names with commas"
+        )
+    names = class_order(order)
+    if len(names) != count:
+        raise ValueError(f"{path} has {count} classes, '{order}' has {len(names)}")
+    epochs = content.get("iter")
+    step = epochs if isinstance(epochs, int) else 0
+    return Trained(path, network.eval(), names, AUTHORS_SIZE, step, {}, None)
+
+
+def _authors_name(key: str) -> str:
+    """What the authors' release calls a tensor of ours."""
+    part, _, rest = key.partition(".")
+    if part == "backbone":
+        stage, _, rest = rest.partition(".")
+        return f"features.{_STAGES[stage]}.{rest}"
+    if part == "heads":
+        number, kind, module, rest = rest.split(".", 3)
+        inner = f"sa.{_SPATIAL[module]}" if kind == "spatial" else "ca.attention"
+        return f"cat_head{number}.{inner}.{rest}"
+    return {"classifier": "fc", "logit_norm": "bn"}[part] + f".{rest}"
+
+
+def class_order(classes: str) -> tuple[str, ...]:
+    """Class names in label order: those of a configuration in `configs/`, or names with commas.
+
+    Raises:
+        ValueError: neither.
+    """
+    if "," in classes:
+        return tuple(name.strip() for name in classes.split(","))
+    if classes not in ORDERS:
+        raise ValueError(f"classes '{classes}': expected {', '.join(ORDERS)}, or names with commas")
+    names = load_config(REPOSITORY / "configs" / f"{classes}.yaml").data.classes
+    assert names is not None
+    return tuple(names)
+
+
+def columns_of(class_names: tuple[str, ...], wanted: tuple[str, ...]) -> list[int] | None:
+    """Where each of the `wanted` classes stands in `class_names`; None where the sets differ.
+
+    Data sets order their classes differently, and call some of them differently (SYNONYMS).
+    """
+    own, other = ([SYNONYMS.get(n, n) for n in names] for names in (class_names, wanted))
+    return [own.index(n) for n in other] if sorted(own) == sorted(other) else None
+
+
+def load_weights(network: DAN, class_names: tuple[str, ...], source: str,
+                 classes: str | None = None) -> str:  # fmt: skip
+    """Starts the whole network from a file that `load_trained` reads; returns a line on it.
+
+    The classifier follows the classes by name, wherever they stand; where the file knows other
+    classes, it stays as it is.
+
+    Raises:
+        as `load_trained`; ValueError: another number of heads.
+    """
+    trained = load_trained(Path(source), classes)
+    if len(trained.network.heads) != len(network.heads):
+        raise ValueError(
+            f"model.weights {source} has {len(trained.network.heads)} heads, model.heads is "
+            f"{len(network.heads)}"
+        )
+    state = trained.network.state_dict()
+    ending = [k for k in state if k.startswith(("classifier.", "logit_norm."))]
+    columns = columns_of(trained.class_names, class_names)
+    if columns is None:
+        state = {k: v for k, v in state.items() if k not in ending}
+        end = f"classifier: fresh, as the file's classes are {', '.join(trained.class_names)}"
+    else:
+        state |= {k: state[k][columns] for k in ending if state[k].ndim}
+        end = "classifier and all"
+    network.load_state_dict(state, strict=False)
+    return f"network: from {trained.path}, {end}"
+
+
+def load_backbone(network: DAN, source: str) -> str:
+    """Starts the backbone from `source`: "none", "imagenet" (torchvision's weights) or a file.
+
+    A file holds a ResNet-18 in torchvision's names, bare or under 'state_dict', 'model_state_dict'
+    or 'model', with or without a 'module.' prefix; its classifier is left out. Or it is one of our
+    own checkpoints, or of the authors', of which the backbone is taken. Only tensors are read.
+    Returns one line that says what was loaded.
+
+    Raises:
+        FileNotFoundError: the file does not exist (the message names the choices).
+        ValueError: not a readable weights file, or keys or shapes are not ResNet-18's.
+    """
+    if source == "none":
+        return "backbone: random start"
+    if source == "imagenet":
+        weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    else:
+        state = _read_backbone(Path(source))
+    own = network.backbone.state_dict()
+    found = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    wanted = [k for k in own if not k.endswith("num_batches_tracked")]
+    missing = [k for k in wanted if k not in found]
+    if missing:
+        raise ValueError(
+            f"model.backbone {source}: {len(wanted) - len(missing)} of {len(wanted)} ResNet-18 "
+            f"tensors match; missing or of another shape: {', '.join(missing[:3])} …"
+        )
+    extra = [k for k in state if k not in own and not k.startswith("fc.")]
+    if extra:
+        raise ValueError(
+            f"model.backbone {source}: more than a ResNet-18: {', '.join(extra[:3])} …"
+        )
+    network.backbone.load_state_dict(found, strict=False)
+    return f"backbone: {len(wanted)} tensors from {source}"
+
+
+def _read_backbone(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"model.backbone {path}: no such file; give the path of a ResNet-18 weights file "
+            "(resnet18_msceleb.pth in the paper's recipes), 'imagenet', or 'none': a random start"
+        )
+    content = _read(path)
+    prefix = OWN + "backbone."
+    if isinstance(own := content.get("objective"), dict):  # one of our checkpoints
+        return {k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)}
+    tensors = _tensors(content)
+    if not any(key.startswith("features.0.") for key in tensors):
+        return tensors
+    names = DAN(1, 0).backbone.state_dict()
+    theirs = {name: _authors_name(f"backbone.{name}") for name in names}
+    return {name: tensors[key] for name, key in theirs.items() if key in tensors}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a file of weights holds.
+
+    Raises:
+        ValueError: it cannot be read as tensors and plain values in a dict.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling garbage raises nearly anything
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: not a weights file ({reason})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not tensors by name")
+    return content
+
+
+def _tensors(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The named tensors, bare or under the field's usual keys, without wrappers' prefixes."""
+    for name in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content.get(name), dict):
+            content = content[name]
+    return {_strip(k): v for k, v in content.items() if isinstance(v, Tensor)}
+
+
+def _strip(key: str) -> str:
+    for prefix in PREFIXES:
+        key = str(key).removeprefix(prefix)
+    return key
+
+
+def _fill(
+    network: DAN, tensors: dict[str, Tensor], name_of: Callable[[str], str], path: Path
+) -> None:
+    """Loads all of a network's tensors; `name_of` says what the file calls one.
+
+    Raises:
+        ValueError: some are missing, of another shape, or too many; lists them.
+    """
+    own = network.state_dict()
+    names = {k: name_of(k) for k in own}
+    found = {k: tensors[n] for k, n in names.items() if n in tensors}
+    wanted = [k for k in own if not k.endswith("num_batches_tracked")]  # not in all files
+    missing = [names[k] for k in wanted if k not in found or found[k].shape != own[k].shape]
+    extra = sorted(tensors.keys() - names.values())
+    if missing or extra:
+        raise ValueError(
+            f"{path}: neither a checkpoint of this project nor the authors' DAN: "
+            f"{len(wanted) - len(missing)} of {len(wanted)} tensors match; missing or of another "
+            f"shape: {_listed(missing)}; unknown: {_listed(extra)}"
+        )
+    network.load_state_dict(found, strict=False)
+
+
+def _listed(keys: list[str], most: int = 5) -> str:
+    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return (", ".join(keys[:most]) or "none") + rest
