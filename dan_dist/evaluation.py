@@ -121,7 +121,11 @@ def predict(
     pulse: Pulse,
     precision: Wanted,
 ) -> NDArray[np.float32]:
-    """(images, classes) by a network from a file, in index order, the same on every rank."""
+    """(images, classes) by a network from a file, in index order, the same on every rank.
+
+    Raises:
+        ValueError: what the network gives is not finite: its weights are not, or are too large.
+    """
     if precision == "auto" and trained.config:
         precision = trained.config["train"]["precision"]
     resolved = resolve_precision(precision, world.device)
@@ -137,11 +141,16 @@ def predict(
         threads=world.cores,
     )
     try:
-        return class_probabilities(
+        found = class_probabilities(
             network, stream, steps, world, bf16=resolved == "bf16", advance=pulse.advance
         )
     finally:
         stream.close()
+    if bad := int((~np.isfinite(found)).any(axis=1).sum()):
+        raise ValueError(
+            f"{trained.path}: the output is not finite for {bad} of {len(found)} images"
+        )
+    return found
 
 
 def describe(probabilities: NDArray[np.float32], split: Split) -> dict[str, Any]:

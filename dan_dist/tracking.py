@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from dan_dist.journal import Journal
+from dan_dist.logged_model import log_model
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 _STORE = "mlflow.db"
 _JOURNAL_TAG, _PARENT_TAG = "dan_dist.journal", "dan_dist.parent"
@@ -60,6 +62,8 @@ class NullTracker:
     def figure(self, name: str, draw: Callable[..., Figure], *values: Any) -> None: ...
 
     def artifact(self, path: Path, folder: str) -> None: ...
+
+    def model(self, path: Path) -> None: ...
 
     def end(self, status: str) -> None: ...
 
@@ -131,6 +135,10 @@ class MlflowTracker(NullTracker):
         """Notes a file to be copied among the run's artifacts as it is when it is sent."""
         relative = os.path.relpath(path, self._folder)
         self._journal.append("artifact", path=relative, folder=folder)
+
+    def model(self, path: Path) -> None:
+        """Notes a checkpoint to be logged as the run's model."""
+        self._journal.append("model", path=os.path.relpath(path, self._folder))
 
     def end(self, status: str) -> None:
         """Ends the run (FINISHED, FAILED, KILLED) and waits while the server takes what is left.
@@ -233,6 +241,13 @@ class Sender(threading.Thread):
                 client.log_artifact(
                     run_id, str(self._own(record["path"])), record["folder"] or None
                 )
+            case "model":
+                path = self._own(record["path"])
+                assert run_id is not None
+                try:
+                    log_model(client, run_id, path)
+                except ValueError as error:  # a damaged checkpoint will not mend
+                    raise RefusedError(str(error)) from error
             case "rollback":
                 client.set_tag(run_id, _ROLLBACK_TAG, f"to step {record['step']}, after damage")
             case "status":

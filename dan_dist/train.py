@@ -361,7 +361,7 @@ def report(
         return
     metrics, best = state["metrics"], state["best"]
     folder = Path(config.train.output)
-    tracker.artifact(folder / checkpoint.BEST, "checkpoints")
+    tracker.model(folder / checkpoint.BEST)
     log.info(
         "finished after %d steps: accuracy %.2f %% (best %.2f %%, epoch %d), mean recall %.2f %%; "
         "chance is %.2f %%",

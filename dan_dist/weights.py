@@ -28,7 +28,7 @@ class Trained(NamedTuple):
     """A network with its weights, and what its file says of it."""
 
     path: Path
-    network: DAN  # on the CPU, in evaluation mode
+    network: DAN  # on the CPU, in evaluation mode, float64 where the file is, else float32
     class_names: tuple[str, ...]
     image_size: int  # pixels
     step: int  # optimiser steps; in the authors' files, epochs
@@ -268,6 +268,8 @@ def _fill(
             f"{len(wanted) - len(missing)} of {len(wanted)} tensors match; missing or of another "
             f"shape: {_listed(missing)}; unknown: {_listed(extra)}"
         )
+    if any(tensor.dtype == torch.float64 for tensor in found.values()):
+        network.double()
     network.load_state_dict(found, strict=False)
 
 

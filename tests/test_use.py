@@ -1,0 +1,237 @@
+"""A trained network in use: predictions, exported files, the model that MLflow serves."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import onnxruntime
+import pandas as pd
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from test_train import single
+from torch import nn
+
+from conftest import DAN as OPTIONS
+from conftest import REPOSITORY, run
+from dan_dist import crops, evaluation, export, logged_model, prediction
+from dan_dist.data import Reader
+from dan_dist.model import DAN, MEAN, STD, Output
+from dan_dist.pulse import joined
+from dan_dist.shardset import ShardSet
+from dan_dist.tracking import connect
+from dan_dist.weights import load_trained
+from shards.images import decode
+
+Write = Callable[[str], Path]
+STEPS = ["optim.name=adam", "optim.lr=1e-3", "train.max_steps=4"]
+
+
+def crop_files(faces: ShardSet, folder: Path) -> list[Path]:
+    """The validation images as files, in the order of the index."""
+    folder.mkdir()
+    reader = Reader(faces.split("val"), max_bad=0)
+    paths = [folder / f"{k:02d}.jpg" for k in range(16)]
+    for number, path in enumerate(paths):
+        path.write_bytes(reader.read(number).tobytes())
+    reader.close()
+    return paths
+
+
+def evaluated(folder: Path, faces: ShardSet) -> NDArray[np.float32]:
+    with joined("cpu", timeout_s=60, on_loss=print) as (world, pulse):
+        split = faces.split("val")
+        return evaluation.predict(load_trained(folder), split, 32, world, pulse, "auto")
+
+
+def predict(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
+    done = run(sys.executable, REPOSITORY / "launch" / "predict.py", *arguments, cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_predictions_are_those_of_the_evaluation(
+    tiny: Write, faces: ShardSet, tmp_path: Path
+) -> None:
+    """To the bit; beside a file that is no image, a larger one, and one that lies on its side."""
+    single(tiny("run"), *OPTIONS, *STEPS)
+    paths = crop_files(faces, tmp_path / "crops")
+    expected = evaluated(tmp_path / "run", faces)
+    (tmp_path / "crops" / "broken.png").write_bytes(paths[0].read_bytes()[:300])
+    (tmp_path / "crops" / "notes.txt").write_text("not to be read")
+    image = Image.open(paths[3])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise
+    (tmp_path / "crops" / "inside").mkdir()
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / "crops" / "inside" / "turned.jpg", exif=exif, quality=100)
+    image.resize((64, 64), Image.Resampling.NEAREST).save(tmp_path / "crops" / "inside" / "2.png")
+    code, out, err = predict(tmp_path / "run", tmp_path / "crops", "--json", cwd=tmp_path)
+    assert code == 1 and err == "each image is taken for the crop of one face\n"
+    rows = {Path(row["image"]).name: row for row in map(json.loads, out.splitlines())}
+    assert rows.pop("broken.png")["error"].startswith("cannot be decoded")
+    assert list(rows) == [*(p.name for p in paths), "2.png", "turned.jpg"]
+    names = faces.class_names
+    for row in rows.values():
+        assert row["class"] == names[np.argmax(list(row["probabilities"].values()))]
+        assert tuple(row["probabilities"]) == names
+    found = {name: np.float32(list(row["probabilities"].values())) for name, row in rows.items()}
+    assert all((found[p.name] == row).all() for p, row in zip(paths, expected, strict=True))
+    for name in ("2.png", "turned.jpg"):
+        near = np.abs(found[name] - expected[3]).max()
+        assert near < 0.5 * np.abs(np.delete(expected, 3, axis=0) - expected[3]).max(axis=1).min()
+
+
+def test_predictions_as_a_table(tiny: Write, faces: ShardSet, tmp_path: Path) -> None:
+    single(tiny("run"), *STEPS)
+    paths = crop_files(faces, tmp_path / "crops")
+    expected = evaluated(tmp_path / "run", faces)[1]
+    code, out, _ = predict(tmp_path / "run" / "best.pt", paths[1], cwd=tmp_path)
+    head, row = (line.split() for line in out.splitlines())
+    assert code == 0 and head == ["image", "class", *faces.class_names]
+    assert row[:2] == [str(paths[1]), faces.class_names[expected.argmax()]]
+    # one image alone, where there were sixteen: the last bits may differ
+    assert [float(v[:-1]) for v in row[2:]] == pytest.approx(100 * expected, abs=0.06)
+    for path, images, line in (
+        ("run", "none.jpg", r"none\.jpg: no such file or folder"),
+        ("run", "run", r"run: no image in it \(\.bmp"),
+        ("x.pt", "crops", r"x\.pt: no such checkpoint"),
+    ):
+        with pytest.raises(FileNotFoundError, match=line):
+            prediction.main(tmp_path / path, [tmp_path / images])
+
+
+def test_many_crops_keep_their_order(faces: ShardSet, tmp_path: Path) -> None:
+    paths = crop_files(faces, tmp_path / "crops") * 10
+    paths[77] = tmp_path / "gone.jpg"
+    staged = crops.stage(paths, tmp_path, faces.class_names, size=32, threads=3)
+    assert staged.faults == {paths[77]: "No such file or directory"}
+    assert staged.paths == paths[:77] + paths[78:]
+    reader = Reader(staged.split, max_bad=0)
+    assert all(reader.read(k).tobytes() == p.read_bytes() for k, p in enumerate(staged.paths))
+    reader.close()
+
+
+def settled(heads: int) -> DAN:
+    """A network whose BatchNorms all do something."""
+    torch.manual_seed(heads)
+    network = DAN(8, heads)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    with torch.no_grad():
+        for _ in range(20):
+            network.train()(torch.randn(8, 3, 64, 64))
+    return network.eval()
+
+
+@pytest.mark.parametrize("heads", [0, 1, 3])
+def test_the_merged_network_is_the_network(heads: int) -> None:
+    network, images = settled(heads).double(), torch.randn(4, 3, 64, 64).double()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    merged = export.merge(network)
+    with torch.no_grad():
+        found, expected = merged(images), network(images)
+    for part in range(len(Output._fields)):
+        if expected[part] is not None:
+            largest = expected[part].abs().max()
+            assert (found[part] - expected[part]).abs().max() < 1e-9 * largest
+    kinds = [type(module) for module in merged.modules()]
+    assert not any("BatchNorm" in kind.__name__ for kind in kinds)
+    assert sum(kind is nn.Conv2d for kind in kinds) == 20 + 2 * heads
+    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+
+
+def test_exported_files_give_the_networks_logits(
+    tiny: Write, faces: ShardSet, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO", "dan_dist.export")
+    single(tiny("run"), *OPTIONS, *STEPS)
+    network = load_trained(tmp_path / "run").network
+    onnx, program = export.main(tmp_path / "run", output=tmp_path / "out")
+    assert "times as fast as the network" in caplog.text
+    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    extra = {"metadata.json": ""}
+    module = torch.export.load(program, extra_files=extra).module()
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["class_names"]) == list(faces.class_names)
+    assert json.loads(facts["size"]) == 32 and json.loads(facts["mean"]) == list(MEAN)
+    assert json.loads(extra["metadata.json"])["class_names"] == list(faces.class_names)
+    paths = crop_files(faces, tmp_path / "crops")
+    pixels = np.stack([np.asarray(decode(p.read_bytes())) for p in paths]).transpose(0, 3, 1, 2)
+    scaled = (pixels / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    with torch.no_grad():
+        logits = network(torch.from_numpy(scaled).float()).logits
+    for images in (1, 16):
+        given, expected = pixels[:images].astype(np.float32), logits[:images]
+        both = session.run(["logits", "probabilities"], {"pixels": given})
+        for found in (both, module(torch.from_numpy(given))):
+            error = np.abs(np.asarray(found[0]) - expected.numpy()).max()
+            assert error < 1e-4 * expected.abs().max()
+            assert np.allclose(np.asarray(found[1]), expected.softmax(dim=1), atol=1e-5)
+
+    def spoilt(network: DAN) -> DAN:
+        with torch.no_grad():
+            network.classifier.bias[3] += 0.01
+        return network
+
+    exact = export.merge
+    monkeypatch.setattr(export, "merge", lambda network: spoilt(exact(network)))
+    with pytest.raises(ValueError, match=r"merged: logits are .* off, at most 0\.0001"):
+        export.main(tmp_path / "run", output=tmp_path / "spoilt")
+    assert not list((tmp_path / "spoilt").iterdir())
+
+
+def logged(client: Any) -> list[Any]:
+    experiment = client.get_experiment_by_name("dan_dist").experiment_id
+    return sorted(client.search_logged_models([experiment]), key=lambda m: int(m.params["step"]))
+
+
+def test_the_best_model_is_in_mlflow(
+    tiny: Write, faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded from there, it tells named probabilities from image bytes; nothing is pickled."""
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.chdir(tmp_path)
+    options = [*OPTIONS, "tracking.enabled=true", "optim.name=adam", "optim.lr=1e-3"]
+    single(tiny("run"), *options, "train.max_steps=4")
+    client = connect(store)
+    (model,) = logged(client)
+    assert model.status == "READY" and model.params["heads"] == "2"
+    best = load_trained(tmp_path / "run")
+    history = client.get_metric_history(model.source_run_id, "val/accuracy")
+    measured = [m.value for m in history if m.step == best.step]
+    assert measured == [m.value for m in model.metrics if m.key == "val/accuracy"]
+    logged_model.log_model(client, model.source_run_id, tmp_path / "run" / "best.pt")
+    assert len(logged(client)) == 1  # sent twice, it is there once
+    assert len(client.get_metric_history(model.source_run_id, "val/accuracy")) == len(history)
+
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{model.model_id}"))
+    assert not [p for p in folder.rglob("*") if p.suffix in (".pkl", ".pickle")]
+    assert load_trained(folder / "artifacts" / "best.pt").class_names == faces.class_names
+    loaded = mlflow.pyfunc.load_model(f"models:/{model.model_id}")
+    paths = crop_files(faces, tmp_path / "crops")
+    found = loaded.predict(pd.DataFrame({"image": [p.read_bytes() for p in paths]}))
+    assert tuple(found.columns) == faces.class_names
+    assert tuple(loaded.metadata.signature.outputs.input_names()) == faces.class_names
+    assert np.abs(found.to_numpy() - evaluated(tmp_path / "run", faces)).max() < 1e-5
+    buffer = io.BytesIO()
+    Image.new("L", (50, 70), 90).save(buffer, "PNG")
+    other = loaded.predict(pd.DataFrame({"image": [buffer.getvalue()]}))
+    assert other.shape == (1, 8) and other.to_numpy().sum() == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"image 1: cannot be decoded"):
+        loaded.predict(pd.DataFrame({"image": [buffer.getvalue(), b"no image"]}))
+    mlflow.register_model(f"models:/{model.model_id}", "faces")
+    assert mlflow.pyfunc.load_model("models:/faces/1").metadata.signature
+
+    # A run that goes on and finds a better one logs that one too.
+    single(tiny("run"), *options, "train.max_steps=20", "train.epochs=9")
+    assert len(logged(client)) == 1 + (load_trained(tmp_path / "run").step > best.step)

@@ -1,0 +1,291 @@
+"""Networks from files: the authors' DAN gives the authors' logits, and starts a training."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conftest import DAN as OPTIONS
+from conftest import train
+from dan_dist import checkpoint, evaluation
+from dan_dist.config import load_config
+from dan_dist.data import evaluation_stream
+from dan_dist.model import DAN
+from dan_dist.shardset import ShardSet
+from dan_dist.weights import class_order, load_backbone, load_trained, load_weights
+from shards import affectnet, rafdb, sfew
+
+Write = Callable[[str], Path]
+State = dict[str, Tensor]
+SPATIAL = {"conv1x1": (256, 512, 1, 1), "conv_3x3": (512, 256, 3, 3),
+           "conv_1x3": (512, 256, 1, 3), "conv_3x1": (512, 256, 3, 1)}  # fmt: skip
+
+
+def authors_state(classes: int, heads: int) -> State:
+    """Random weights in the layout of the authors' files, double precision."""
+    random = torch.Generator().manual_seed(classes + heads)
+    state: State = {}
+
+    def put(name: str, *shape: int) -> None:
+        deviation = (2 / torch.Size(shape[1:] or (1,)).numel()) ** 0.5
+        state[f"{name}.weight"] = torch.randn(shape, generator=random).double() * deviation
+
+    def norm(name: str, channels: int) -> None:
+        state[f"{name}.weight"] = 1 + 0.2 * torch.randn(channels, generator=random).double()
+        for part in ("bias", "running_mean"):
+            state[f"{name}.{part}"] = 0.2 * torch.randn(channels, generator=random).double()
+        state[f"{name}.running_var"] = 0.5 + torch.rand(channels, generator=random).double()
+        state[f"{name}.num_batches_tracked"] = torch.tensor(3)
+
+    def with_bias(name: str, *shape: int) -> None:
+        put(name, *shape)
+        state[f"{name}.bias"] = 0.1 * torch.randn(shape[0], generator=random).double()
+
+    put("features.0", 64, 3, 7, 7)
+    norm("features.1", 64)
+    width = 64
+    for stage, wide in enumerate((64, 128, 256, 512), start=4):
+        for block in range(2):
+            name = f"features.{stage}.{block}"
+            put(f"{name}.conv1", wide, width, 3, 3)
+            norm(f"{name}.bn1", wide)
+            put(f"{name}.conv2", wide, wide, 3, 3)
+            norm(f"{name}.bn2", wide)
+            if wide != width:
+                put(f"{name}.downsample.0", wide, width, 1, 1)
+                norm(f"{name}.downsample.1", wide)
+            width = wide
+    for head in range(heads):
+        for conv, shape in SPATIAL.items():
+            with_bias(f"cat_head{head}.sa.{conv}.0", *shape)
+            norm(f"cat_head{head}.sa.{conv}.1", shape[0])
+        with_bias(f"cat_head{head}.ca.attention.0", 32, 512)
+        norm(f"cat_head{head}.ca.attention.1", 32)
+        with_bias(f"cat_head{head}.ca.attention.3", 512, 32)
+    with_bias("fc", classes, 512)
+    norm("bn", classes)
+    return state
+
+
+class Reference:
+    """DAN's equations by plain functions of tensors; in `settling`, BatchNorm learns its batch."""
+
+    def __init__(self, state: State, heads: int) -> None:
+        self.state, self.heads, self.settling = state, heads, False
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        weight, bias, mean, var = (
+            self.state[f"{name}.{part}"] for part in ("weight", "bias", "running_mean",
+                                                      "running_var")
+        )  # fmt: skip
+        if self.settling:
+            axes = [0, *range(2, x.ndim)]
+            mean.copy_(x.mean(dim=axes))
+            var.copy_(x.var(dim=axes) + 1e-3)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        scale = weight / torch.sqrt(var + 1e-5)
+        return (x - mean.view(shape)) * scale.view(shape) + bias.view(shape)
+
+    def conv(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
+        weight = self.state[f"{name}.weight"]
+        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+        return F.conv2d(x, weight, self.state.get(f"{name}.bias"), stride, padding)
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
+
+    def block(self, x: Tensor, name: str, stride: int) -> Tensor:
+        y = torch.relu(self.norm(self.conv(x, f"{name}.conv1", stride), f"{name}.bn1"))
+        y = self.norm(self.conv(y, f"{name}.conv2"), f"{name}.bn2")
+        if f"{name}.downsample.0.weight" in self.state:
+            x = self.norm(self.conv(x, f"{name}.downsample.0", stride), f"{name}.downsample.1")
+        return torch.relu(x + y)
+
+    def head(self, x: Tensor, name: str) -> Tensor:
+        """Equations 3 and 4."""
+
+        def branch(y: Tensor, part: str) -> Tensor:
+            return self.norm(self.conv(y, f"{name}.sa.{part}.0"), f"{name}.sa.{part}.1")
+
+        y = branch(x, "conv1x1")
+        y = torch.relu(branch(y, "conv_3x3") + branch(y, "conv_1x3") + branch(y, "conv_3x1"))
+        pooled = (x * y.sum(dim=1, keepdim=True)).mean(dim=(2, 3))
+        gate = f"{name}.ca.attention"
+        hidden = torch.relu(self.norm(self.linear(pooled, f"{gate}.0"), f"{gate}.1"))
+        return pooled * torch.sigmoid(self.linear(hidden, f"{gate}.3"))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.conv(images, "features.0", 2), "features.1"))
+        x = F.max_pool2d(x, 3, 2, 1)
+        for stage in range(4, 8):
+            for block in range(2):
+                x = self.block(x, f"features.{stage}.{block}", 2 if stage > 4 and not block else 1)
+        heads = torch.stack([self.head(x, f"cat_head{k}") for k in range(self.heads)])
+        if self.heads > 1:  # equation 5
+            heads = heads - heads.logsumexp(dim=0)
+        return self.norm(self.linear(heads.sum(dim=0), "fc"), "bn")
+
+
+def batches(faces: ShardSet, split: str) -> Tensor:
+    """Faces as the network gets them, (n, 3, 32, 32) in double precision."""
+    stream, steps = evaluation_stream(
+        faces.split(split), rank=0, world_size=1, image_size=32, shard_image_size=32,
+        device=torch.device("cpu"), threads=1,
+    )  # fmt: skip
+    found = [next(stream) for _ in range(steps)]
+    stream.close()
+    return torch.cat([b.images[b.ids >= 0] for b in found]).double()
+
+
+@pytest.fixture(scope="module")
+def authors(faces: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of eight classes and four heads, its BatchNorm settled by a few batches of faces."""
+    state = authors_state(8, 4)
+    reference = Reference(state, 4)
+    reference.settling = True
+    for images in batches(faces, "train").split(16):
+        reference(images)
+    path = tmp_path_factory.mktemp("authors") / "affecnet8_epoch5.pth"
+    torch.save({"iter": 5, "model_state_dict": state, "optimizer_state_dict": {}}, path)
+    return path
+
+
+def test_logits_are_those_of_the_equations(authors: Path, faces: ShardSet) -> None:
+    state = torch.load(authors, weights_only=True)["model_state_dict"]
+    images = batches(faces, "val")
+    trained = load_trained(authors)
+    with torch.no_grad():
+        expected, found = Reference(state, 4)(images), trained.network(images).logits
+    assert (found - expected).abs().max() < 1e-9 * expected.abs().max()
+    assert expected.argmax(dim=1).unique().numel() > 1
+    assert trained.class_names == affectnet.CLASSES and trained.step == 5
+
+
+@pytest.mark.parametrize(("classes", "heads"), [(7, 1), (7, 2)])
+def test_other_sizes_and_wrappers_load(tmp_path: Path, classes: int, heads: int) -> None:
+    """Any number of heads, over one of which nothing is normalised; bare tensors; `module.`."""
+    state = authors_state(classes, heads)
+    torch.save({f"module.{k}": v for k, v in state.items()}, tmp_path / "dan.pth")
+    trained = load_trained(tmp_path / "dan.pth", "rafdb")
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        expected, found = Reference(state, heads)(images), trained.network(images).logits
+    assert (found - expected).abs().max() < 1e-9 * expected.abs().max()
+    assert trained.class_names == rafdb.CLASSES
+
+
+def test_class_orders_are_the_packers() -> None:
+    assert class_order("affectnet8") == affectnet.CLASSES
+    assert class_order("affectnet7") == affectnet.CLASSES[:7]
+    assert class_order("rafdb") == rafdb.CLASSES
+    assert class_order("sfew") == tuple(sfew.CLASSES.values())
+    assert class_order("glad, mad") == ("glad", "mad")
+
+
+def as_float32(state: State) -> State:
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def broken(state: State) -> State:
+    return {k.replace("cat_head", "head"): v for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("classes", "change", "order", "line"),
+    [
+        (7, dict, None, r"does not name its 7 classes: .* affectnet8, affectnet7, rafdb, sfew"),
+        (7, dict, "affectnet8", r"has 7 classes, 'affectnet8' has 8"),
+        (7, dict, "fer", r"classes 'fer': expected affectnet8, .*, or names with commas"),
+        (8, broken, None, r"106 of 234 tensors match; missing or of another shape: "
+                          r"cat_head0\.sa\.conv1x1\.0\.weight, .* more; unknown: head0\.ca\."),
+        (8, lambda state: {"epoch": 3}, None, r" 0 of \d+ tensors match"),
+        (8, lambda state: [1], None, r"holds a list, not tensors by name"),
+        (8, lambda state: {**state, "fc.weight": state["fc.weight"][:, :9]}, None,
+         r"missing or of another shape: fc\.weight; unknown: none"),
+    ],
+)  # fmt: skip
+def test_what_is_not_the_authors_network_is_said(
+    tmp_path: Path, classes: int, change: Callable[[State], object], order: str | None, line: str
+) -> None:
+    torch.save(change(authors_state(classes, 1)), tmp_path / "dan.pth")
+    with pytest.raises(ValueError, match=rf"dan\.pth.*{line}|^{line}"):
+        load_trained(tmp_path / "dan.pth", order)
+
+
+def test_loading_runs_no_code(tmp_path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "executed",)
+
+    for zipped in (True, False):  # the two formats of torch.save
+        torch.save({"model_state_dict": Harmful()}, tmp_path / "dan.pth",
+                   _use_new_zipfile_serialization=zipped)  # fmt: skip
+        with pytest.raises(ValueError, match=r"dan\.pth: not a "):
+            load_trained(tmp_path / "dan.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_files_of_older_torch_load(authors: Path, tmp_path: Path) -> None:
+    content = torch.load(authors, weights_only=True)
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    old, new = load_trained(tmp_path / "old.pth"), load_trained(authors)
+    assert torch.equal(old.network.classifier.weight, new.network.classifier.weight)
+
+
+def test_the_authors_backbone_starts_ours(authors: Path) -> None:
+    network, state = DAN(7, 2), torch.load(authors, weights_only=True)["model_state_dict"]
+    assert "100 tensors" in load_backbone(network, str(authors))
+    found = network.backbone.get_parameter("layer4.1.conv2.weight")
+    assert torch.equal(found, state["features.7.1.conv2.weight"].float())
+
+
+def test_the_classifier_follows_the_names(authors: Path) -> None:
+    """AffectNet's weights under the classes in another order, and under RAF-DB's."""
+    state = torch.load(authors, weights_only=True)["model_state_dict"]
+    turned = ("contempt", "angry", *affectnet.CLASSES[:6])
+    network = DAN(8, 4)
+    assert "classifier and all" in load_weights(network, turned, str(authors))
+    rows = [7, 6, 0, 1, 2, 3, 4, 5]
+    assert torch.equal(network.classifier.weight, state["fc.weight"][rows].float())
+    assert torch.equal(network.logit_norm.running_mean, state["bn.running_mean"][rows].float())
+    network = DAN(7, 4)
+    fresh = network.classifier.weight.clone()
+    assert "classifier: fresh" in load_weights(network, rafdb.CLASSES, str(authors))
+    assert torch.equal(network.classifier.weight, fresh)
+    square = network.get_parameter("heads.3.spatial.square.0.weight")
+    assert torch.equal(square, state["cat_head3.sa.conv_3x3.0.weight"].float())
+    with pytest.raises(ValueError, match=r"has 4 heads, model\.heads is 2"):
+        load_weights(DAN(8, 2), affectnet.CLASSES, str(authors))
+
+
+def test_a_training_starts_from_it(authors: Path, tiny: Write, tmp_path: Path) -> None:
+    """One step at a learning rate of nothing leaves it as it was; then it is evaluated alike."""
+    options = [f"model.weights={authors}", "model.heads=4", *OPTIONS[1:], "optim.lr=1e-30",
+               "train.max_steps=1", "train.precision=float64"]  # fmt: skip
+    out = train(1, tiny("run"), *options, cwd=tmp_path)
+    assert f"network: from {authors}, classifier and all" in out
+    content = checkpoint.load(tmp_path / "run" / "best.pt")
+    state = torch.load(authors, weights_only=True)["model_state_dict"]
+    assert torch.equal(content["objective"]["network.classifier.weight"], state["fc.weight"].float()
+                       .double())  # fmt: skip
+    assert load_config(tiny("run"), options).model.weights == str(authors)
+
+
+def test_evaluated_under_classes_in_another_order(authors: Path, faces: ShardSet) -> None:
+    """The same network, once told that its classes stand in another order: as many are right."""
+    state = torch.load(authors, weights_only=True)
+    rows = [7, 6, 5, 4, 3, 2, 1, 0]
+    ending = [k for k in state["model_state_dict"] if re.match(r"(fc|bn)\.", k)]
+    for key in ending:
+        if state["model_state_dict"][key].ndim:
+            state["model_state_dict"][key] = state["model_state_dict"][key][rows]
+    torch.save(state, turned := authors.with_name("turned.pth"))
+    first = evaluation.main(authors, str(faces.root), tracked=False)
+    order = ",".join(reversed(affectnet.CLASSES))
+    second = evaluation.main(turned, str(faces.root), classes=order, tracked=False)
+    assert first["confusion_matrix"] == second["confusion_matrix"]
+    assert first["classes"] == second["classes"] and first["images"] == 16
