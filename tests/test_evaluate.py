@@ -121,11 +121,18 @@ def other_classes(tmp_path: Path) -> Path:
     return tmp_path / "other.pt"
 
 
-def fewer_classes(tmp_path: Path) -> Path:
+def a_name_less(tmp_path: Path) -> Path:
     content = checkpoint.load(tmp_path / "run" / "best.pt")
     del content["class_names"][-1]
-    torch.save(content, tmp_path / "fewer.pt")
-    return tmp_path / "fewer.pt"
+    torch.save(content, tmp_path / "less.pt")
+    return tmp_path / "less.pt"
+
+
+def not_finite(tmp_path: Path) -> Path:
+    content = checkpoint.load(tmp_path / "run" / "best.pt")
+    content["objective"]["network.classifier.bias"][3] = float("nan")
+    torch.save(content, tmp_path / "nan.pt")
+    return tmp_path / "nan.pt"
 
 
 def foreign(tmp_path: Path) -> Path:
@@ -138,10 +145,11 @@ def foreign(tmp_path: Path) -> Path:
     [
         (lambda t: t / "none.pt", None, r"none\.pt: no such checkpoint"),
         (lambda t: t, "val", r"best\.pt: no such checkpoint"),
-        (foreign, "val", r"foreign\.pt: not a checkpoint of this project"),
+        (foreign, "val", r"foreign\.pt: neither a checkpoint of this project nor the authors' DAN"),
         (lambda t: t / "run.yaml", "val", r"run\.yaml: not a readable checkpoint"),
         (other_classes, "val", r"8 classes \(indifferent, happy.*has 8 \(neutral, happy"),
-        (fewer_classes, "val", r"trained on 7 classes .* has 8"),
+        (a_name_less, "val", r"missing or of another shape: classifier\.weight"),
+        (not_finite, "val", r"nan\.pt: the output is not finite for 16 of 16 images"),
         (lambda t: t / "run", "test", r"no split 'test', it has train, val"),
     ],
 )  # fmt: skip

@@ -173,8 +173,9 @@ def test_mlflow_holds_one_run_and_resume_continues_it(
         "config.yaml",
         "confusion_matrix.png",
         "training_images.png",
-        "checkpoints",
     } <= artifacts
+    (model,) = run_.outputs.model_outputs
+    assert client.get_logged_model(model.model_id).status == "READY"
 
 
 def test_a_dead_tracking_server_does_not_stop_training(
