@@ -142,6 +142,8 @@ class Config(Section):
             low, high = getattr(self.data.augment, name)
             if low > high:
                 raise ValueError(f"data.augment.{name}: [{low}, {high}] is not [low, high]")
+        if self.model.weights_classes and not self.model.weights:
+            raise ValueError("model.weights_classes: only model.weights takes it")
         if self.engine.name == "deepspeed" and self.train.precision == "float64":
             raise ValueError("train.precision: float64 needs engine.name=ddp")
         if self.schedule.name == "exponential" and self.schedule.every != 1:
