@@ -1,19 +1,24 @@
 """Small real shards and small real trainings that several tests share."""
 
+import json
 import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from dan_dist import train as story
+from dan_dist.config import load_config
 from dan_dist.shardset import ShardSet, open_shardset
 from shards import synthetic
 from shards.writer import pack
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPT = str(REPOSITORY / "launch" / "train.py")
 
 # A tiny run of the real story: the baseline network, which is the quickest; DAN turns it to DAN.
 TINY = """
@@ -93,3 +98,42 @@ def train(ranks: int, *arguments: str | Path, cwd: Path, timeout_s: float = 240)
     done = run(*command, script, *arguments, cwd=cwd, timeout_s=timeout_s)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def single(config: Path, *overrides: str) -> story.Ended:
+    return story.main(load_config(config, overrides))
+
+
+def outcome(folder: Path) -> dict:
+    return json.loads((folder / "outcome.json").read_text())
+
+
+def history(uri: str, key: str = "train/loss") -> list[tuple[int, float]]:
+    """The points of the one run that MLflow holds."""
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    (found,) = client.search_runs([client.get_experiment_by_name("dan_dist").experiment_id])
+    return [(p.step, p.value) for p in client.get_metric_history(found.info.run_id, key)]
+
+
+def start(*command: str | Path, cwd: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def until(process: subprocess.Popen[str], words: str, timeout_s: float = 90) -> str:
+    """Reads what a process prints up to a line with `words`."""
+    assert process.stdout is not None
+    seen, timer = "", threading.Timer(timeout_s, process.kill)
+    timer.start()
+    for line in process.stdout:
+        seen += line
+        if words in line:
+            timer.cancel()
+            return seen
+    timer.cancel()
+    raise AssertionError(f"'{words}' was not said:\n{seen}")

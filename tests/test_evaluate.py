@@ -11,9 +11,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from sklearn import metrics as sklearn_metrics
-from test_train import single
 
-from conftest import DAN, REPOSITORY, run
+from conftest import DAN, REPOSITORY, run, single
 from dan_dist import checkpoint, evaluation
 from dan_dist.metrics import BINS, calibrate, class_scores, confusion, summarise
 from dan_dist.shardset import ShardSet
@@ -110,7 +109,7 @@ def test_any_number_of_ranks_gives_the_same_file(
 
     # The training's own evaluation of its shards is this one.
     own = evaluation.main(tmp_path / "run", str(faces.root), tracked=False)
-    assert own["accuracy"] == trained["accuracy"]
+    assert own["accuracy"] == trained.metrics["accuracy"]
     assert (tmp_path / "run" / "best-synthetic-val" / evaluation.REPORT).is_file()
 
 

@@ -15,11 +15,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from test_train import single
 from torch import nn
 
 from conftest import DAN as OPTIONS
-from conftest import REPOSITORY, run
+from conftest import REPOSITORY, run, single
 from dan_dist import crops, evaluation, export, logged_model, prediction
 from dan_dist.data import Reader
 from dan_dist.model import DAN, MEAN, STD, Output

@@ -1,0 +1,191 @@
+"""Checkpoints: damaged, unreadable, on a full disk, of two trainings at once."""
+
+import errno
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import SCRIPT, history, outcome, run, single
+from dan_dist import checkpoint
+from dan_dist import train as story
+from dan_dist.config import load_config
+from dan_dist.journal import Journal
+
+Write = Callable[[str], Path]
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = single(tiny("whole")).metrics
+    single(tiny("run"), "train.max_steps=10", "train.checkpoint_every=5")
+    path = checkpoint.step_path(tmp_path / "run", 10)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # torch.load would not notice
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step-00000010\.pt: .*does not have its checksum"):
+        checkpoint.load(path)
+    assert single(tiny("run")).metrics == whole
+    assert "trying the one before" in caplog.text
+
+
+def test_checkpoints_that_cannot_be_read_are_kept(
+    tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    options = ["train.checkpoint_every=2", "train.keep_checkpoints=9"]
+    single(tiny("run"), *options, "train.max_steps=6")
+    (folder / "step-00000009.pt.partial").write_text("of a killed run")
+    lacking = checkpoint.load(checkpoint.step_path(folder, 6))
+    del lacking["config"]
+    torch.save(lacking, checkpoint.step_path(folder, 6))
+    checkpoint.step_path(folder, 8).mkdir()
+    with pytest.raises(ValueError, match=r"not a readable checkpoint .it lacks config"):
+        checkpoint.load(checkpoint.step_path(folder, 6))
+    assert single(tiny("run"), *options, "train.max_steps=5").status == "finished"
+    assert "step-00000008.pt cannot be read: Is a directory; trying the one before" in caplog.text
+    names = {p.name for p in folder.iterdir()}
+    assert {"step-00000006.pt.damaged", "step-00000008.pt.damaged"} <= names
+    assert outcome(folder)["step"] == 5 and not list(folder.glob("*.partial"))
+    assert not list(folder.glob("outcome.json.*"))
+    for path in checkpoint.steps_saved(folder)[1:]:
+        path.unlink()
+    own = checkpoint.step_path(folder, 5)
+    foreign = {**checkpoint.load(own), "format": "dan_dist checkpoint, version 2"}
+    torch.save(foreign, own)
+    with pytest.raises(ValueError, match="not a checkpoint of this project, expected"):
+        single(tiny("run"), *options)
+    own.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"none of its checkpoints can be read .step-00000005\.pt"):
+        single(tiny("run"), *options)
+    assert own.read_bytes() == b"PK"
+
+
+def test_all_ranks_go_on_from_what_one_has_chosen(tiny: Write, tmp_path: Path) -> None:
+    """A node that sees other files, or older ones, must not go on from them."""
+    config = load_config(tiny("run"), [])
+    single(tiny("run"), "train.max_steps=10", "train.checkpoint_every=5")
+    newest, older = checkpoint.steps_saved(tmp_path / "run")
+    chosen = story.choose(config)
+    assert chosen == str(newest)
+    newest.unlink()
+    with pytest.raises(OSError, match=r"step-00000010\.pt cannot be read: No such file"):
+        story.resume(config, None, None, chosen)  # type: ignore[arg-type]
+    newest.write_bytes(older.read_bytes())
+    with pytest.raises(ValueError, match=r"step-00000010\.pt is of step 5"):
+        story.resume(config, None, None, chosen)  # type: ignore[arg-type]
+
+
+def test_the_best_checkpoint_is_there_whenever_another_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    written, save = list[str](), checkpoint.save
+
+    def dying(path: Path, content: Any) -> None:
+        if content["step"] == 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, content)
+        written.append(f"{path.name} {content['best']}")
+
+    monkeypatch.setattr(checkpoint, "save", dying)
+    writer = checkpoint.Writer(tmp_path, keep=2, stop_on_error=False)
+    writer.write(5, {"step": 5, "best": 1, "optimizer": {}}, is_best=True)
+    writer.write(10, {"step": 10, "best": 2, "optimizer": {}}, is_best=True)
+    writer.wait()
+    assert writer.saved == 5 and "the one before stays" in caplog.text
+    monkeypatch.setattr(checkpoint, "save", lambda p, c: written.append(f"{p.name} {c['best']}"))
+    writer.write(15, {"step": 15, "best": 2, "optimizer": {}}, is_best=False)
+    writer.wait()
+    writer.close()
+    assert written == [
+        "best.pt 1", "step-00000005.pt 1", "best.pt 2", "step-00000015.pt 2"
+    ]  # fmt: skip
+    assert writer.saved == 15
+
+
+def test_a_longer_run_can_be_ended_at_its_checkpoint(tiny: Write, tmp_path: Path) -> None:
+    """In mid-epoch, without evaluation: as one that was to end there from the start."""
+    whole = single(tiny("whole"), "train.max_steps=7").metrics
+    single(tiny("run"), "train.checkpoint_every=7", "train.keep_checkpoints=9")
+    for path in checkpoint.steps_saved(tmp_path / "run")[:-1]:
+        path.unlink()
+    assert single(tiny("run"), "train.max_steps=7").metrics == whole
+    assert outcome(tmp_path / "run")["step"] == 7
+
+
+class Executes:
+    def __reduce__(self) -> tuple:
+        return (os.system, ("touch executed",))
+
+
+def test_loading_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": Executes()}, tmp_path / "own.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Executes()))
+    for name in ("own.pt", "plain.pt"):
+        with pytest.raises(ValueError, match="not a readable checkpoint"):
+            checkpoint.load(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_full_disk_costs_a_checkpoint_and_no_more(
+    tiny: Write, tmp_path: Path, policy: str
+) -> None:
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = (
+        f"train.output={disk}/run train.checkpoint_every=4 train.checkpoint_errors={policy} "
+        f"tracking.enabled={policy == 'continue'}"
+    )
+    # Room for the first checkpoint and the best one; then a file takes what is left.
+    command = (
+        f"mount -t tmpfs -o size=700m tmpfs {disk}; {sys.executable} {SCRIPT} {tiny('run')} "
+        f"{options} train.max_steps=4; head -c 1G /dev/zero > {disk}/filler; "
+        f"{sys.executable} {SCRIPT} {tiny('run')} {options} train.max_steps=14; echo code $?; "
+        f"ls {disk}/run; cat {disk}/run/outcome.json; rm {disk}/filler; "
+        f"{sys.executable} {SCRIPT} {tiny('run')} {options}"
+    )
+    done = run("unshare", "-m", "sh", "-c", command, cwd=tmp_path, timeout_s=200)
+    between = done.stdout.split("code ")[1].split("resumed")[0]
+    assert "step-00000004.pt" in between and "partial" not in between, done.stdout + done.stderr
+    assert "resumed after step 4" in done.stdout.split("code ")[1]
+    assert "finished after 20 steps" in done.stdout
+    assert between.startswith("2") and '"status": "failed"' in between, between
+    if policy == "stop":
+        assert "error: no checkpoint could be written" in done.stderr
+        return
+    assert "the one before stays, training goes on" in done.stdout and "step 14 loss" in done.stdout
+    assert '"failed", "step": 4, "reason": "all 14 steps' in between, between
+    assert "error: all 14 steps are done, but the last checkpoint" in done.stderr
+    assert "journal.jsonl: No space left on device; what it is to hold waits" in done.stdout
+    points = history(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert [step for step, _ in points] == list(range(1, 21))
+
+
+def test_two_trainings_do_not_write_into_one_folder(tiny: Write, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run")
+    with pytest.raises(OSError, match="run is in use by another process"):
+        single(tiny("run"), "tracking.enabled=true", "train.max_steps=1")
+    journal.close()
+    with (
+        checkpoint.alone(tmp_path / "other"),
+        pytest.raises(OSError, match="other is in use by another process"),
+    ):
+        single(tiny("other"), "train.max_steps=1")
+    assert not (tmp_path / "other" / "outcome.json").exists()
+
+
+def test_checkpoints_by_the_clock(tiny: Write, tmp_path: Path) -> None:
+    single(tiny("run"), "train.checkpoint_minutes=1e-6", "train.keep_checkpoints=99")
+    steps = [int(p.stem[5:]) for p in checkpoint.steps_saved(tmp_path / "run")]
+    assert len(steps) > 8 and steps[0] == 20  # every other step: ranks agree one step late
