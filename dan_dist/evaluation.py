@@ -16,11 +16,10 @@ from dan_dist.cache import localise
 from dan_dist.data import Reader, evaluation_stream
 from dan_dist.engine import Wanted, class_probabilities, resolve_precision
 from dan_dist.figures import confusion_figure, mistakes_figure, reliability_figure, save
-from dan_dist.journal import forget
 from dan_dist.metrics import calibrate, class_scores, confusion, summarise
 from dan_dist.pulse import Pulse, joined
 from dan_dist.shardset import ShardSet, Split, open_shardset, write_atomically
-from dan_dist.tracking import MlflowTracker
+from dan_dist.tracking import record_run
 from dan_dist.weights import Trained, columns_of, load_trained
 from dan_dist.world import World
 
@@ -210,25 +209,22 @@ def write(
 
 def track(output: Path, report: dict[str, Any], trained: Trained, experiment: str | None) -> None:
     """A run of its own in MLflow, which names the training's."""
-    forget(output)
     where = f"{report['dataset']}-{report['split']}"
-    tracker = MlflowTracker(
-        output,
-        experiment=experiment or trained.experiment,
-        run_name=f"evaluate {trained.name} on {where}",
-        parent=None,
-        params={key: report[key] for key in ("checkpoint", "dataset", "release", "split")},
-        config=trained.config,
-        tags={"kind": "evaluation", "trained_by": trained.run_id or "unknown",
-              "fingerprint": report["fingerprint"]},
-    )  # fmt: skip
     values = {f"eval/{k}": report[k] for k in ("accuracy", "mean_recall", "calibration_error")}
     for name, scores in report["classes"].items():
         values |= {f"eval/{key}/{name}": scores[key] for key in ("precision", "recall", "f1")}
-    tracker.metrics(values, report["step"])
-    for name in (REPORT, "confusion_matrix.png", "reliability.png", "mistakes.png"):
-        tracker.artifact(output / name, "")
-    tracker.end("FINISHED")
+    record_run(
+        output,
+        experiment=experiment or trained.experiment,
+        run_name=f"evaluate {trained.name} on {where}",
+        params={key: report[key] for key in ("checkpoint", "dataset", "release", "split")},
+        tags={"kind": "evaluation", "trained_by": trained.run_id or "unknown",
+              "fingerprint": report["fingerprint"]},
+        config=trained.config,
+        metrics=values,
+        step=report["step"],
+        artifacts=(REPORT, "confusion_matrix.png", "reliability.png", "mistakes.png"),
+    )  # fmt: skip
 
 
 def tell(report: dict[str, Any], output: Path) -> None:

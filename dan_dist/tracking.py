@@ -22,7 +22,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from dan_dist.journal import Journal
+from dan_dist.journal import Journal, forget
 from dan_dist.logged_model import log_model
 
 log = logging.getLogger(__name__)
@@ -158,6 +158,33 @@ class MlflowTracker(NullTracker):
                 "python -m dan_dist.tracking replay %s", left, self._folder,
             )  # fmt: skip
         self._journal.close()
+
+
+def record_run(
+    folder: Path,
+    *,
+    experiment: str,
+    run_name: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    config: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    step: int,
+    artifacts: Sequence[str],
+) -> None:
+    """A whole run at once: what was found of a network that another run has trained.
+
+    artifacts: names of files in `folder`.
+    """
+    forget(folder)
+    tracker = MlflowTracker(
+        folder, experiment=experiment, run_name=run_name, parent=None, params=params, tags=tags,
+        config=config,
+    )  # fmt: skip
+    tracker.metrics(metrics, step)
+    for name in artifacts:
+        tracker.artifact(folder / name, "")
+    tracker.end("FINISHED")
 
 
 class Sender(threading.Thread):
