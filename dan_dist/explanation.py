@@ -220,7 +220,7 @@ def stage_given(
 
 def examine(trained: Trained, material: Material, count: int, world: World) -> Finding:
     """Maps of all faces, the first `count` of them kept; features and how the classes lie."""
-    trained.network.to(world.device).to(memory_format=torch.channels_last)
+    trained.network.to(world.device, torch.float32).to(memory_format=torch.channels_last)
     panels = panel_names(len(trained.network.heads))
     names = spoken(trained, material.shards)
     faces: list[Face] = []
