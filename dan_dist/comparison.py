@@ -14,7 +14,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from dan_dist.ablation import Result
 from dan_dist.figures import accuracy_figure, curves_figure, save
 from dan_dist.journal import read_sent
-from dan_dist.tracking import publish, store
+from dan_dist.store import store
+from dan_dist.tracking import publish
 
 FOLDER = "comparison"  # of tables and figures, in the ablation's
 LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` serves a store that is a file

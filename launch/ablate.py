@@ -47,7 +47,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
 
     from dan_dist import ablation, comparison
     from dan_dist.config import load_config
-    from dan_dist.tracking import store
+    from dan_dist.store import store
 
     name, axes, overrides = ablation.parse(options.words)
     folder = options.output or Path("runs") / name

@@ -36,6 +36,12 @@ tracking: {{enabled: false}}
 DAN = ["model.heads=2", "loss.fcn=affinity", "loss.afn=partition"]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test writes into the working folder, MLflow's `mlruns` for one, goes with it."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """80 training faces in AffectNet's proportions, 16 balanced for validation, 32 px."""

@@ -12,6 +12,7 @@ import pytest
 from conftest import history, run, single
 from dan_dist import tracking
 from dan_dist.journal import Journal, read_records, read_sent
+from dan_dist.sender import Sender
 
 Write = Callable[[str], Path]
 
@@ -155,11 +156,11 @@ def test_a_run_is_found_again_when_the_answer_to_its_creation_was_lost(tmp_path:
     journal = Journal(tmp_path / "run")
     journal.append("run", experiment="e", name="n", parent=None, artifacts=None, uri=uri,
                    params={}, config={}, time_ms=5)  # fmt: skip
-    first = tracking.Sender(journal, uri)
+    first = Sender(journal, uri)
     first.deliver(journal.pending[0])
     created = journal.run_id
     journal.run_id = None  # as after a crash before it was noted
-    tracking.Sender(journal, uri).deliver(journal.pending[0])
+    Sender(journal, uri).deliver(journal.pending[0])
     assert journal.run_id == created
 
 

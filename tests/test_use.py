@@ -24,7 +24,7 @@ from dan_dist.data import Reader
 from dan_dist.model import DAN, MEAN, STD, Output
 from dan_dist.pulse import joined
 from dan_dist.shardset import ShardSet
-from dan_dist.tracking import connect
+from dan_dist.store import connect
 from dan_dist.weights import load_trained
 from shards.images import decode
 
@@ -199,7 +199,6 @@ def test_the_best_model_is_in_mlflow(
     """Loaded from there, it tells named probabilities from image bytes; nothing is pickled."""
     store = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    monkeypatch.chdir(tmp_path)
     options = [*OPTIONS, "tracking.enabled=true", "optim.name=adam", "optim.lr=1e-3"]
     single(tiny("run"), *options, "train.max_steps=4")
     client = connect(store)
