@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import pickle
 import re
 import tempfile
 import zipfile
@@ -58,12 +59,11 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load(path: Path, *, keys: tuple[str, ...] = KEYS) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU; only tensors and plain values, no code is run.
+def read(path: Path) -> dict[str, Any]:
+    """What torch has saved in a file, onto the CPU; only tensors and plain values, no code is run.
 
     Raises:
-        ValueError: damaged, or without one of `keys`. ForeignError: not one of our checkpoints.
-        OSError: it cannot be read.
+        ValueError: damaged, or not a dict of such. OSError: it cannot be read.
     """
     try:
         # torch writes a checksum of every part, but does not look at them.
@@ -75,9 +75,23 @@ def load(path: Path, *, keys: tuple[str, ...] = KEYS) -> dict[str, Any]:
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # unpickling garbage raises nearly anything
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0] or "it is empty or cut off"
+        if isinstance(error, pickle.UnpicklingError):  # torch's text is on how to run it after all
+            reason = "it is cut off, or holds more than tensors and plain values"
         raise ValueError(f"{path}: not a readable checkpoint ({reason})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not tensors by name")
+    return content
+
+
+def load(path: Path, *, keys: tuple[str, ...] = KEYS) -> dict[str, Any]:
+    """Reads a checkpoint of ours.
+
+    Raises:
+        ValueError, OSError: as `read`, or it lacks one of `keys`. ForeignError: not one of ours.
+    """
+    content = read(path)
+    if content.get("format") != FORMAT:
         raise ForeignError(f"{path}: not a checkpoint of this project, expected '{FORMAT}'")
     if missing := [key for key in keys if key not in content]:
         raise ValueError(f"{path}: not a readable checkpoint (it lacks {', '.join(missing)})")
@@ -262,8 +276,8 @@ def check_continues(
             )
 
 
-def check_writable(folder: Path) -> None:
-    """Creates `folder`, and a file in it that goes at once.
+def check_writable(folder: Path, name: str = "train.output") -> None:
+    """Creates `folder`, and a file in it that goes at once; `name`: what says which it is.
 
     Raises:
         OSError: it cannot be written.
@@ -272,4 +286,4 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(f"train.output {folder} cannot be written: {error.strerror}") from error
+        raise OSError(f"{name} {folder} cannot be written: {error.strerror}") from error

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dan_dist.shardset import INDEX_DTYPE, Sample, Split, write_shard
-from shards.images import MAX_PIXELS, to_jpeg
+from shards.images import MAX_PIXELS, decode, to_jpeg
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2"}
 MAX_BYTES = 4 * MAX_PIXELS  # of one file
@@ -19,9 +19,17 @@ AHEAD = 64  # images that are prepared before they are written
 class Staged(NamedTuple):
     """Images as a split, and those that could not be read."""
 
-    split: Split  # in the order of `paths`; its labels say nothing
-    paths: list[Path]
-    faults: dict[Path, str]
+    split: Split  # those that could be read, in their order; its labels say nothing
+    found: list[tuple[Path, str]]  # each one that was given, in that order, and what is wrong
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of the split's images."""
+        return [path for path, fault in self.found if not fault]
+
+    @property
+    def faults(self) -> dict[Path, str]:
+        return {path: fault for path, fault in self.found if fault}
 
 
 def find_images(given: Sequence[Path]) -> list[Path]:
@@ -33,7 +41,8 @@ def find_images(given: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = [p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+            files = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            inside = [p for p in files if p.is_file() or p.is_symlink()]  # a broken link is named
             if not inside:
                 raise FileNotFoundError(f"{path}: no image in it ({', '.join(sorted(SUFFIXES))})")
             found += sorted(inside)
@@ -48,20 +57,17 @@ def stage(
     paths: Sequence[Path], folder: Path, class_names: tuple[str, ...], *, size: int, threads: int
 ) -> Staged:
     """Writes images into a shard in `folder` as the packer would, `size` pixels wide and high."""
-    kept: list[Path] = []
-    faults: dict[Path, str] = {}
+    found: list[tuple[Path, str]] = []
 
     def samples() -> Iterator[Sample]:
         for path, (jpeg, fault) in zip(paths, _prepared(paths, size, threads), strict=True):
-            if fault:
-                faults[path] = fault
-            else:
-                yield Sample(f"{len(kept):09d}", jpeg, 0)
-                kept.append(path)
+            found.append((path, fault))
+            if not fault:
+                yield Sample(f"{len(found):09d}", jpeg, 0)
 
     shard, index = write_shard(folder / "crops.tar", samples())
-    index = index if kept else np.empty(0, INDEX_DTYPE)
-    return Staged(Split("crops", folder, (shard,), index, class_names), kept, faults)
+    index = index if shard.samples else np.empty(0, INDEX_DTYPE)
+    return Staged(Split("crops", folder, (shard,), index, class_names), found)
 
 
 def _prepared(paths: Sequence[Path], size: int, threads: int) -> Iterator[tuple[bytes, str]]:
@@ -78,7 +84,10 @@ def _prepare(path: Path, size: int) -> tuple[bytes, str]:
     try:
         if (length := path.stat().st_size) > MAX_BYTES:
             return b"", f"{length} bytes, at most {MAX_BYTES} are read"
-        return to_jpeg(path.read_bytes(), size)[0], ""
+        jpeg, is_original = to_jpeg(path.read_bytes(), size)
+        if is_original:
+            decode(jpeg)  # bytes that are kept have not been looked into
+        return jpeg, ""
     except OSError as error:
         return b"", error.strerror or str(error)
     except ValueError as error:

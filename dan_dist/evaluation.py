@@ -92,7 +92,8 @@ def main(
 def open_split(shards: ShardSet, name: str | None, trained: Trained) -> tuple[list[int], Split]:
     """The split to evaluate, and where its classes stand among the network's.
 
-    name: None takes that of the training's own evaluations; "val" or "test", where it is not known.
+    name: None takes that of the training's own evaluations; where that is not known or is not
+    there, "val" or "test".
 
     Raises:
         FileNotFoundError, ValueError: no shards, no such split, none of its images, other classes.
@@ -104,9 +105,11 @@ def open_split(shards: ShardSet, name: str | None, trained: Trained) -> tuple[li
             f"{trained.path} was trained on {len(trained.class_names)} classes ({names}), "
             f"{shards.root} has {len(shards.class_names)} ({', '.join(shards.class_names)})"
         )
-    if name is None and trained.config:
-        name = trained.config["data"]["val_split"]
-    found = shards.split(name or ("val" if "val" in shards.splits else "test"))
+    if name is None:
+        usual = [trained.config["data"]["val_split"]] if trained.config else []
+        choice = [n for n in (*usual, "val", "test") if n in shards.splits]
+        name = choice[0] if choice else "val"
+    found = shards.split(name)
     if not len(found):
         raise ValueError(f"{shards.root}: split '{found.name}' is empty")
     return columns, found

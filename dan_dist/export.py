@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from dan_dist import checkpoint
 from dan_dist.model import DAN, MEAN, STD, SpatialAttention
 from dan_dist.weights import Trained, load_trained
 
@@ -108,7 +109,7 @@ def main(path: Path, *, classes: str | None = None, output: Path | None = None) 
         raise ValueError(f"{error.name} is missing: exporting needs {WANTED}") from error
     trained = load_trained(path, classes)
     output = output or trained.path.parent
-    output.mkdir(parents=True, exist_ok=True)
+    checkpoint.check_writable(output, "--output")
     size, plain = trained.image_size, Classifier(trained.network.float()).eval()
     merged = Classifier(merge(plain.network)).eval()
     example = torch.rand(2, 3, size, size) * 255
@@ -119,8 +120,11 @@ def main(path: Path, *, classes: str | None = None, output: Path | None = None) 
     partial = [file.with_name(f"{file.stem}.partial{file.suffix}") for file in files]
     facts = describe(trained)
     try:
-        write_onnx(program, partial[0], facts)
-        torch.export.save(program, partial[1], extra_files={"metadata.json": json.dumps(facts)})
+        try:
+            write_onnx(program, partial[0], facts)
+            torch.export.save(program, partial[1], extra_files={"metadata.json": json.dumps(facts)})
+        except (OSError, RuntimeError) as error:  # torch's writer makes ENOSPC a RuntimeError
+            raise OSError(f"{output} cannot be written: {error}") from error
         session = onnxruntime.InferenceSession(partial[0], providers=["CPUExecutionProvider"])
         module = torch.export.load(partial[1]).module()
         forms: dict[str, Callable[[Tensor], Tensor]] = {

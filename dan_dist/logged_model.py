@@ -21,8 +21,12 @@ NEEDED = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "simple
 def log_model(client: Any, run_id: str, path: Path) -> None:
     """Logs a checkpoint as the model of a run; once, however often it is called.
 
-    It holds the checkpoint, the code that reads it, class names (in its signature) and an example.
-    No pickle is in it.
+    It holds the checkpoint, of which only tensors and plain values are read, the code that reads
+    it, class names (in its signature) and an example.
+
+    Raises:
+        ValueError, OSError: as `load_trained`. MLflow's errors: whatever was done stays, and the
+            next call goes on from there.
     """
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
@@ -39,12 +43,15 @@ def log_model(client: Any, run_id: str, path: Path) -> None:
         model = client.create_logged_model(
             experiment, NAME, run_id, params=_params(trained), model_type="classifier"
         )
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, trained.step)])
-    _copy_metrics(client, run_id, model.model_id, trained.step)
     with tempfile.TemporaryDirectory(prefix="dan_dist-") as folder:
         local = Path(folder) / NAME
         save_model(trained, local, run_id, model)
         client.log_model_artifacts(model.model_id, str(local))
+    _copy_metrics(client, run_id, model.model_id, trained.step)
+    outputs = client.get_run(run_id).outputs  # MLflow refuses to be told of one twice
+    known = [m.model_id for m in outputs.model_outputs] if outputs else []
+    if model.model_id not in known:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, trained.step)])
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
 

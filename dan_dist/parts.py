@@ -65,16 +65,19 @@ def open_data(config: Config, world: World, folder: str) -> tuple[ShardSet, Spli
     return shards, train, val
 
 
-def build_objective(config: Config, shards: ShardSet) -> Objective:
-    """Network and losses at their start: 1. the seed, 2. a file of weights, later a checkpoint."""
+def build_objective(config: Config, shards: ShardSet, *, is_new: bool) -> Objective:
+    """Network and losses at their start: 1. the seed, 2. a file of weights, later a checkpoint.
+
+    is_new: there is no checkpoint to come, which would make the file of weights pointless.
+    """
     torch.manual_seed(config.train.seed)
     classes = len(shards.class_names)
     network = DAN(classes, config.model.heads)
-    if config.model.weights is None:
-        log.info(load_backbone(network, config.model.backbone))
-    else:
-        source, order = config.model.weights, config.model.weights_classes
+    if is_new and (source := config.model.weights) is not None:
+        order = config.model.weights_classes
         log.info(load_weights(network, shards.class_names, source, order))
+    elif is_new:
+        log.info(load_backbone(network, config.model.backbone))
     return Objective(
         network,
         classes,

@@ -1,10 +1,12 @@
 """The story of a prediction: a network from a file, image files, each one's class."""
 
 import json
-import logging
+import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +16,6 @@ from dan_dist.engine import Wanted
 from dan_dist.evaluation import predict
 from dan_dist.pulse import joined
 from dan_dist.weights import load_trained
-
-log = logging.getLogger(__name__)
 
 
 def main(
@@ -47,30 +47,43 @@ def main(
                 found = predict(trained, staged.split, size, world, pulse, precision)
             else:
                 found = np.empty((0, len(trained.class_names)), np.float32)
-        tell = tell_json if as_json else tell_table
-        tell(staged, found)
+        try:
+            (tell_json if as_json else tell_table)(staged, found)
+            sys.stdout.flush()
+        except BrokenPipeError:  # who reads, has seen enough: `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return len(staged.faults)
 
 
 def tell_json(staged: Staged, probabilities: NDArray[np.float32]) -> None:
     """A line of JSON an image: its name and class, each class's probability, or an error."""
-    names = staged.split.class_names
-    for path, row in zip(staged.paths, probabilities, strict=True):
-        values = {name: float(value) for name, value in zip(names, row, strict=True)}
-        line = {"image": str(path), "class": names[row.argmax()], "probabilities": values}
+    names, rows = staged.split.class_names, iter(probabilities)
+    for path, fault in staged.found:
+        line: dict[str, Any] = {"image": str(path)}
+        if fault:
+            line["error"] = fault
+        else:
+            row = next(rows)
+            line["class"] = names[row.argmax()]
+            line["probabilities"] = {n: float(v) for n, v in zip(names, row, strict=True)}
         print(json.dumps(line))
-    for path, fault in staged.faults.items():
-        print(json.dumps({"image": str(path), "error": fault}))
 
 
 def tell_table(staged: Staged, probabilities: NDArray[np.float32]) -> None:
     """A row an image: its name and class, each class's probability in per cent, or an error."""
-    names = staged.split.class_names
-    width = max((len(str(p)) for p in (*staged.paths, *staged.faults)), default=5)
-    classes = max(map(len, names))
+    names, rows = staged.split.class_names, iter(probabilities)
+    paths = [readable(path) for path, _ in staged.found]
+    width, classes = max(map(len, ["image", *paths])), max(map(len, ["class", *names]))
     print(f"{'image':{width}}  {'class':{classes}}  " + "  ".join(f"{n:>6}" for n in names))
-    for path, row in zip(staged.paths, probabilities, strict=True):
+    for path, (_, fault) in zip(paths, staged.found, strict=True):
+        if fault:
+            print(f"{path:{width}}  {fault}")
+            continue
+        row = next(rows)
         values = (f"{value:{max(6, len(n))}.1%}" for value, n in zip(row, names, strict=True))
-        print(f"{path!s:{width}}  {names[row.argmax()]:{classes}}  " + "  ".join(values))
-    for path, fault in staged.faults.items():
-        print(f"{path!s:{width}}  {fault}")
+        print(f"{path:{width}}  {names[row.argmax()]:{classes}}  " + "  ".join(values))
+
+
+def readable(path: Path) -> str:
+    """A file's name in one line of a terminal, whatever is in it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))

@@ -44,13 +44,15 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         values = np.concatenate(rows) if rows else np.empty((0, len(names)))
         return pd.DataFrame(values.astype(np.float64), columns=names)
 
-    def _pixels(self, number: int, image: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def _pixels(self, number: int, image: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
         """(3, S, S) as the packer and the loader would give the network."""
+        if not isinstance(image, bytes):
+            raise ValueError(f"image {number}: a {type(image).__name__}, expected bytes")
         try:
-            jpeg, _ = to_jpeg(bytes(image), self.trained.image_size)
+            jpeg, _ = to_jpeg(image, self.trained.image_size)
+            values = (np.asarray(decode(jpeg)) / 255.0 - MEAN) / STD
         except ValueError as error:
             raise ValueError(f"image {number}: {error}") from error
-        values = (np.asarray(decode(jpeg)) / 255.0 - MEAN) / STD
         return values.astype(np.float32).transpose(2, 0, 1)
 
 

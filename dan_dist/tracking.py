@@ -43,9 +43,7 @@ class NullTracker:
 
     def artifact(self, path: Path, folder: str) -> None: ...
 
-    def model(self, path: Path) -> None: ...
-
-    def end(self, status: str) -> None: ...
+    def end(self, status: str, model: Path | None = None) -> None: ...
 
 
 class MlflowTracker(NullTracker):
@@ -116,16 +114,15 @@ class MlflowTracker(NullTracker):
         relative = os.path.relpath(path, self._folder)
         self._journal.append("artifact", path=relative, folder=folder)
 
-    def model(self, path: Path) -> None:
-        """Notes a checkpoint to be logged as the run's model."""
-        self._journal.append("model", path=os.path.relpath(path, self._folder))
-
-    def end(self, status: str) -> None:
+    def end(self, status: str, model: Path | None = None) -> None:
         """Ends the run (FINISHED, FAILED, KILLED) and waits while the server takes what is left.
 
+        model: a checkpoint that becomes the run's model; whatever becomes of it, the run has ended.
         Only a finished run waits for long: one that was told to stop has little time.
         """
         self._journal.append("status", status=status, tags={}, time_ms=_now_ms())
+        if model is not None:
+            self._journal.append("model", path=os.path.relpath(model, self._folder))
         finished = status == "FINISHED"
         self._sender.drain(
             DRAIN_S if finished else SHORT_DRAIN_S, retry_s=RETRY_S if finished else 0.0

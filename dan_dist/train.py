@@ -108,9 +108,9 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
     world.once(lambda: make_synthetic(config))
     cached = world.once(lambda: localise(config.data.shards, config.data.cache), per_node=True)
     shards, train, val = world.together(lambda: open_data(config, world, cached))
-    objective = world.together(lambda: build_objective(config, shards))
-    engine = build_engine(config, world, objective)
     chosen = world.once(lambda: choose(config))
+    objective = world.together(lambda: build_objective(config, shards, is_new=not chosen))
+    engine = build_engine(config, world, objective)
     state = world.together(lambda: resume(config, engine, shards, chosen))
     start = state["step"]
     steps = steps_per_epoch(len(train), config.train.global_batch)
@@ -204,7 +204,9 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
     finally:
         progress.close()
         writer.close()
-        tracker.end({"finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}[status])
+        best = Path(config.train.output) / checkpoint.BEST
+        ends = {"finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
+        tracker.end(ends[status], best if status == "finished" else None)
         batches.close()
         validation[0].close()
     return Ended(status, dict(state["metrics"]))
@@ -361,7 +363,6 @@ def report(
         return
     metrics, best = state["metrics"], state["best"]
     folder = Path(config.train.output)
-    tracker.model(folder / checkpoint.BEST)
     log.info(
         "finished after %d steps: accuracy %.2f %% (best %.2f %%, epoch %d), mean recall %.2f %%; "
         "chance is %.2f %%",

@@ -60,41 +60,69 @@ def load_trained(path: Path, classes: str | None = None) -> Trained:
     path = path / checkpoint.BEST if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    content = checkpoint.read(path)
+    if content.get("format") != checkpoint.FORMAT:
+        return _authors(path, content, classes)
     try:
-        content = checkpoint.load(path)
-    except checkpoint.ForeignError:
-        return _load_authors(path, classes)
-    names = tuple(content["class_names"])
-    if classes is not None and class_order(classes) != names:
-        raise ValueError(f"{path} has the classes {', '.join(names)}, not those of '{classes}'")
-    network = DAN(len(names), content["config"]["model"]["heads"])
+        trained = _ours(path, content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({error!r})") from error
+    if classes is not None and class_order(classes) != trained.class_names:
+        raise ValueError(
+            f"{path} has the classes {', '.join(trained.class_names)}, not those of '{classes}'"
+        )
+    return trained
+
+
+def _ours(path: Path, content: dict[str, Any]) -> Trained:
+    """A checkpoint of ours, which may have been made elsewhere: what is used of it is looked at."""
+    names, model, step = content["class_names"], content["config"]["model"], content["step"]
+    _check_names(names, str(path))
+    size, heads = model["image_size"], model["heads"]
+    if not (_whole(size) and size and size % 32 == 0 and _whole(heads) and _whole(step)):
+        raise ValueError(f"{path}: image_size {size!r}, heads {heads!r}, step {step!r}")
+    for section, key in (("data", "val_split"), ("train", "precision"), ("train", "output"),
+                         ("tracking", "experiment"), ("loss", "fcn")):  # fmt: skip
+        if not isinstance(value := content["config"][section][key], str):
+            raise ValueError(f"{path}: {section}.{key} is {value!r}")
     own = {k.removeprefix(OWN): v for k, v in content["objective"].items() if k.startswith(OWN)}
-    _fill(network, own, str, path)
-    size = content["config"]["model"]["image_size"]
-    return Trained(path, network.eval(), names, size, content["step"], content["config"],
-                   content["run_id"])  # fmt: skip
+    network = _fill(len(names), heads, own, str, path)
+    return Trained(
+        path, network, tuple(names), size, step, content["config"], content.get("run_id")
+    )
 
 
-def _load_authors(path: Path, classes: str | None) -> Trained:
+def _authors(path: Path, content: dict[str, Any], classes: str | None) -> Trained:
     """The authors' `{'iter', 'model_state_dict', …}`, or the bare tensors of it."""
-    content = _read(path)
     tensors = _tensors(content)
     count = len(tensors["fc.bias"]) if tensors.get("fc.bias", torch.empty(())).ndim else 1
     heads = {found[0] for key in tensors if (found := re.match(r"cat_head\d+\.", key))}
-    network = DAN(count, len(heads) or 4)
-    _fill(network, tensors, _authors_name, path)
+    network = _fill(count, len(heads) or 4, tensors, _authors_name, path)
     order = classes or ("affectnet8" if count == 8 else None)
     if order is None:
         raise ValueError(
             f"{path} is of the authors' format, which does not name its {count} classes: say whose "
-            f"order it is, one of {', '.join(ORDERS)}, or the names with commas"
+            f"order it is by --classes (in a training, model.weights_classes): one of "
+            f"{', '.join(ORDERS)}, or the names with commas"
         )
     names = class_order(order)
     if len(names) != count:
         raise ValueError(f"{path} has {count} classes, '{order}' has {len(names)}")
-    epochs = content.get("iter")
-    step = epochs if isinstance(epochs, int) else 0
-    return Trained(path, network.eval(), names, AUTHORS_SIZE, step, {}, None)
+    epochs: Any = content.get("iter")
+    step = epochs if _whole(epochs) and epochs < 2**31 else 0
+    return Trained(path, network, names, AUTHORS_SIZE, step, {}, None)
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _check_names(names: Any, where: str) -> None:
+    """Raises ValueError for what is not a list of different names."""
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"{where}: classes {names!r}, expected names")
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"{where}: classes {', '.join(names)}: a name stands there twice, or none")
 
 
 def _authors_name(key: str) -> str:
@@ -114,10 +142,12 @@ def class_order(classes: str) -> tuple[str, ...]:
     """Class names in label order: those of a configuration in `configs/`, or names with commas.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither, or a name stands there twice.
     """
     if "," in classes:
-        return tuple(name.strip() for name in classes.split(","))
+        given = [name.strip() for name in classes.split(",")]
+        _check_names(given, classes)
+        return tuple(given)
     if classes not in ORDERS:
         raise ValueError(f"classes '{classes}': expected {', '.join(ORDERS)}, or names with commas")
     names = load_config(REPOSITORY / "configs" / f"{classes}.yaml").data.classes
@@ -130,8 +160,12 @@ def columns_of(class_names: tuple[str, ...], wanted: tuple[str, ...]) -> list[in
 
     Data sets order their classes differently, and call some of them differently (SYNONYMS).
     """
-    own, other = ([SYNONYMS.get(n, n) for n in names] for names in (class_names, wanted))
-    return [own.index(n) for n in other] if sorted(own) == sorted(other) else None
+    own, other = list(class_names), list(wanted)
+    if set(own) != set(other):
+        own, other = ([SYNONYMS.get(n, n) for n in names] for names in (own, other))
+    if len(set(own)) < len(own) or sorted(own) != sorted(other):
+        return None
+    return [own.index(name) for name in other]
 
 
 def load_weights(network: DAN, class_names: tuple[str, ...], source: str,
@@ -144,7 +178,10 @@ def load_weights(network: DAN, class_names: tuple[str, ...], source: str,
     Raises:
         as `load_trained`; ValueError: another number of heads.
     """
-    trained = load_trained(Path(source), classes)
+    try:
+        trained = load_trained(Path(source), classes)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"model.weights {error}") from error
     if len(trained.network.heads) != len(network.heads):
         raise ValueError(
             f"model.weights {source} has {len(trained.network.heads)} heads, model.heads is "
@@ -206,7 +243,10 @@ def _read_backbone(path: Path) -> dict[str, Tensor]:
             f"model.backbone {path}: no such file; give the path of a ResNet-18 weights file "
             "(resnet18_msceleb.pth in the paper's recipes), 'imagenet', or 'none': a random start"
         )
-    content = _read(path)
+    try:
+        content = checkpoint.read(path)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"model.backbone {error}") from error
     prefix = OWN + "backbone."
     if isinstance(own := content.get("objective"), dict):  # one of our checkpoints
         return {k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)}
@@ -218,49 +258,36 @@ def _read_backbone(path: Path) -> dict[str, Tensor]:
     return {name: tensors[key] for name, key in theirs.items() if key in tensors}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What a file of weights holds.
-
-    Raises:
-        ValueError: it cannot be read as tensors and plain values in a dict.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling garbage raises nearly anything
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: not a weights file ({reason})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not tensors by name")
-    return content
-
-
 def _tensors(content: dict[str, Any]) -> dict[str, Tensor]:
     """The named tensors, bare or under the field's usual keys, without wrappers' prefixes."""
     for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(content.get(name), dict):
             content = content[name]
-    return {_strip(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    return {_strip(str(k)): v for k, v in content.items() if isinstance(v, Tensor)}
 
 
 def _strip(key: str) -> str:
-    for prefix in PREFIXES:
-        key = str(key).removeprefix(prefix)
+    while (prefix := next((p for p in PREFIXES if key.startswith(p)), None)) is not None:
+        key = key.removeprefix(prefix)
     return key
 
 
 def _fill(
-    network: DAN, tensors: dict[str, Tensor], name_of: Callable[[str], str], path: Path
-) -> None:
-    """Loads all of a network's tensors; `name_of` says what the file calls one.
+    classes: int, heads: int, tensors: dict[str, Tensor], name_of: Callable[[str], str], path: Path
+) -> DAN:
+    """A network that has all of its tensors from a file; `name_of` says what that calls one.
 
     Raises:
-        ValueError: some are missing, of another shape, or too many; lists them.
+        ValueError: some are missing, of another shape or kind, or too many; lists them.
     """
+    with torch.device("meta"):  # no memory: the file's tensors become the network's
+        network = DAN(classes, heads)
     own = network.state_dict()
     names = {k: name_of(k) for k in own}
     found = {k: tensors[n] for k, n in names.items() if n in tensors}
-    wanted = [k for k in own if not k.endswith("num_batches_tracked")]  # not in all files
-    missing = [names[k] for k in wanted if k not in found or found[k].shape != own[k].shape]
+    counters = [k for k in own if k.endswith("num_batches_tracked")]  # not in all files
+    wanted = [k for k in own if k in found or k not in counters]
+    missing = [names[k] for k in wanted if k not in found or not _fits(found[k], own[k])]
     extra = sorted(tensors.keys() - names.values())
     if missing or extra:
         raise ValueError(
@@ -268,9 +295,26 @@ def _fill(
             f"{len(wanted) - len(missing)} of {len(wanted)} tensors match; missing or of another "
             f"shape: {_listed(missing)}; unknown: {_listed(extra)}"
         )
-    if any(tensor.dtype == torch.float64 for tensor in found.values()):
-        network.double()
-    network.load_state_dict(found, strict=False)
+    double = any(tensor.dtype == torch.float64 for tensor in found.values())
+    dtype = torch.float64 if double else torch.float32
+    state = {k: torch.tensor(0) for k in counters}
+    state |= {k: v.to(dtype) if v.is_floating_point() else v for k, v in found.items()}
+    network.load_state_dict(state, assign=True)
+    return network.eval()
+
+
+def _fits(tensor: Any, wanted: Tensor) -> bool:
+    """Whether it may stand in for a tensor of the network, and holds as much as it says."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.shape == wanted.shape
+        and tensor.is_floating_point() == wanted.is_floating_point()
+        and not tensor.is_complex()
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_quantized
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def _listed(keys: list[str], most: int = 5) -> str:

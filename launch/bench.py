@@ -157,7 +157,9 @@ def saving(path: str, steps: int) -> dict[str, float]:
         output = Path(folder)
         shards = open_shardset(config.data.shards)
         split = shards.split("train")
-        engine = parts.build_engine(config, world, parts.build_objective(config, shards))
+        engine = parts.build_engine(
+            config, world, parts.build_objective(config, shards, is_new=True)
+        )
         stream = parts.open_train_stream(config, world, shards, split, start=0)
         writer = checkpoint.Writer(output, keep=1, stop_on_error=True)
         journal = Journal(output)

@@ -32,7 +32,7 @@ ALLOWED = {
     "dan_dist.store": set(),
     "dan_dist.sender": {"journal", "logged_model", "store"},
     "dan_dist.tracking": {"journal", "sender", "store"},
-    "dan_dist.export": {"model", "weights"},
+    "dan_dist.export": {"checkpoint", "model", "weights"},
     "dan_dist.figures": {"metrics", "model"},
     "dan_dist.progress": {"data", "engine", "tracking"},
     "dan_dist.parts": {"*"},

@@ -77,6 +77,6 @@ def test_backbone_files_run_no_code(tmp_path: Path) -> None:
             return Path.touch, (tmp_path / "executed",)
 
     torch.save({"state_dict": Harmful()}, tmp_path / "harmful.pth")
-    with pytest.raises(ValueError, match="not a weights file"):
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
         load_backbone(DAN(7, 1), str(tmp_path / "harmful.pth"))
     assert not (tmp_path / "executed").exists()

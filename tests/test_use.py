@@ -19,7 +19,7 @@ from torch import nn
 
 from conftest import DAN as OPTIONS
 from conftest import REPOSITORY, run, single
-from dan_dist import crops, evaluation, export, logged_model, prediction
+from dan_dist import crops, evaluation, export, logged_model, prediction, tracking
 from dan_dist.data import Reader
 from dan_dist.model import DAN, MEAN, STD, Output
 from dan_dist.pulse import joined
@@ -61,7 +61,9 @@ def test_predictions_are_those_of_the_evaluation(
     single(tiny("run"), *OPTIONS, *STEPS)
     paths = crop_files(faces, tmp_path / "crops")
     expected = evaluated(tmp_path / "run", faces)
-    (tmp_path / "crops" / "broken.png").write_bytes(paths[0].read_bytes()[:300])
+    whole = paths[0].read_bytes()
+    (tmp_path / "crops" / "broken.png").write_bytes(whole[:300])
+    (tmp_path / "crops" / "cut.jpg").write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")
     (tmp_path / "crops" / "notes.txt").write_text("not to be read")
     image = Image.open(paths[3])
     exif = Image.Exif()
@@ -73,8 +75,10 @@ def test_predictions_are_those_of_the_evaluation(
     code, out, err = predict(tmp_path / "run", tmp_path / "crops", "--json", cwd=tmp_path)
     assert code == 1 and err == "each image is taken for the crop of one face\n"
     rows = {Path(row["image"]).name: row for row in map(json.loads, out.splitlines())}
-    assert rows.pop("broken.png")["error"].startswith("cannot be decoded")
-    assert list(rows) == [*(p.name for p in paths), "2.png", "turned.jpg"]
+    assert list(rows)[-4:] == ["broken.png", "cut.jpg", "2.png", "turned.jpg"]
+    for name in ("broken.png", "cut.jpg"):
+        assert rows.pop(name)["error"].startswith("cannot be decoded")
+    assert list(rows)[:-2] == [p.name for p in paths]
     names = faces.class_names
     for row in rows.values():
         assert row["class"] == names[np.argmax(list(row["probabilities"].values()))]
@@ -96,6 +100,7 @@ def test_predictions_as_a_table(tiny: Write, faces: ShardSet, tmp_path: Path) ->
     assert row[:2] == [str(paths[1]), faces.class_names[expected.argmax()]]
     # one image alone, where there were sixteen: the last bits may differ
     assert [float(v[:-1]) for v in row[2:]] == pytest.approx(100 * expected, abs=0.06)
+    assert prediction.readable(Path("a\n\x1b[31m\udce9é")) == r"a\n\x1b[31m\udce9é"
     for path, images, line in (
         ("run", "none.jpg", r"none\.jpg: no such file or folder"),
         ("run", "run", r"run: no image in it \(\.bmp"),
@@ -219,17 +224,52 @@ def test_the_best_model_is_in_mlflow(
     paths = crop_files(faces, tmp_path / "crops")
     found = loaded.predict(pd.DataFrame({"image": [p.read_bytes() for p in paths]}))
     assert tuple(found.columns) == faces.class_names
+    many = loaded.predict(pd.DataFrame({"image": [p.read_bytes() for p in paths * 5]}))
+    assert len(many) == 80 and np.allclose(many[64:], found, atol=1e-6)  # more than a batch
     assert tuple(loaded.metadata.signature.outputs.input_names()) == faces.class_names
     assert np.abs(found.to_numpy() - evaluated(tmp_path / "run", faces)).max() < 1e-5
     buffer = io.BytesIO()
     Image.new("L", (50, 70), 90).save(buffer, "PNG")
     other = loaded.predict(pd.DataFrame({"image": [buffer.getvalue()]}))
     assert other.shape == (1, 8) and other.to_numpy().sum() == pytest.approx(1)
-    with pytest.raises(ValueError, match=r"image 1: cannot be decoded"):
-        loaded.predict(pd.DataFrame({"image": [buffer.getvalue(), b"no image"]}))
+    whole = paths[0].read_bytes()
+    for damaged in (b"no image", b"", whole[: len(whole) // 2] + b"\xff\xd9"):
+        with pytest.raises(ValueError, match=r"image 1: "):
+            loaded.predict(pd.DataFrame({"image": [buffer.getvalue(), damaged]}))
     mlflow.register_model(f"models:/{model.model_id}", "faces")
     assert mlflow.pyfunc.load_model("models:/faces/1").metadata.signature
 
     # A run that goes on and finds a better one logs that one too.
     single(tiny("run"), *options, "train.max_steps=20", "train.epochs=9")
     assert len(logged(client)) == 1 + (load_trained(tmp_path / "run").step > best.step)
+
+
+@pytest.mark.parametrize(
+    "call", ["create_logged_model", "log_model_artifacts", "log_outputs", "finalize_logged_model"]
+)
+@pytest.mark.parametrize("done", [False, True])
+def test_a_model_whose_logging_broke_off_is_logged_after_all(
+    tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, done: bool
+) -> None:
+    """Before the call arrived, or when only its answer was lost; the run has ended either way."""
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setattr(tracking, "RETRY_S", 0.0)
+    original = getattr(mlflow.MlflowClient, call)
+
+    def breaks(*arguments: Any, **options: Any) -> None:
+        if done:
+            original(*arguments, **options)
+        raise ConnectionError("reset by peer")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(mlflow.MlflowClient, call, breaks)
+        single(tiny("run"), "tracking.enabled=true", "train.max_steps=1")
+    client = connect(store)
+    (found,) = client.search_runs([client.get_experiment_by_name("dan_dist").experiment_id])
+    assert found.info.status == "FINISHED"
+    assert tracking.replay(tmp_path / "run", store) == 1 and not tracking.replay(tmp_path / "run")
+    ready = [m for m in logged(client) if m.status == "READY"]
+    assert len(logged(client)) == len(ready) == 1
+    outputs = client.get_run(found.info.run_id).outputs.model_outputs
+    assert [m.model_id for m in outputs] == [ready[0].model_id]
