@@ -79,7 +79,9 @@ def _ours(path: Path, content: dict[str, Any]) -> Trained:
     names, model, step = content["class_names"], content["config"]["model"], content["step"]
     _check_names(names, str(path))
     size, heads = model["image_size"], model["heads"]
-    if not (_whole(size) and size and size % 32 == 0 and _whole(heads) and _whole(step)):
+    if not (_whole(size) and size and size % 32 == 0 and _whole(heads) and _whole(step)) or (
+        heads > len(content["objective"])  # a number alone is to make no network of any size
+    ):
         raise ValueError(f"{path}: image_size {size!r}, heads {heads!r}, step {step!r}")
     for section, key in (("data", "val_split"), ("train", "precision"), ("train", "output"),
                          ("tracking", "experiment"), ("loss", "fcn")):  # fmt: skip

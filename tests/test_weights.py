@@ -240,6 +240,7 @@ def own_checkpoint(tmp_path: Path, **changes: object) -> Path:
     [
         {"objective": None}, {"objective": []}, {"objective": {3: torch.ones(2)}},
         {"config": {}}, {"config": [1]}, {"config": {"model": {"heads": "2", "image_size": 32}}},
+        {"config": {"model": {"heads": 10**9, "image_size": 32}}},
         {"config": {"model": {"heads": 0, "image_size": 0}}}, {"class_names": [1, 2]},
         {"class_names": ["a", "a"]}, {"class_names": None}, {"step": "x"},
     ],
