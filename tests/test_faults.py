@@ -293,7 +293,7 @@ def test_damage_under_and_over_the_limit(tiny: Write, tmp_path: Path, faces: Sha
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     single(tiny("over"), *options, "train.max_steps=13", "train.checkpoint_every=2")
     damage(16, 8)
-    with pytest.raises(TooMuchDamageError, match=r"train-\d+-00000\.tar/face_\d+: its checksum"):
+    with pytest.raises(TooMuchDamageError, match=r"train-\d+-\d+\.tar/face_\d+: its checksum"):
         single(tiny("over"), *options)
     assert outcome(tmp_path / "over")["status"] == "failed"
     for path, content in originals.items():
