@@ -4,12 +4,14 @@ Imports nothing heavy: the stop signals' handlers are in place before torch is i
 takes seconds in which a signal may come.
 """
 
+import argparse
 import logging
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from dan_dist.stop import Stopped, StopRequest, end_with_parent, has_launcher
@@ -34,6 +36,16 @@ def run(main: Callable[[list[str], StopRequest], int]) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":
             print(f"{stopped}: stopped before or after the work", file=sys.stderr)
         sys.exit(0 if has_launcher() else INTERRUPTED)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a program that takes a trained network: `checkpoint` and `--classes`."""
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder (its best)")
+    parser.add_argument(
+        "--classes",
+        help="of a file in the authors' format, which does not name them: affectnet8, affectnet7, "
+        "rafdb, sfew, or the names in label order with commas",
+    )
 
 
 def _speaking(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dan_dist.cache import localise
-from dan_dist.data import Reader, evaluation_stream
+from dan_dist.data import Reader, Stream, evaluation_stream
 from dan_dist.engine import Wanted, class_probabilities, resolve_precision
 from dan_dist.figures import confusion_figure, mistakes_figure, reliability_figure, save
 from dan_dist.metrics import calibrate, class_scores, confusion, summarise
@@ -133,15 +133,7 @@ def predict(
     resolved = resolve_precision(precision, world.device)
     dtype = torch.float64 if resolved == "float64" else torch.float32
     network = trained.network.to(world.device, dtype).to(memory_format=torch.channels_last)
-    stream, steps = evaluation_stream(
-        split,
-        rank=world.rank,
-        world_size=world.size,
-        image_size=trained.image_size,
-        shard_image_size=shard_image_size,
-        device=world.device,
-        threads=world.cores,
-    )
+    stream, steps = open_stream(trained, split, shard_image_size, world)
     try:
         found = class_probabilities(
             network, stream, steps, world, bf16=resolved == "bf16", advance=pulse.advance
@@ -153,6 +145,21 @@ def predict(
             f"{trained.path}: the output is not finite for {bad} of {len(found)} images"
         )
     return found
+
+
+def open_stream(
+    trained: Trained, split: Split, shard_image_size: int | None, world: World
+) -> tuple[Stream, int]:
+    """This rank's part of a pass over a split, in the size that a network wants, and its steps."""
+    return evaluation_stream(
+        split,
+        rank=world.rank,
+        world_size=world.size,
+        image_size=trained.image_size,
+        shard_image_size=shard_image_size,
+        device=world.device,
+        threads=world.cores,
+    )
 
 
 def describe(probabilities: NDArray[np.float32], split: Split) -> dict[str, Any]:

@@ -22,8 +22,7 @@ from torch import Tensor
 from dan_dist.attention import STRIDE, attention_maps
 from dan_dist.cache import localise
 from dan_dist.crops import find_images, stage
-from dan_dist.data import evaluation_stream
-from dan_dist.evaluation import open_split
+from dan_dist.evaluation import open_split, open_stream
 from dan_dist.figures import attention_figure, features_figure, save
 from dan_dist.metrics import class_separation, head_overlap
 from dan_dist.model import MEAN, STD
@@ -269,15 +268,7 @@ def batches(trained: Trained, split: Split, size: int | None, world: World) -> I
 
     size: pixels of the split's images, where all are squares of one size.
     """
-    stream, steps = evaluation_stream(
-        split,
-        rank=0,
-        world_size=1,
-        image_size=trained.image_size,
-        shard_image_size=size,
-        device=world.device,
-        threads=world.cores,
-    )
+    stream, steps = open_stream(trained, split, size, world)
     try:
         for _ in range(steps):
             batch = next(stream)

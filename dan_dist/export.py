@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # of the largest logit
 TIMED_BATCH, REPEATS = 8, 9
-WANTED = "the packages of pip install -e '.[export]'"
 
 
 class MergedSpatialAttention(nn.Module):
@@ -106,7 +105,9 @@ def main(path: Path, *, classes: str | None = None, output: Path | None = None) 
         import onnxruntime
         import onnxscript  # noqa: F401  # torch's exporter needs it
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is missing: exporting needs {WANTED}") from error
+        raise ValueError(
+            f"{error.name} is missing: exporting needs the packages of pip install -e '.[export]'"
+        ) from error
     trained = load_trained(path, classes)
     output = output or trained.path.parent
     checkpoint.check_writable(output, "--output")

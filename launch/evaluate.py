@@ -8,21 +8,16 @@ evaluation.json and figures beside the checkpoint, and into MLflow.
 import argparse
 from pathlib import Path
 
-from dan_dist.entry import run
+from dan_dist.entry import add_checkpoint, run
 from dan_dist.stop import StopRequest
 
 
 def main(arguments: list[str], stop: StopRequest) -> int:
     """Evaluates on this rank; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder (its best)")
+    add_checkpoint(parser)
     parser.add_argument("--data", required=True, help="folder or URL of the shards")
     parser.add_argument("--split", help="default: that of the training's own evaluations")
-    parser.add_argument(
-        "--classes",
-        help="of a file in the authors' format, which does not name them: affectnet8, affectnet7, "
-        "rafdb, sfew, or the names in label order with commas",
-    )
     parser.add_argument("--cache", help="folder on each node into which the shards are copied")
     parser.add_argument("--output", type=Path, help="default: a folder beside the checkpoint")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -8,14 +8,14 @@ Figures and explanation.json go into a folder beside the checkpoint, and into ML
 import argparse
 from pathlib import Path
 
-from dan_dist.entry import FAILED, run
+from dan_dist.entry import FAILED, add_checkpoint, run
 from dan_dist.stop import StopRequest
 
 
 def main(arguments: list[str], stop: StopRequest) -> int:
     """Explains; returns the exit code: 1 where an image could not be read."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder (its best)")
+    add_checkpoint(parser)
     parser.add_argument(
         "images", type=Path, nargs="*", help="crops of one face each, or folders of them"
     )
@@ -23,11 +23,6 @@ def main(arguments: list[str], stop: StopRequest) -> int:
     parser.add_argument("--split", help="default: that of the training's own evaluations")
     parser.add_argument("--cache", help="folder into which the shards are copied")
     parser.add_argument("--against", type=Path, help="another checkpoint, to be set beside it")
-    parser.add_argument(
-        "--classes",
-        help="of a file in the authors' format, which does not name them: affectnet8, affectnet7, "
-        "rafdb, sfew, or the names in label order with commas",
-    )
     parser.add_argument("--count", type=int, default=8, help="faces in the figure (default 8)")
     parser.add_argument("--output", type=Path, help="default: a folder beside the checkpoint")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -8,19 +8,14 @@ metadata. Both are checked against the network, and timed beside it on the CPU.
 import argparse
 from pathlib import Path
 
-from dan_dist.entry import run
+from dan_dist.entry import add_checkpoint, run
 from dan_dist.stop import StopRequest
 
 
 def main(arguments: list[str], stop: StopRequest) -> int:
     """Exports; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder (its best)")
-    parser.add_argument(
-        "--classes",
-        help="of a file in the authors' format, which does not name them: affectnet8, affectnet7, "
-        "rafdb, sfew, or the names in label order with commas",
-    )
+    add_checkpoint(parser)
     parser.add_argument("--output", type=Path, help="folder; default: the checkpoint's")
     options = parser.parse_args(arguments)
 

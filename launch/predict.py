@@ -8,20 +8,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from dan_dist.entry import FAILED, run
+from dan_dist.entry import FAILED, add_checkpoint, run
 from dan_dist.stop import StopRequest
 
 
 def main(arguments: list[str], stop: StopRequest) -> int:
     """Predicts; returns the exit code: 1 where an image could not be read."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or a run's folder (its best)")
+    add_checkpoint(parser)
     parser.add_argument("images", type=Path, nargs="+", help="images, or folders of them")
-    parser.add_argument(
-        "--classes",
-        help="of a file in the authors' format, which does not name them: affectnet8, affectnet7, "
-        "rafdb, sfew, or the names in label order with commas",
-    )
     parser.add_argument("--json", action="store_true", help="a line of JSON an image")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
