@@ -34,7 +34,8 @@ def center_loss(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
 
     features: (B, D); labels: (B,) int64; centers: (classes, D).
     """
-    return (features - centers[labels]).square().sum(dim=1)
+    # Not centers[labels], whose gradient CPU threads add up in the order in which they come.
+    return (features - F.embedding(labels, centers)).square().sum(dim=1)
 
 
 def affinity_loss(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:

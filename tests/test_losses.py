@@ -26,6 +26,23 @@ def test_center_loss() -> None:
     assert center_loss(FEATURES, LABELS, CENTERS).tolist() == [5, 29, 17]
 
 
+def test_its_gradient_is_the_same_bits_every_time_on_several_threads() -> None:
+    """Where images share a centre, what they add to its gradient must have one order."""
+    torch.manual_seed(0)
+    features, labels = torch.randn(512, 512), torch.arange(512) % 8
+    centers = torch.randn(8, 512, requires_grad=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        gradients = [
+            torch.autograd.grad(center_loss(features, labels, centers).sum(), centers)[0]
+            for _ in range(10)
+        ]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 def test_affinity_loss_is_equation_2() -> None:
     # The centres' unbiased variances are 2 (of 0, 2) and 8 (of 0, 4): σ_c² = 10
     assert affinity_loss(FEATURES, LABELS, CENTERS).tolist() == [0.5, 2.9, 1.7]
