@@ -119,38 +119,42 @@ def _draw(
     block = max(1, min(block, n // (4 * lanes)))  # with few blocks a lane, batches would recur
     together = max(1, SMALL_CYCLE // n)  # cycles drawn at a time
     span = together * n
-    parts = [np.empty(0, np.int32)]
+    drawn = np.empty(stop - start, np.int32)
     for batch in range(start // span, -(-stop // span)):
-        layout = _layouts(n, block, together, seed, c, batch).ravel()
         # Draws sorted by (cycle, lane, number) read the layouts from left to right.
-        draw = np.arange(batch * span, (batch + 1) * span)
-        lane = _lane(draw, c, classes, global_batch)
+        lane = _lanes(batch * span, span, c, classes, global_batch)
         if together > 1:
-            lane = lane.astype(np.int64) + (draw // n - batch * together) * lanes
+            lane = lane + (np.arange(span) // n) * lanes
         samples = np.empty(span, np.int32)
-        samples[np.argsort(lane, kind="stable")] = ids[layout]
-        parts.append(samples)
-    skip = start % span
-    return np.concatenate(parts)[skip : skip + stop - start]
+        by_lane = np.argsort(lane, kind="stable")
+        samples[by_lane] = ids[_layouts(n, block, together, seed, c, batch).ravel()]
+        low, high = max(start, batch * span), min(stop, batch * span + span)
+        drawn[low - start : high - start] = samples[low - batch * span : high - batch * span]
+    return drawn
 
 
-def _layouts(n: int, block: int, cycles: int, seed: int, c: int, batch: int) -> NDArray[np.int64]:
+def _layouts(n: int, block: int, cycles: int, seed: int, c: int, batch: int) -> Ids:
     """(cycles, n): permuted blocks of neighbours, permuted inside; cycles batch·cycles + 0, 1, …"""
     rng = np.random.Generator(np.random.Philox(key=_key(seed, c), counter=[0, 0, 0, batch]))
     blocks = -(-n // block)
-    order = rng.permuted(np.tile(np.arange(blocks), (cycles, 1)), axis=1)
-    inside = np.tile(np.arange(block), (cycles * blocks, 1))
-    inside = rng.permuted(inside, axis=1).reshape(cycles, blocks, block)
-    layout = (order[:, :, None] * block + inside).reshape(cycles, blocks * block)
-    return layout[layout < n].reshape(cycles, n)  # the last block may be short
+    order = rng.permuted(np.tile(np.arange(blocks, dtype=np.int32), (cycles, 1)), axis=1)
+    layout = np.tile(np.arange(block, dtype=np.int32), (cycles * blocks, 1))
+    rng.permuted(layout, axis=1, out=layout)
+    layout += order.reshape(-1, 1) * block
+    layout = layout.reshape(cycles, -1)
+    # The last block may be short
+    return layout if blocks * block == n else layout[layout < n].reshape(cycles, n)
 
 
-def _lane(draw: NDArray[np.int64], c: int, classes: int, global_batch: int) -> NDArray[np.integer]:
-    """The position of each draw (consecutive numbers) inside its step's share of class c."""
-    low = max(0, int(draw[0]) * classes // global_batch - 2 * classes)
-    high = int(draw[-1]) * classes // global_batch + 2 * classes
-    first = _first_draw(np.arange(low, high + 2), c, classes, global_batch)
-    step = np.searchsorted(first, draw, side="right") - 1
-    lane = draw - first[step]
+def _lanes(
+    start: int, count: int, c: int, classes: int, global_batch: int
+) -> NDArray[np.integer]:
+    """The position of each of class c's draws from `start` on inside its step's share."""
+    low = max(0, start * classes // global_batch - 2 * classes)
+    high = (start + count) * classes // global_batch + 2 * classes
+    first = _first_draw(np.arange(low, high + 1), c, classes, global_batch) - start
     # numpy sorts 16-bit integers by radix, ten times faster than wider ones
-    return lane.astype(np.uint16 if global_batch // classes < 65535 else np.int32)
+    kind = np.uint16 if global_batch // classes < 65535 else np.int32
+    lane = np.arange(first[0], first[-1], dtype=np.int32)
+    lane -= np.repeat(first[:-1].astype(np.int32), np.diff(first))
+    return lane[-first[0] :][:count].astype(kind)
