@@ -34,7 +34,11 @@ class Augment:
 class Placement(NamedTuple):
     """Per image: where each output pixel comes from, and which box is erased."""
 
-    matrix: Floats  # (n, 2, 3): output (x, y, 1) → input (x, y), pixel centres at +0.5
+    warped: NDArray[np.bool_]  # (n,): by `matrix`; the others are flipped at most
+    flip: NDArray[np.int32]  # (n,): 1 flips
+    matrix: (
+        Floats  # (n, 2, 3): output (x, y, 1) → input (x, y), pixel centres at +0.5; flip is in it
+    )
     anchor: Floats  # (n, 2): upper left corner (y, x) of the erased box
     shape: Floats  # (n, 2): its height and width; 0 erases nothing
 
@@ -42,24 +46,25 @@ class Placement(NamedTuple):
 def place(uniforms: Floats, augment: Augment, size: int) -> Placement:
     """The placement of n images of size×size pixels from (n, UNIFORMS) numbers in [0, 1)."""
     u = uniforms.astype(np.float64)
-    anchor, shape = _erase_boxes(u[:, 6:], augment, size)
-    return Placement(_matrices(u[:, :6], augment, size), anchor, shape)
+    flip, warped = u[:, 0] < augment.flip_p, u[:, 1] < augment.affine_p
+    matrix = _matrices(u[:, 2:6], flip, augment, size)
+    return Placement(warped, flip.astype(np.int32), matrix, *_erase_boxes(u[:, 6:], augment, size))
 
 
-def _matrices(u: NDArray[np.float64], augment: Augment, size: int) -> Floats:
+def _matrices(
+    u: NDArray[np.float64], flip: NDArray[np.bool_], augment: Augment, size: int
+) -> Floats:
     """Flip first, then rotate and scale about the centre, then shift; inverted: output → input."""
-    affine = u[:, 1] < augment.affine_p
-    angle = np.where(affine, np.radians((2 * u[:, 2] - 1) * augment.degrees), 0.0)
+    angle = np.radians((2 * u[:, 0] - 1) * augment.degrees)
     low, high = augment.scale
-    scale = np.where(affine, low + u[:, 3] * (high - low), 1.0)
-    shift = np.round((2 * u[:, 4:6] - 1) * augment.translate * size) * affine[:, None]
+    scale = low + u[:, 1] * (high - low)
+    shift = np.round((2 * u[:, 2:4] - 1) * augment.translate * size)
     cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
     center = size / 2
     matrix = np.empty((len(u), 2, 3))
     matrix[:, 0, :2] = np.stack([cos, sin], axis=1)
     matrix[:, 1, :2] = np.stack([-sin, cos], axis=1)
     matrix[:, :, 2] = center - np.einsum("nij,nj->ni", matrix[:, :, :2], center + shift)
-    flip = u[:, 0] < augment.flip_p
     matrix[flip, 0] *= -1
     matrix[flip, 0, 2] += size
     return matrix.astype(np.float32)

@@ -257,21 +257,22 @@ class Stream:
         self._fetched: dict[int, list[Future[list[NDArray[np.uint8]]]]] = {}
         samples = len(self.order(self.step).ids)
         on_gpu = self.device.type == "cuda"
-        self._pipeline = _graph(
-            self._feed,
+        self._pipeline = graph(
+            self.feed,
             self.image_size,
             self.resize,
             self.augment is not None,
             "mixed" if on_gpu else "cpu",
             batch_size=samples,
-            num_threads=self.threads,
+            # One more than cores: else one idles while another ends an operation's last image
+            num_threads=self.threads + 1,
             device_id=self.device.index if on_gpu else None,
             prefetch_queue_depth=2,
             exec_dynamic=True,  # its outputs own their memory: a held batch is never overwritten
         )
         self._pipeline.build()
 
-    def _feed(self, iteration: int) -> tuple[object, ...]:
+    def feed(self, iteration: int) -> tuple[object, ...]:
         """DALI's batch callback: the inputs of global step `first + iteration`."""
         step = self._first + iteration
         for ahead in range(step, step + ADVISED_AHEAD + 1):
@@ -320,19 +321,19 @@ class Stream:
         self._build()
 
 
-@pipeline_def  # type: ignore[untyped-decorator]
-def _graph(
+@pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
+def graph(
     feed: Callable[[int], tuple[object, ...]], size: int, resize: bool, augment: bool, decode: str
 ) -> tuple[Any, ...]:
-    outputs = 5 if augment else 2
-    kinds = [types.UINT8, types.INT64, types.FLOAT, types.FLOAT, types.FLOAT]
+    outputs = 7 if augment else 2
+    kinds = [types.UINT8, types.INT64, types.BOOL, types.INT32, *[types.FLOAT] * 3]
     jpegs, numbers, *placement = fn.external_source(
         source=feed,
         num_outputs=outputs,
         batch=True,
         no_copy=True,
         dtype=kinds[:outputs],
-        ndim=[1, 1, 2, 1, 1][:outputs],
+        ndim=[1, 1, 0, 0, 2, 1, 1][:outputs],
     )
     # fancy upsampling makes the GPU's chroma equal the CPU's
     images = fn.decoders.image(
@@ -342,12 +343,15 @@ def _graph(
     if resize:
         images = fn.resize(images, size=(size, size), interp_type=types.INTERP_LINEAR)
     if augment:
-        matrix, anchor, shape = placement
-        # One nearest-neighbour pass, as torchvision's RandomAffine; linear costs eight times more
-        images = fn.warp_affine(
-            images, matrix=matrix, size=(size, size), fill_value=0, inverse_map=True,
-            interp_type=types.INTERP_NN,
-        )  # fmt: skip
+        warped, flip, matrix, anchor, shape = placement
+        if warped:  # decided for each image
+            # By nearest neighbour, as torchvision's RandomAffine; linear costs eight times more
+            images = fn.warp_affine(
+                images, matrix=matrix, size=(size, size), fill_value=0, inverse_map=True,
+                interp_type=types.INTERP_NN,
+            )  # fmt: skip
+        else:
+            images = fn.flip(images, horizontal=flip)
         # On bytes, before the floats: erased pixels are at most 0.009 off the exact 0
         images = fn.erase(
             images, anchor=anchor, shape=shape, axis_names="HW",

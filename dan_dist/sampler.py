@@ -146,9 +146,7 @@ def _layouts(n: int, block: int, cycles: int, seed: int, c: int, batch: int) -> 
     return layout if blocks * block == n else layout[layout < n].reshape(cycles, n)
 
 
-def _lanes(
-    start: int, count: int, c: int, classes: int, global_batch: int
-) -> NDArray[np.integer]:
+def _lanes(start: int, count: int, c: int, classes: int, global_batch: int) -> NDArray[np.integer]:
     """The position of each of class c's draws from `start` on inside its step's share."""
     low = max(0, start * classes // global_batch - 2 * classes)
     high = (start + count) * classes // global_batch + 2 * classes

@@ -1,0 +1,224 @@
+"""The loader beside its ceiling and its peers: images decoded and augmented, on the device.
+
+All decode the same JPEGs and augment them by the same recipe with as many processes or threads as
+this rank has cores. The peers' order is simpler: none of theirs is balanced, exact and resumable.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import torch
+import torch.utils.dlpack
+import webdataset
+from nvidia.dali import fn, math, pipeline_def, types
+from torch import Tensor
+from torch.utils.data import DataLoader, WeightedRandomSampler
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from benchmarks.measure import Measure, Table, consume, in_turn, ratio, show
+from dan_dist.augment import ERASE_RATIO
+from dan_dist.config import Augmentation, Config
+from dan_dist.data import Reader, graph
+from dan_dist.model import MEAN, STD
+from dan_dist.parts import open_train_stream
+from dan_dist.shardset import ShardSet, Split
+from dan_dist.world import World
+
+RECORDED_STEPS = 8  # that the ceiling is fed with, over and over
+SHUFFLE = 1000  # images in webdataset's and DALI's buffers
+OURS, CEILING, AUTHORS = "dan_dist", "the same graph, fed from memory", "ImageFolder, PIL"
+
+
+def run(
+    config: Config, world: World, shards: ShardSet, folder: Path, *, images: int, repeats: int
+) -> dict[str, Table]:
+    """Prints and returns the tables of a warm and of a cold page cache.
+
+    config: train.global_batch is this rank's batch. folder: where the authors' way finds its files.
+    """
+    split = shards.split("train")
+    faces = _extract(split, folder / "faces")
+    tars = [split.path(number) for number in range(len(split.shards))]
+    size, batch, augment = config.model.image_size, config.train.global_batch, config.data.augment
+    stream = open_train_stream(config, world, shards, split, start=0)
+    transform = _transform(augment, size)
+    move = partial(_moved, device=world.device)
+    contenders: dict[str, tuple[Iterator[Tensor], list[Path]]] = {
+        OURS: ((next(stream).images for _ in count()), tars),
+        CEILING: (_from_memory(config, world, shards), []),
+        AUTHORS: (move(_authors(faces, transform, batch, world.cores)), [*faces.glob("*/*")]),
+        "webdataset, PIL": (move(_webdataset(tars, transform, batch, world.cores)), tars),
+        "DALI's readers.webdataset": (_dali_reader(tars, augment, size, batch, world), tars),
+    }
+    tables = {}
+    for state in ("warm", "cold"):
+        chosen = {
+            name: partial(_measure, batches, files if state == "cold" else [], images, world.device)
+            for name, (batches, files) in contenders.items()
+            if state == "warm" or files
+        }
+        table = in_turn(chosen, repeats, f"loader, {state}")
+        ratios = {"images/s": AUTHORS, "CPU-ms an image": AUTHORS}
+        title = f"Loader, {size} px, batches of {batch}, {state} page cache"
+        show(title, table, {"images/s": ".0f", "CPU-ms an image": ".2f"}, ratios)
+        if state == "warm":
+            print(f"share of the ceiling: {100 * ratio(table, OURS, CEILING, 'images/s'):.1f} %")
+        tables[state] = table
+    stream.close()
+    return tables
+
+
+def _measure(
+    batches: Iterator[Tensor], evicted: list[Path], images: int, device: torch.device
+) -> Measure:
+    """evicted: files that are put out of the page cache first."""
+    for path in evicted:
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)  # what is not on the disk yet stays in memory
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+    return consume(batches, images, device)
+
+
+def _extract(split: Split, folder: Path) -> Path:
+    """The images as files in a folder for each label."""
+    reader = Reader(split, max_bad=0)
+    for sample, row in enumerate(split.index):
+        path = folder / str(row["label"]) / f"{sample:08d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(reader.read(sample).tobytes())
+    reader.close()
+    return folder
+
+
+def _moved(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    for images in batches:
+        yield images.to(device, non_blocking=True)
+
+
+def _from_memory(config: Config, world: World, shards: ShardSet) -> Iterator[Tensor]:
+    """Our graph without reading, checking and ordering: the inputs of a few steps, over again."""
+    stream = open_train_stream(config, world, shards, shards.split("train"), start=0)
+    recorded = [stream.feed(step) for step in range(RECORDED_STEPS)]
+    stream.close()
+    on_gpu = world.device.type == "cuda"
+    pipeline = graph(
+        lambda step: recorded[step % RECORDED_STEPS], stream.image_size, stream.resize, True,
+        "mixed" if on_gpu else "cpu", batch_size=config.train.global_batch,
+        num_threads=stream.threads + 1, device_id=world.device.index if on_gpu else None,
+        prefetch_queue_depth=2, exec_dynamic=True,
+    )  # fmt: skip
+    return _outputs(pipeline)
+
+
+def _outputs(pipeline: object) -> Iterator[Tensor]:
+    pipeline.build()  # type: ignore[attr-defined]
+    while True:
+        images, _ = pipeline.run()  # type: ignore[attr-defined]
+        yield torch.utils.dlpack.from_dlpack(images.as_tensor())
+
+
+def _transform(augment: Augmentation, size: int) -> Callable[[object], Tensor]:
+    """The recipe as the authors' script composes it."""
+    affine = transforms.RandomAffine(
+        augment.degrees, scale=tuple(augment.scale), translate=(augment.translate,) * 2
+    )
+    composed: Callable[[object], Tensor] = transforms.Compose(
+        [
+            transforms.Resize((size, size)),
+            transforms.RandomHorizontalFlip(augment.flip_p),
+            transforms.RandomApply([affine], augment.affine_p),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+            transforms.RandomErasing(augment.erase_p, tuple(augment.erase_area)),
+        ]
+    )
+    return composed
+
+
+def _authors(
+    folder: Path, transform: Callable[[object], Tensor], batch: int, workers: int
+) -> Iterator[Tensor]:
+    """Files, PIL, torchvision's transforms, images drawn by weight with replacement."""
+    faces = ImageFolder(folder, transform)
+    counts = torch.bincount(torch.tensor(faces.targets))
+    weights = (1 / counts)[faces.targets]
+    sampler = WeightedRandomSampler(weights.tolist(), 100 * len(faces))  # never at its end
+    for images, _ in DataLoader(faces, batch, sampler=sampler, num_workers=workers):
+        yield images
+
+
+def _webdataset(
+    tars: list[Path], transform: Callable[[object], Tensor], batch: int, workers: int
+) -> Iterator[Tensor]:
+    faces = (
+        webdataset.WebDataset([str(path) for path in tars], resampled=True, shardshuffle=False)
+        .shuffle(SHUFFLE)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(transform, int)
+    )
+    for images, _ in webdataset.WebLoader(faces, batch_size=batch, num_workers=workers):
+        yield images
+
+
+def _dali_reader(
+    tars: list[Path], augment: Augmentation, size: int, batch: int, world: World
+) -> Iterator[Tensor]:
+    """DALI's own reader and random numbers."""
+    on_gpu = world.device.type == "cuda"
+    return _outputs(
+        _dali_graph(
+            [str(path) for path in tars], augment, size, "mixed" if on_gpu else "cpu",
+            batch_size=batch, num_threads=world.cores + 1,
+            device_id=world.device.index if on_gpu else None, prefetch_queue_depth=2,
+        )
+    )  # fmt: skip
+
+
+@pipeline_def  # type: ignore[untyped-decorator]
+def _dali_graph(
+    tars: list[str], augment: Augmentation, size: int, decode: str
+) -> tuple[object, object]:
+    # Without mmap: mapped pages would stay in memory when the cache is emptied
+    jpegs, labels = fn.readers.webdataset(  # type: ignore[misc]
+        paths=tars, index_paths=[tar.removesuffix(".tar") + ".idx" for tar in tars],
+        ext=["jpg", "cls"], random_shuffle=True, initial_fill=SHUFFLE, dont_use_mmap=True,
+        name="reader",
+    )  # fmt: skip
+    images = fn.decoders.image(jpegs, device=decode, output_type=types.RGB)
+    uniform = fn.random.uniform
+    affine = fn.random.coin_flip(probability=augment.affine_p)
+    rotation = fn.transforms.rotation(
+        angle=affine * uniform(range=[-augment.degrees, augment.degrees]), center=[size / 2] * 2
+    )
+    shift = augment.translate * size
+    moved = fn.transforms.translation(
+        rotation, offset=affine * uniform(range=[-shift, shift], shape=[2])
+    )
+    low, high = augment.scale
+    matrix = fn.transforms.scale(
+        moved, scale=1 - affine * uniform(range=[1 - high, 1 - low]) * types.Constant([1.0, 1.0]),
+        center=[size / 2] * 2,
+    )  # fmt: skip
+    images = fn.warp_affine(
+        images, matrix=matrix, size=(size, size), fill_value=0, interp_type=types.INTERP_NN
+    )
+    erased = fn.random.coin_flip(probability=augment.erase_p)
+    area = size * size * uniform(range=augment.erase_area)
+    aspect = uniform(range=[*ERASE_RATIO])
+    shape = fn.stack(erased * math.sqrt(area * aspect), erased * math.sqrt(area / aspect))
+    images = fn.erase(
+        images, anchor=uniform(range=[0.0, size / 2], shape=[2]), shape=shape, axis_names="HW",
+        fill_value=[255 * m for m in MEAN],
+    )  # fmt: skip
+    images = fn.crop_mirror_normalize(
+        images, dtype=types.FLOAT, output_layout="HWC",
+        mirror=fn.random.coin_flip(probability=augment.flip_p),
+        mean=[255 * m for m in MEAN], std=[255 * s for s in STD],
+    )  # fmt: skip
+    return images, labels

@@ -1,0 +1,119 @@
+"""The sampler's time, and the memory of a rank, by the size of the data set."""
+
+import multiprocessing
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import Measure, Table, in_turn, show
+from dan_dist.data import TrainOrder
+from dan_dist.sampler import epoch_order, group_samples
+from dan_dist.shardset import INDEX_DTYPE, Shard, open_shardset, write_manifest
+from shards.affectnet import TRAIN
+
+BATCH = 256
+SIZES = (290_000, 10_000_000)  # images: AffectNet's, and the largest set in the field
+SHARD_IMAGES, IMAGE_BYTES = 1000, 20_000
+WATCH_S = 0.002
+
+
+def run(folder: Path, *, repeats: int) -> dict[str, Any]:
+    """Prints and returns both; an index of ten million images is written into `folder`."""
+    contenders = {
+        f"{size:,} images, {'balanced' if balanced else 'shuffle'}": (size, balanced)
+        for size in SIZES
+        for balanced in (True, False)
+    }
+    labels = {size: _labels(size) for size in SIZES}
+    times: Table = in_turn(
+        {
+            name: partial(_order, labels[size], balanced)
+            for name, (size, balanced) in contenders.items()
+        },
+        repeats, "order",
+    )  # fmt: skip
+    show(
+        f"The order of an epoch, global batch {BATCH}", times, {"groups, s": ".3f", "s": ".3f"}, {}
+    )
+    memory = {}
+    print("\nMemory of a rank that are its own pages, at most, over an epoch's border\n\n"
+          "| | MiB | bytes an image | start, s |\n|---|---|---|---|")  # fmt: skip
+    base: dict[bool, float] = {}
+    for name, (size, balanced) in contenders.items():
+        root = _write_index(folder / f"index-{size}", size)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peak_bytes, start_s = pool.apply(_anonymous, (root, balanced))
+        base.setdefault(balanced, peak_bytes)
+        slope = (peak_bytes - base[balanced]) / (size - SIZES[0]) if size > SIZES[0] else 0.0
+        memory[name] = {"peak_bytes": peak_bytes, "bytes_an_image": slope, "start_s": start_s}
+        told = f"{slope:.1f}" if slope else "–"
+        print(f"| {name} | {peak_bytes / 2**20:.0f} | {told} | {start_s:.2f} |", flush=True)
+    return {"times": times, "memory": memory}
+
+
+def _labels(size: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """AffectNet's proportions, sorted as class-pure shards are."""
+    bounds = np.cumsum(TRAIN) / sum(TRAIN) * size
+    return np.searchsorted(bounds, np.arange(size), side="right").astype(np.int32)
+
+
+def _order(labels: np.ndarray[Any, np.dtype[np.int32]], balanced: bool) -> Measure:
+    began_s = time.perf_counter()
+    groups = group_samples(labels, balanced=balanced)
+    grouped_s = time.perf_counter()
+    epoch_order(groups, global_batch=BATCH, seed=0, epoch=1)
+    return {"groups, s": grouped_s - began_s, "s": time.perf_counter() - grouped_s}
+
+
+def _write_index(root: Path, size: int) -> Path:
+    """A set of that many images whose tars are holes; what a rank reads at its start is there."""
+    if root.exists():
+        return root
+    root.mkdir()
+    index = np.zeros(size, INDEX_DTYPE)
+    number = np.arange(size)
+    index["shard"], index["label"] = number // SHARD_IMAGES, _labels(size)
+    index["offset"], index["size"] = number % SHARD_IMAGES * IMAGE_BYTES, IMAGE_BYTES
+    shards = []
+    for shard in range(-(-size // SHARD_IMAGES)):
+        samples = min(SHARD_IMAGES, size - shard * SHARD_IMAGES)
+        path = root / f"train-{shard:06d}.tar"
+        with path.open("wb") as file:
+            file.truncate(samples * IMAGE_BYTES)
+        shards.append(Shard(path.name, None, samples, samples * IMAGE_BYTES, "0" * 64))
+    write_manifest(
+        root, dataset="holes", release="none", class_names=tuple("abcdefgh"), image_size=224,
+        image_policy="", splits={"train": (shards, index)}, dropped={}, dropped_names=[],
+        pack_sha256="",
+    )  # fmt: skip
+    return root
+
+
+def _anonymous(root: Path, balanced: bool) -> tuple[int, float]:
+    """The most anonymous memory of a process that orders three epochs, and its start's seconds."""
+    peak_bytes, is_over = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak_bytes
+        while not is_over.wait(WATCH_S):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    peak_bytes = max(peak_bytes, 1024 * int(line.split()[1]))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began_s = time.perf_counter()
+    split = open_shardset(root).split("train")
+    order = TrainOrder(split, slice(0, BATCH), global_batch=BATCH, seed=0, balanced=balanced)
+    order(0)
+    start_s = time.perf_counter() - began_s
+    for step in (order.steps - 1, order.steps, 2 * order.steps):
+        order(step)
+    order.close()
+    is_over.set()
+    watcher.join()
+    return peak_bytes, start_s

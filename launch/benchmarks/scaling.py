@@ -1,0 +1,76 @@
+"""More ranks on this machine, measured, and more machines, by arithmetic."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from dan_dist.world import World, core_count
+
+SCRIPT = Path(__file__).parent.parent / "bench.py"
+NODES = (2, 4, 8, 16)
+GRADIENT_BYTES = 4 * 19_724_248  # float32, of DAN with 4 heads and 8 classes
+
+
+def run(
+    path: str, overrides: list[str], world: World, *, ranks: list[int] | None, batch: int,
+    repeats: int, link_gb_s: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Prints and returns images/s of 1 … N ranks with `batch` images each (weak scaling).
+
+    A rank has the same share of the cores however many there are, one alone too.
+    """
+    places = torch.cuda.device_count() if world.device.type == "cuda" else core_count()
+    sizes = ranks or [n for n in (1, 2, 4, 8, 16) if n <= places]
+    rates: dict[int, list[float]] = {}
+    print(f"\nScaling, {batch} images a rank\n\n| ranks | images/s | of linear |\n|---|---|---|")
+    for size in sizes:
+        threads = max(1, core_count() // max(sizes))
+        rates[size] = _train(path, overrides, size, batch, repeats, threads)
+        linear = median(rates[size]) / median(rates[sizes[0]]) * sizes[0] / size
+        spread = f"{median(rates[size]):.1f} ({min(rates[size]):.1f} to {max(rates[size]):.1f})"
+        print(f"| {size} | {spread} | {100 * linear:.1f} % |", flush=True)
+    largest = sizes[-1]
+    step_s = largest * batch / median(rates[largest])
+    return {"images_per_s": rates, "arithmetic": _arithmetic(step_s, link_gb_s)}
+
+
+def _train(
+    path: str, overrides: list[str], ranks: int, batch: int, repeats: int, threads: int
+) -> list[float]:
+    """Images/s, end to end, of every repeat of a training on that many ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "figures.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   f"--nproc-per-node={ranks}", str(SCRIPT), "train", path, *overrides,
+                   f"data.threads={threads}", "--batch", str(batch), "--repeats", str(repeats),
+                   "--json", str(found)]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+        rows = json.loads(found.read_text())["train"]["table"]["end to end"]
+    return [row["images/s"] for row in rows]
+
+
+def _arithmetic(step_s: float, link_gb_s: float) -> dict[int, float]:
+    """What a ring of nodes needs for the gradients of a step, beside the step, not hidden at all.
+
+    Each node sends and receives 2 (n − 1) / n times the gradient. DDP sends while the backward pass
+    goes on, so that what is left of it is less.
+    """
+    shares = {}
+    for nodes in NODES:
+        send_s = 2 * (nodes - 1) / nodes * GRADIENT_BYTES / (1e9 * link_gb_s)
+        shares[nodes] = step_s / (step_s + send_s)
+    told = ", ".join(f"{nodes} nodes {100 * share:.1f} %" for nodes, share in shares.items())
+    print(f"By arithmetic, not measured: {GRADIENT_BYTES / 1e6:.0f} MB of gradients over "
+          f"{link_gb_s:g} GB/s against a step of {1e3 * step_s:.0f} ms leave, of linear, at least: "
+          f"{told}")  # fmt: skip
+    return shares

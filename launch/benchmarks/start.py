@@ -1,0 +1,51 @@
+"""From the command to the first step of a training."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks.measure import Measure, Table, in_turn, show
+
+SCRIPT = Path(__file__).parent.parent / "train.py"
+
+
+def run(path: str, overrides: list[str], folder: Path, *, repeats: int) -> Table:
+    """Seconds until the first step has been made, its shards being there, files being cached.
+
+    folder: for the runs.
+    """
+
+    def launch(*launcher: str) -> Measure:
+        """One training of one step, of which the line that tells of it is waited for."""
+        output = folder / "run"
+        command = [*launcher, str(SCRIPT), path, *overrides, f"train.output={output}",
+                   "train.max_steps=1", "train.log_every=1", "train.resume=auto"]  # fmt: skip
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+        shutil.rmtree(output, ignore_errors=True)
+        began_s = perf_counter()
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        ) as process:
+            assert process.stdout is not None
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if " step 1 " in line:
+                    seconds = perf_counter() - began_s
+            if process.wait():
+                raise RuntimeError(f"{' '.join(command)}\n{''.join(lines)}")
+        return {"s": seconds, "to the end, s": perf_counter() - began_s}
+
+    folder.mkdir()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    forms = {
+        "torchrun launch/train.py": lambda: launch(*torchrun),
+        "python launch/train.py": lambda: launch(sys.executable),
+    }
+    launch(sys.executable)  # draws the shards, fills the file cache
+    table = in_turn(forms, repeats, "start")
+    show(f"From launch to the first step, {path}", table, {"s": ".1f", "to the end, s": ".1f"}, {})
+    return table

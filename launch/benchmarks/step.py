@@ -1,0 +1,194 @@
+"""The training step on data that lies ready: from the plainest form of it to the one that trains.
+
+Each row adds one thing to the row above it. The bound is that of the roofline: the step can take no
+less time than its operations at the speed of a large matrix product, nor than its memory traffic at
+the speed of a copy, both measured here.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measure import Measure, in_turn, middle, ratio, show, wait_for
+from dan_dist.config import Config
+from dan_dist.data import Batch
+from dan_dist.engine import Votes, resolve_precision
+from dan_dist.losses import Objective
+from dan_dist.parts import build_engine, build_objective
+from dan_dist.shardset import ShardSet
+from dan_dist.world import World
+
+PLAIN, TRAINED = "plain: float32, contiguous", "as trained"
+
+
+def run(
+    config: Config, world: World, shards: ShardSet, *, steps: int, repeats: int, compiled: bool
+) -> dict[str, Any]:
+    """Prints and returns the table, and the bound.
+
+    config: train.global_batch is this rank's batch. steps: of each repeat. compiled: a row with
+    torch.compile too.
+    """
+    precision = resolve_precision(config.train.precision, world.device)
+    batch = resident_batch(config, world, len(shards.class_names))
+    make = partial(_plain_step, config, world, shards, batch)
+    contenders: dict[str, Callable[[], object]] = {
+        PLAIN: make(channels_last=False, fused=False, bf16=False),
+        "+ channels_last": make(channels_last=True, fused=False, bf16=False),
+        "+ fused optimiser": make(channels_last=True, fused=True, bf16=False),
+    }
+    if precision == "bf16":
+        contenders["+ bfloat16"] = make(channels_last=True, fused=True, bf16=True)
+    contenders[TRAINED] = engine_step(config, world, shards, batch)
+    if compiled:
+        with_compile = config.train.model_copy(update={"compile": True})
+        contenders["as trained, train.compile"] = engine_step(
+            config.model_copy(update={"train": with_compile}), world, shards, batch
+        )
+    for step in contenders.values():  # warms up, and compiles
+        for _ in range(3):
+            step()
+    chosen = {name: partial(timed, step, steps, world.device) for name, step in contenders.items()}
+    table = in_turn(chosen, repeats, "step")
+    size, images = config.model.image_size, len(batch.labels)
+    show(f"Step, {size} px, batches of {images}, {precision}", table, {"ms": ".1f"}, {"ms": PLAIN})
+    gains = [(new, ratio(table, old, new, "ms")) for old, new in pairwise(table)]
+    print("times as fast as the row above: "
+          + ", ".join(f"{name.removeprefix('+ ')} {gain:.2f}" for name, gain in gains))  # fmt: skip
+    bound = roofline(config, world, shards, images, bf16=precision == "bf16")
+    bound["share"] = bound["bound_ms"] / middle(table, TRAINED, "ms")
+    print("{gflop:.0f} GFLOP at {gflops:.0f} GFLOP/s, {gbytes:.2f} GB of traffic at {gbytes_s:.1f} "
+          "GB/s: {bound_ms:.1f} ms at least; the step reaches {percent:.0f} % of that bound".format(
+              percent=100 * bound["share"], **bound))  # fmt: skip
+    return {
+        "table": table,
+        "roofline": bound,
+        "plain_over_trained": ratio(table, PLAIN, TRAINED, "ms"),
+    }
+
+
+def resident_batch(config: Config, world: World, classes: int) -> Batch:
+    """Random images on the device, laid out as the loader's are."""
+    images, size = config.train.global_batch // world.size, config.model.image_size
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(images, size, size, 3, generator=generator).to(world.device)
+    labels = torch.arange(images, device=world.device) % classes
+    return Batch(pixels.permute(0, 3, 1, 2), labels, torch.arange(images))
+
+
+def engine_step(
+    config: Config, world: World, shards: ShardSet, batch: Batch
+) -> Callable[[], Tensor]:
+    """What training does with a batch."""
+    engine = build_engine(config, world, build_objective(config, shards, is_new=True))
+    votes = Votes(stop=False, save=False, replaced=0)
+    return lambda: engine.train_step(batch, lr=config.optim.lr, votes=votes).losses
+
+
+def timed(step: Callable[[], object], steps: int, device: torch.device) -> Measure:
+    """Milliseconds of a step, mean over `steps` of them."""
+    wait_for(device)
+    began_s = perf_counter()
+    for _ in range(steps):
+        step()
+    wait_for(device)
+    return {"ms": 1e3 * (perf_counter() - began_s) / steps}
+
+
+def _plain_step(
+    config: Config, world: World, shards: ShardSet, batch: Batch,
+    *, channels_last: bool, fused: bool, bf16: bool,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """The step as a textbook writes it."""
+    objective = build_objective(config, shards, is_new=True).to(world.device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    objective.to(memory_format=layout)
+    images = batch.images.contiguous(memory_format=layout)
+    parameters, lr = objective.parameters(), config.optim.lr
+    optimizer: torch.optim.Optimizer
+    if config.optim.name == "adam":
+        optimizer = torch.optim.Adam(parameters, lr, foreach=False, fused=fused)
+    else:
+        momentum = config.optim.momentum
+        optimizer = torch.optim.SGD(parameters, lr, momentum, foreach=False, fused=fused)
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+            loss = objective(images, batch.labels, len(images))
+        loss.total.backward()
+        optimizer.step()
+        parts: Tensor = loss.parts
+        return parts
+
+    return step
+
+
+class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes that operations read and write, where each reads its inputs once and nothing is kept
+    in a cache from one to the next: what fusion and caches can save is in it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # fmt: skip
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            for leaf in tree_leaves((args, kwargs, result)):
+                if isinstance(leaf, Tensor):
+                    self.total_bytes += leaf.nbytes
+        return result
+
+
+def roofline(
+    config: Config, world: World, shards: ShardSet, images: int, *, bf16: bool
+) -> dict[str, float]:
+    """Operations and memory traffic of a step, counted, and the speeds of both, measured."""
+    with torch.device("meta"):  # shapes alone
+        objective: nn.Module = build_objective(config, shards, is_new=True)
+        pixels = torch.empty(images, 3, config.model.image_size, config.model.image_size)
+        labels = torch.empty(images, dtype=torch.int64)
+    assert isinstance(objective, Objective)
+    counter = FlopCounterMode(display=False)
+    with counter, _Traffic() as traffic, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = objective(pixels, labels, images)
+    with counter, traffic:
+        loss.total.backward()
+    flops = _matrix_flops(world.device, torch.bfloat16 if bf16 else torch.float32)
+    bytes_s = _copy_bytes_s(world.device)
+    bound_s = max(counter.get_total_flops() / flops, traffic.total_bytes / bytes_s)
+    return {
+        "gflop": counter.get_total_flops() / 1e9,
+        "gbytes": traffic.total_bytes / 1e9,
+        "gflops": flops / 1e9,
+        "gbytes_s": bytes_s / 1e9,
+        "bound_ms": 1e3 * bound_s,
+    }
+
+
+def _matrix_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product, the best of a few."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best_ms = min(timed(lambda: a @ b, 3, device)["ms"] for _ in range(5))
+    return float(2 * n**3 / (1e-3 * best_ms))
+
+
+def _copy_bytes_s(device: torch.device) -> float:
+    """Bytes read and written a second by a large copy, the best of a few."""
+    source = torch.zeros(2**28, device=device)  # 1 GiB
+    target = torch.ones_like(source)
+    best_ms = min(timed(lambda: target.copy_(source), 1, device)["ms"] for _ in range(5))
+    return float(2 * source.nbytes / (1e-3 * best_ms))
