@@ -94,7 +94,7 @@ class Train(Section):
     global_batch: Count  # images a step over all ranks; the recipe's constant
     micro_batch: Count | None = None  # images a rank computes at once; None: its whole share
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    precision: Literal["auto", "float32", "bf16", "float64"] = "auto"  # auto: bf16 on GPU
+    precision: Literal["auto", "float32", "bf16", "float64"] = "auto"  # auto: bf16 where fast
     device: Literal["auto", "cuda", "cpu"] = "auto"
     compile: bool = False
     output: str  # folder for checkpoints; relative to the working folder

@@ -29,10 +29,11 @@ Wanted = Precision | Literal["auto"]
 
 
 def resolve_precision(wanted: Wanted, device: torch.device) -> Precision:
-    """bf16 on a GPU and float32 on a CPU, unless told otherwise."""
+    """bf16 on a GPU and on a CPU that multiplies it, float32 elsewhere, unless told otherwise."""
     if wanted != "auto":
         return wanted
-    return "bf16" if device.type == "cuda" else "float32"
+    has_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if has_bf16 else "float32"
 
 
 class Votes(NamedTuple):

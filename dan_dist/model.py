@@ -51,7 +51,7 @@ class ChannelAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = x.mean(dim=(2, 3))
+        pooled = _pool(x)
         gate: Tensor = self.gate(pooled)
         return pooled * gate
 
@@ -79,7 +79,7 @@ class DAN(nn.Module):
 
     def forward(self, images: Tensor) -> Output:
         x = self.backbone(images)
-        features = x.mean(dim=(2, 3))
+        features = _pool(x)
         if not self.heads:
             return Output(self.classifier(features), features, None)
         attended = torch.stack([head(x) for head in self.heads], dim=1)
@@ -87,6 +87,14 @@ class DAN(nn.Module):
             attended = attended.log_softmax(dim=1)
         logits = self.logit_norm(self.classifier(attended.sum(dim=1)))
         return Output(logits, features, attended)
+
+
+def _pool(x: Tensor) -> Tensor:
+    """(B,C) means over the places of (B,C,h,w), in float32 where autocast has made x bfloat16.
+
+    What the losses compare, heads and images, differs by less than bfloat16 could tell.
+    """
+    return x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _conv(inputs: int, outputs: int, kernel: int | tuple[int, int]) -> nn.Sequential:

@@ -21,6 +21,7 @@ random. Parts are of configs/affectnet8.yaml, of configs/demo.yaml for start, sa
 
 import argparse
 import json
+import logging
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -40,6 +41,7 @@ from shards import synthetic
 USUAL = ("loader", "step", "train", "scaling", "start", "order", "saving")
 PARTS = (*USUAL, "pack", "engines")
 OF_DEMO = ("start", "saving", "engines")
+SMALL_BATCH = 32  # images, of which a CPU makes a step in seconds
 DRAWN_VAL = 80  # validation images of the faces that are drawn
 
 
@@ -51,13 +53,13 @@ def main(arguments: list[str], _: StopRequest) -> int:
     parser.add_argument("what", nargs="*", help="parts, a configuration, overrides of its keys")
     parser.add_argument("--repeats", type=int, default=5, help="default 5; medians are printed")
     parser.add_argument("--images", type=int, help="to draw or pack; default 4096, pack 30000")
-    parser.add_argument("--batch", type=int, help="of a rank; default the configuration's, "
-                        "32 without a GPU")  # fmt: skip
+    parser.add_argument("--batch", type=int, help="of a rank; default the recipe's, and "
+                        f"{SMALL_BATCH} where a CPU computes the steps")  # fmt: skip
     parser.add_argument("--steps", type=int, help="default: a few; saving 120, engines 20")
     parser.add_argument("--ranks", type=int, nargs="+", help="default: scaling 1 … N, engines 1 2")
     parser.add_argument("--link-gb-s", type=float, default=50, help="of one node, to the others, "
                         "for scaling's arithmetic (default 50: 400 Gbit/s)")  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="step: torch.compile as well")
+    parser.add_argument("--tried", action="store_true", help="step: what was left out as well")
     parser.add_argument("--folder", help="where to write (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args(arguments)
@@ -72,6 +74,7 @@ def main(arguments: list[str], _: StopRequest) -> int:
     world = init_world()
     if world.size > 1 and chosen != ["train"]:
         raise ValueError("several ranks are for the part 'train' alone; scaling starts its own")
+    logging.getLogger("dan_dist").setLevel(logging.WARNING)
     figures: dict[str, Any] = {"machine": _machine(world)}
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         folder = Path(world.once(lambda: scratch))
@@ -106,13 +109,13 @@ def _part(
         return saving.run(load_config(path, overrides), world, steps=steps or 120)
     if name == "engines":
         return engines.run(path, overrides, steps=steps or 20, ranks=options.ranks or [1, 2])
-    config, shards = _of_recipe(path, overrides, options, world, folder)
+    config, shards = _of_recipe(name, path, overrides, options, world, folder)
     if name == "loader":
         return loader.run(config, world, shards, folder, images=3072, repeats=repeats)
     if name == "step":
         return step.run(
             config, world, shards, steps=steps or (30 if on_gpu else 2), repeats=repeats,
-            compiled=options.compile,
+            tried=options.tried,
         )  # fmt: skip
     if name == "train":
         return training.run(
@@ -125,15 +128,17 @@ def _part(
 
 
 def _of_recipe(
+    name: str,
     path: str,
     overrides: list[str],
     options: argparse.Namespace,
     world: World,
     folder: Path,
 ) -> tuple[Config, ShardSet]:
-    """The configuration with the batch that was asked for, and its shards or drawn faces."""
+    """A part's configuration, with the batch that was asked for, and its shards or drawn faces."""
     config = load_config(path, overrides)
-    batch = options.batch or (config.train.global_batch if world.device.type == "cuda" else 32)
+    small = world.device.type == "cpu" and name != "loader"
+    batch = options.batch or (SMALL_BATCH if small else config.train.global_batch)
     found = Path(config.data.shards)
     if not (found / MANIFEST).exists():
         found, size = folder / f"faces-{config.model.image_size}", config.model.image_size

@@ -41,7 +41,7 @@ TOTAL = 60  # steps of a run: six epochs of ten
 ATTEMPT_S = 180.0  # hard limit of anything that is waited for
 METRICS = ("train/loss", "train/gradient_norm", "train/lr", "val/accuracy", "val/best_accuracy")
 DAN = ["model.heads=2", "loss.fcn=affinity", "loss.afn=partition"]
-EXACT = [*DAN, "optim.name=adam", "optim.lr=1e-3"]  # bit for bit
+EXACT = [*DAN, "optim.name=adam", "optim.lr=1e-3", "train.precision=float32"]  # bit for bit
 ELASTIC = [*DAN, "optim.lr=1e-7", "optim.momentum=0.0", "train.precision=float64"]  # see README
 CONFIG = """
 data: {{shards: {shards}, max_bad_images: 0, augment: {{affine_p: 0.7, degrees: 20,

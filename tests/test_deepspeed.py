@@ -26,7 +26,7 @@ from dan_dist.shardset import ShardSet
 from dan_dist.world import World, init_world
 
 Write = Callable[[str], Path]
-OPTIONS = ["optim.name=adam", "optim.lr=1e-3"]
+OPTIONS = ["optim.name=adam", "optim.lr=1e-3", "train.precision=float32"]
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 

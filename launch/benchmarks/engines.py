@@ -47,7 +47,8 @@ def _curve(
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={ranks}", str(script), path, f"train.max_steps={steps}",
-        "train.log_every=1", "optim.lr=1e-6", f"train.output={output}", *options,
+        "train.log_every=1", "optim.lr=1e-6", "train.precision=float32",
+        f"train.output={output}", *options,
     ]  # fmt: skip
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{output}/mlflow.db"}
     began = time.perf_counter()

@@ -7,21 +7,19 @@ the speed of a copy, both measured here.
 
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import Measure, in_turn, middle, ratio, show, wait_for
+from benchmarks.measure import Measure, in_turn, middle, show, wait_for
 from dan_dist.config import Config
 from dan_dist.data import Batch
 from dan_dist.engine import Votes, resolve_precision
-from dan_dist.losses import Objective
 from dan_dist.parts import build_engine, build_objective
 from dan_dist.shardset import ShardSet
 from dan_dist.world import World
@@ -30,49 +28,47 @@ PLAIN, TRAINED = "plain: float32, contiguous", "as trained"
 
 
 def run(
-    config: Config, world: World, shards: ShardSet, *, steps: int, repeats: int, compiled: bool
+    config: Config, world: World, shards: ShardSet, *, steps: int, repeats: int, tried: bool
 ) -> dict[str, Any]:
     """Prints and returns the table, and the bound.
 
-    config: train.global_batch is this rank's batch. steps: of each repeat. compiled: a row with
-    torch.compile too.
+    config: train.global_batch is this rank's batch. steps: of each repeat. tried: rows of what was
+    left out as well.
     """
     precision = resolve_precision(config.train.precision, world.device)
     batch = resident_batch(config, world, len(shards.class_names))
-    make = partial(_plain_step, config, world, shards, batch)
+    plain = partial(_plain_step, config, world, shards, batch)
     contenders: dict[str, Callable[[], object]] = {
-        PLAIN: make(channels_last=False, fused=False, bf16=False),
-        "+ channels_last": make(channels_last=True, fused=False, bf16=False),
-        "+ fused optimiser": make(channels_last=True, fused=True, bf16=False),
+        PLAIN: plain(channels_last=False, bf16=False),
+        "+ channels_last": plain(channels_last=True, bf16=False),
     }
     if precision == "bf16":
-        contenders["+ bfloat16"] = make(channels_last=True, fused=True, bf16=True)
+        contenders["+ bfloat16"] = plain(channels_last=True, bf16=True)
     contenders[TRAINED] = engine_step(config, world, shards, batch)
-    if compiled:
+    if tried:
         with_compile = config.train.model_copy(update={"compile": True})
-        contenders["as trained, train.compile"] = engine_step(
+        contenders["train.compile"] = engine_step(
             config.model_copy(update={"train": with_compile}), world, shards, batch
+        )
+        contenders["fused optimiser"] = plain(
+            channels_last=True, bf16=precision == "bf16", fused=True
         )
     for step in contenders.values():  # warms up, and compiles
         for _ in range(3):
             step()
-    chosen = {name: partial(timed, step, steps, world.device) for name, step in contenders.items()}
-    table = in_turn(chosen, repeats, "step")
     size, images = config.model.image_size, len(batch.labels)
-    show(f"Step, {size} px, batches of {images}, {precision}", table, {"ms": ".1f"}, {"ms": PLAIN})
-    gains = [(new, ratio(table, old, new, "ms")) for old, new in pairwise(table)]
-    print("times as fast as the row above: "
-          + ", ".join(f"{name.removeprefix('+ ')} {gain:.2f}" for name, gain in gains))  # fmt: skip
-    bound = roofline(config, world, shards, images, bf16=precision == "bf16")
+    measure = partial(_measure, steps=steps, images=images, device=world.device)
+    chosen = {name: partial(measure, step) for name, step in contenders.items()}
+    table = in_turn(chosen, repeats, "step")
+    show(f"Step, {size} px, batches of {images}, {precision}", table,
+         {"ms": ".1f", "images/s": ".1f"}, {"images/s": PLAIN})  # fmt: skip
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    bound = _roofline(contenders[TRAINED], world.device, dtype)
     bound["share"] = bound["bound_ms"] / middle(table, TRAINED, "ms")
     print("{gflop:.0f} GFLOP at {gflops:.0f} GFLOP/s, {gbytes:.2f} GB of traffic at {gbytes_s:.1f} "
           "GB/s: {bound_ms:.1f} ms at least; the step reaches {percent:.0f} % of that bound".format(
               percent=100 * bound["share"], **bound))  # fmt: skip
-    return {
-        "table": table,
-        "roofline": bound,
-        "plain_over_trained": ratio(table, PLAIN, TRAINED, "ms"),
-    }
+    return {"table": table, "roofline": bound}
 
 
 def resident_batch(config: Config, world: World, classes: int) -> Batch:
@@ -93,19 +89,26 @@ def engine_step(
     return lambda: engine.train_step(batch, lr=config.optim.lr, votes=votes).losses
 
 
-def timed(step: Callable[[], object], steps: int, device: torch.device) -> Measure:
-    """Milliseconds of a step, mean over `steps` of them."""
+def _measure(
+    step: Callable[[], object], *, steps: int, images: int, device: torch.device
+) -> Measure:
+    seconds = _seconds(step, steps, device)
+    return {"ms": 1e3 * seconds, "images/s": images / seconds}
+
+
+def _seconds(work: Callable[[], object], times: int, device: torch.device) -> float:
+    """The mean of so many calls, one after another."""
     wait_for(device)
     began_s = perf_counter()
-    for _ in range(steps):
-        step()
+    for _ in range(times):
+        work()
     wait_for(device)
-    return {"ms": 1e3 * (perf_counter() - began_s) / steps}
+    return (perf_counter() - began_s) / times
 
 
 def _plain_step(
     config: Config, world: World, shards: ShardSet, batch: Batch,
-    *, channels_last: bool, fused: bool, bf16: bool,
+    *, channels_last: bool, bf16: bool, fused: bool = False,
 ) -> Callable[[], Tensor]:  # fmt: skip
     """The step as a textbook writes it."""
     objective = build_objective(config, shards, is_new=True).to(world.device)
@@ -152,29 +155,17 @@ class _Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def roofline(
-    config: Config, world: World, shards: ShardSet, images: int, *, bf16: bool
-) -> dict[str, float]:
+def _roofline(step: Callable[[], object], device: torch.device, dtype: torch.dtype) -> Measure:
     """Operations and memory traffic of a step, counted, and the speeds of both, measured."""
-    with torch.device("meta"):  # shapes alone
-        objective: nn.Module = build_objective(config, shards, is_new=True)
-        pixels = torch.empty(images, 3, config.model.image_size, config.model.image_size)
-        labels = torch.empty(images, dtype=torch.int64)
-    assert isinstance(objective, Objective)
-    counter = FlopCounterMode(display=False)
-    with counter, _Traffic() as traffic, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss = objective(pixels, labels, images)
-    with counter, traffic:
-        loss.total.backward()
-    flops = _matrix_flops(world.device, torch.bfloat16 if bf16 else torch.float32)
-    bytes_s = _copy_bytes_s(world.device)
-    bound_s = max(counter.get_total_flops() / flops, traffic.total_bytes / bytes_s)
+    with FlopCounterMode(display=False) as counter, _Traffic() as traffic:
+        step()
+    flops, bytes_s = _matrix_flops(device, dtype), _copy_bytes_s(device)
     return {
         "gflop": counter.get_total_flops() / 1e9,
         "gbytes": traffic.total_bytes / 1e9,
         "gflops": flops / 1e9,
         "gbytes_s": bytes_s / 1e9,
-        "bound_ms": 1e3 * bound_s,
+        "bound_ms": 1e3 * max(counter.get_total_flops() / flops, traffic.total_bytes / bytes_s),
     }
 
 
@@ -182,13 +173,12 @@ def _matrix_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product, the best of a few."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best_ms = min(timed(lambda: a @ b, 3, device)["ms"] for _ in range(5))
-    return float(2 * n**3 / (1e-3 * best_ms))
+    return float(2 * n**3 / min(_seconds(lambda: a @ b, 3, device) for _ in range(5)))
 
 
 def _copy_bytes_s(device: torch.device) -> float:
     """Bytes read and written a second by a large copy, the best of a few."""
     source = torch.zeros(2**28, device=device)  # 1 GiB
     target = torch.ones_like(source)
-    best_ms = min(timed(lambda: target.copy_(source), 1, device)["ms"] for _ in range(5))
-    return float(2 * source.nbytes / (1e-3 * best_ms))
+    best_s = min(_seconds(lambda: target.copy_(source), 1, device) for _ in range(5))
+    return float(2 * source.nbytes / best_s)
