@@ -1,7 +1,6 @@
 """Whole trainings of the real network at small size: the claims that users rely on."""
 
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -169,8 +168,8 @@ def test_mlflow_holds_one_run_and_resume_continues_it(
         "confusion_matrix.png",
         "training_images.png",
     } <= artifacts
-    (model,) = run_.outputs.model_outputs
-    assert client.get_logged_model(model.model_id).status == "READY"
+    models = [client.get_logged_model(m.model_id) for m in run_.outputs.model_outputs]
+    assert {model.status for model in models} == {"READY"}  # of each start's best epoch
 
 
 def test_a_dead_tracking_server_does_not_stop_training(
@@ -180,12 +179,6 @@ def test_a_dead_tracking_server_does_not_stop_training(
     monkeypatch.setattr(tracking, "RETRY_S", 0.0)
     assert single(tiny("run"), "tracking.enabled=true", "train.max_steps=2").status == "finished"
     assert caplog.text.count("failed, its journal grows") == 1
-
-
-def test_bf16_trains(tiny: Write) -> None:
-    assert math.isfinite(
-        single(tiny("run"), *DAN, "train.precision=bf16", "train.max_steps=3").metrics["accuracy"]
-    )
 
 
 def test_evaluation_is_the_same_on_any_number_of_ranks(tiny: Write, tmp_path: Path) -> None:

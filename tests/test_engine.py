@@ -1,0 +1,74 @@
+"""The step that trains beside the plainest form of it: fast is not something else."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from dan_dist.data import Batch
+from dan_dist.engine import Engine, Precision, Votes, resolve_precision
+from dan_dist.losses import Objective
+from dan_dist.model import DAN
+from dan_dist.world import World
+
+CPU = torch.device("cpu")
+LR = 1e-3
+BATCH = 16
+
+
+def objective() -> Objective:
+    torch.manual_seed(0)
+    return Objective(DAN(8, 2), 8)
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(BATCH, 64, 64, 3, generator=generator).permute(0, 3, 1, 2)
+    return Batch(images, torch.arange(BATCH) % 8, torch.arange(BATCH))
+
+
+def plain_step(model: Objective) -> tuple[Tensor, Tensor]:
+    """Loss and weights after a step of SGD in float64, as a textbook writes it."""
+    model = copy.deepcopy(model).double()
+    images, labels, _ = batch()
+    loss = model(images.double().contiguous(), labels, BATCH)
+    loss.total.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= LR * parameter.grad
+    return loss.parts, flat(model)
+
+
+def flat(model: Objective) -> Tensor:
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("precision", "loss_within", "update_within"),
+    [("float64", 1e-12, 1e-9), ("float32", 1e-4, 0.05), ("bf16", 0.02, 1.0)],
+)
+def test_a_step_is_the_plain_one(
+    precision: Precision, loss_within: float, update_within: float
+) -> None:
+    """update_within: of the update's length. From a random start bfloat16 rounds that away."""
+    start = objective()
+    parts, after = plain_step(start)
+    engine = Engine(
+        copy.deepcopy(start), World(0, 0, 1, 1, CPU), optimizer="sgd", lr=LR, momentum=0.0,
+        weight_decay=0.0, precision=precision, sync_bn=True, compile=False, global_batch=BATCH,
+        micro_batch=None, may_skip=False,
+    )  # fmt: skip
+    result = engine.train_step(batch(), lr=LR, votes=Votes(False, False, 0))
+    assert torch.allclose(result.losses.double(), parts, rtol=loss_within, atol=0)
+    update = after - flat(start)
+    distance = (flat(engine.objective) - after).norm() / update.norm()
+    assert distance < update_within, distance
+
+
+def test_auto_takes_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_precision("auto", torch.device("cuda")) == "bf16"
+    for has, expected in ((True, "bf16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        assert resolve_precision("auto", CPU) == expected
+        assert resolve_precision("float64", CPU) == "float64"
