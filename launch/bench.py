@@ -42,7 +42,7 @@ USUAL = ("loader", "step", "train", "scaling", "start", "order", "saving")
 PARTS = (*USUAL, "pack", "engines")
 OF_DEMO = ("start", "saving", "engines")
 SMALL_BATCH = 32  # images, of which a CPU makes a step in seconds
-DRAWN_VAL = 80  # validation images of the faces that are drawn
+DRAWN, DRAWN_VAL = 4096, 80  # faces for training and validation
 
 
 def main(arguments: list[str], _: StopRequest) -> int:
@@ -51,12 +51,15 @@ def main(arguments: list[str], _: StopRequest) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", nargs="*", help="parts, a configuration, overrides of its keys")
-    parser.add_argument("--repeats", type=int, default=5, help="default 5; medians are printed")
-    parser.add_argument("--images", type=int, help="to draw or pack; default 4096, pack 30000")
-    parser.add_argument("--batch", type=int, help="of a rank; default the recipe's, and "
+    parser.add_argument("--repeats", type=_count, default=5, help="default 5; medians are printed")
+    parser.add_argument("--images", type=_count, help="to draw (and three quarters to load in each "
+                        "repeat) or to pack; default 4096, 30000")  # fmt: skip
+    parser.add_argument("--batch", type=_count, help="of a rank; default the recipe's, and "
                         f"{SMALL_BATCH} where a CPU computes the steps")  # fmt: skip
-    parser.add_argument("--steps", type=int, help="default: a few; saving 120, engines 20")
-    parser.add_argument("--ranks", type=int, nargs="+", help="default: scaling 1 … N, engines 1 2")
+    parser.add_argument("--steps", type=_count, help="default: a few; saving 120, engines 20")
+    parser.add_argument(
+        "--ranks", type=_count, nargs="+", help="default: scaling 1 … N, engines 1 2"
+    )
     parser.add_argument("--link-gb-s", type=float, default=50, help="of one node, to the others, "
                         "for scaling's arithmetic (default 50: 400 Gbit/s)")  # fmt: skip
     parser.add_argument("--tried", action="store_true", help="step: what was left out as well")
@@ -99,6 +102,7 @@ def _part(
 ) -> Any:
     """One part's figures."""
     repeats, steps, on_gpu = options.repeats, options.steps, world.device.type == "cuda"
+    images = options.images or DRAWN
     if name == "order":
         return order.run(folder, repeats=repeats)
     if name == "pack":
@@ -111,7 +115,7 @@ def _part(
         return engines.run(path, overrides, steps=steps or 20, ranks=options.ranks or [1, 2])
     config, shards = _of_recipe(name, path, overrides, options, world, folder)
     if name == "loader":
-        return loader.run(config, world, shards, folder, images=3072, repeats=repeats)
+        return loader.run(config, world, shards, folder, images=images * 3 // 4, repeats=repeats)
     if name == "step":
         return step.run(
             config, world, shards, steps=steps or (30 if on_gpu else 2), repeats=repeats,
@@ -123,7 +127,8 @@ def _part(
         )
     return scaling.run(
         path, [*overrides, f"data.shards={shards.root}"], world, ranks=options.ranks,
-        batch=config.train.global_batch, repeats=repeats, link_gb_s=options.link_gb_s,
+        batch=config.train.global_batch, steps=steps or (100 if on_gpu else 4), repeats=repeats,
+        link_gb_s=options.link_gb_s,
     )  # fmt: skip
 
 
@@ -143,11 +148,17 @@ def _of_recipe(
     if not (found / MANIFEST).exists():
         found, size = folder / f"faces-{config.model.image_size}", config.model.image_size
         world.once(
-            lambda: synthetic.ensure(found, options.images or 4096, DRAWN_VAL, size=size, seed=0)
+            lambda: synthetic.ensure(found, options.images or DRAWN, DRAWN_VAL, size=size, seed=0)
         )
     own = [f"train.global_batch={batch * world.size}", f"data.shards={found}", "data.classes=null",
            "model.backbone=none", "model.weights=null", "model.weights_classes=null"]  # fmt: skip
     return load_config(path, [*overrides, *own]), open_shardset(found)
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number}: at least 1")
+    return number
 
 
 def _machine(world: World) -> str:

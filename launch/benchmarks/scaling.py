@@ -20,7 +20,7 @@ GRADIENT_BYTES = 4 * 19_724_248  # float32, of DAN with 4 heads and 8 classes
 
 def run(
     path: str, overrides: list[str], world: World, *, ranks: list[int] | None, batch: int,
-    repeats: int, link_gb_s: float,
+    steps: int, repeats: int, link_gb_s: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Prints and returns images/s of 1 … N ranks with `batch` images each (weak scaling).
 
@@ -32,7 +32,7 @@ def run(
     print(f"\nScaling, {batch} images a rank\n\n| ranks | images/s | of linear |\n|---|---|---|")
     for size in sizes:
         threads = max(1, core_count() // max(sizes))
-        rates[size] = _train(path, overrides, size, batch, repeats, threads)
+        rates[size] = _train(path, overrides, size, batch, steps, repeats, threads)
         linear = median(rates[size]) / median(rates[sizes[0]]) * sizes[0] / size
         spread = f"{median(rates[size]):.1f} ({min(rates[size]):.1f} to {max(rates[size]):.1f})"
         print(f"| {size} | {spread} | {100 * linear:.1f} % |", flush=True)
@@ -42,15 +42,15 @@ def run(
 
 
 def _train(
-    path: str, overrides: list[str], ranks: int, batch: int, repeats: int, threads: int
+    path: str, overrides: list[str], ranks: int, batch: int, steps: int, repeats: int, threads: int
 ) -> list[float]:
     """Images/s, end to end, of every repeat of a training on that many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "figures.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    f"--nproc-per-node={ranks}", str(SCRIPT), "train", path, *overrides,
-                   f"data.threads={threads}", "--batch", str(batch), "--repeats", str(repeats),
-                   "--json", str(found)]  # fmt: skip
+                   f"data.threads={threads}", "--batch", str(batch), "--steps", str(steps),
+                   "--repeats", str(repeats), "--json", str(found)]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:

@@ -1,0 +1,44 @@
+"""The benchmark runs, and what it tells is there to be read. Its figures are nobody's test."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import DAN, REPOSITORY, run
+
+Write = Callable[[str], Path]
+BENCH = REPOSITORY / "launch" / "bench.py"
+
+
+def test_it_measures_and_writes_what_it_measured(tiny: Write, tmp_path: Path) -> None:
+    found = tmp_path / "figures.json"
+    done = run(
+        sys.executable, BENCH, "loader", "step", "train", tiny("run"), *DAN, "--images", "64",
+        "--batch", "8", "--repeats", "2", "--steps", "2", "--json", found, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(found.read_text())
+    loader, step, train = figures["loader"], figures["step"], figures["train"]
+    assert list(loader["warm"])[:3] == [
+        "dan_dist", "the same graph, fed from memory", "ImageFolder, PIL"
+    ]  # fmt: skip
+    assert list(loader["cold"]) == [name for name in loader["warm"] if "memory" not in name]
+    tables = [*loader.values(), step["table"], train["table"]]
+    for rows in (rows for table in tables for rows in table.values()):
+        assert len(rows) == 2 and all(row["images/s"] > 0 for row in rows)
+    assert step["roofline"]["share"] > 0 and step["roofline"]["gflop"] > 0
+    whole = [row["images/s"] for row in train["table"]["end to end"]]
+    slower = [min(a["images/s"], b["images/s"]) for a, b in
+              zip(train["table"]["loader"], train["table"]["step"], strict=True)]  # fmt: skip
+    assert train["efficiency"] in [a / b for a, b in zip(whole, slower, strict=True)]
+    assert "| dan_dist |" in done.stdout and "efficiency" in done.stdout
+
+
+def test_an_unknown_part_is_one_line(tmp_path: Path) -> None:
+    done = run(sys.executable, BENCH, "loaders", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: 'loaders': no such part; known are loader, step, train, scaling, start, order, "
+        "saving, pack, engines\n"
+    )
