@@ -54,7 +54,7 @@ class Data(Section):
     sampling: Literal["balanced", "shuffle"] = "balanced"
     augment: Augmentation = Augmentation()
     max_bad_images: Annotated[int, Field(ge=0)] = 100  # damaged images tolerated on each rank
-    threads: Count | None = None  # DALI's CPU threads a rank; None shares the node's cores
+    threads: Count | None = None  # cores that a rank decodes on; None shares the node's
     synthetic: Synthetic | None = None
 
 

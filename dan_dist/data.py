@@ -148,8 +148,8 @@ class Reader:
                 data = os.pread(self._files[shard], size, offset)
             except OSError:
                 data = b""
-            # A short read has another checksum; whatever does not fit is looked at again, for why
-            is_whole = sample not in self.bad and zlib.crc32(data) == crc32
+            # What does not fit is read again, to see why
+            is_whole = len(data) == size and zlib.crc32(data) == crc32 and sample not in self.bad
             images.append(np.frombuffer(data, np.uint8) if is_whole else self.read(sample))
         return images
 
