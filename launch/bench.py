@@ -65,7 +65,7 @@ def main(arguments: list[str], _: StopRequest) -> int:
     parser.add_argument("--tried", action="store_true", help="step: what was left out as well")
     parser.add_argument("--folder", help="where to write (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="a file for the figures")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # options may stand between what is named
     overrides = [word for word in options.what if "=" in word]
     paths = [word for word in options.what if word.endswith((".yaml", ".yml")) and "=" not in word]
     chosen = [word for word in options.what if word not in (*overrides, *paths)]

@@ -14,7 +14,7 @@ BENCH = REPOSITORY / "launch" / "bench.py"
 def test_it_measures_and_writes_what_it_measured(tiny: Write, tmp_path: Path) -> None:
     found = tmp_path / "figures.json"
     done = run(
-        sys.executable, BENCH, "loader", "step", "train", tiny("run"), *DAN, "--images", "64",
+        sys.executable, BENCH, "--images", "64", "loader", "step", "train", tiny("run"), *DAN,
         "--batch", "8", "--repeats", "2", "--steps", "2", "--json", found, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
