@@ -36,9 +36,7 @@ class Placement(NamedTuple):
 
     warped: NDArray[np.bool_]  # (n,): by `matrix`; the others are flipped at most
     flip: NDArray[np.int32]  # (n,): 1 flips
-    matrix: (
-        Floats  # (n, 2, 3): output (x, y, 1) → input (x, y), pixel centres at +0.5; flip is in it
-    )
+    matrix: Floats  # (n, 2, 3): output (x, y, 1) → input (x, y), pixel centres at +0.5; flips too
     anchor: Floats  # (n, 2): upper left corner (y, x) of the erased box
     shape: Floats  # (n, 2): its height and width; 0 erases nothing
 

@@ -141,16 +141,11 @@ class Reader:
 
     def read_all(self, samples: list[int]) -> list[NDArray[np.uint8]]:
         """The JPEG bytes of each sample, or of its substitute; see `read`."""
-        rows, images = self.split.index[samples], []
-        columns = (rows[name].tolist() for name in ("shard", "size", "offset", "crc32"))
-        for sample, shard, size, offset, crc32 in zip(samples, *columns, strict=True):
-            try:
-                data = os.pread(self._files[shard], size, offset)
-            except OSError:
-                data = b""
-            # What does not fit is read again, to see why
-            is_whole = len(data) == size and zlib.crc32(data) == crc32 and sample not in self.bad
-            images.append(np.frombuffer(data, np.uint8) if is_whole else self.read(sample))
+        images = []
+        for sample, row in zip(samples, self._rows(samples), strict=True):
+            data, fault = self._fetch(*row)
+            is_intact = not fault and sample not in self.bad
+            images.append(np.frombuffer(data, np.uint8) if is_intact else self.read(sample))
         return images
 
     def read(self, sample: int) -> NDArray[np.uint8]:
@@ -162,7 +157,8 @@ class Reader:
         for candidate in self._candidates(sample):
             if candidate in self.bad:
                 continue
-            data, fault = self._fetch(candidate)
+            (row,) = self._rows([candidate])
+            data, fault = self._fetch(*row)
             if not fault:
                 return np.frombuffer(data, np.uint8)
             self.report(candidate, fault)
@@ -172,9 +168,7 @@ class Reader:
 
     def advise(self, ids: list[int]) -> None:
         """Tells the kernel that these images are wanted soon; it reads them while others go on."""
-        rows = self.split.index[ids]
-        columns = (rows[name].tolist() for name in ("shard", "offset", "size"))
-        for shard, offset, size in zip(*columns, strict=True):
+        for shard, offset, size, _ in self._rows(ids):
             os.posix_fadvise(self._files[shard], offset, size, os.POSIX_FADV_WILLNEED)
 
     def report(self, sample: int, fault: str) -> None:
@@ -196,15 +190,20 @@ class Reader:
         for file in self._files:
             os.close(file)
 
-    def _fetch(self, sample: int) -> tuple[bytes, str]:
-        row = self.split.index[sample]
+    def _rows(self, samples: list[int]) -> Iterator[tuple[int, int, int, int]]:
+        """Shard, offset, size and checksum of each sample: plain numbers, read all at once."""
+        rows = self.split.index[samples]
+        columns = (rows[name].tolist() for name in ("shard", "offset", "size", "crc32"))
+        return zip(*columns, strict=True)
+
+    def _fetch(self, shard: int, offset: int, size: int, crc32: int) -> tuple[bytes, str]:
         try:
-            data = os.pread(self._files[row["shard"]], int(row["size"]), int(row["offset"]))
+            data = os.pread(self._files[shard], size, offset)
         except OSError as error:
             return b"", error.strerror or str(error)
-        if len(data) < row["size"]:
-            return data, f"{len(data)} of {row['size']} bytes are there"
-        if zlib.crc32(data) != row["crc32"]:
+        if len(data) < size:
+            return data, f"{len(data)} of {size} bytes are there"
+        if zlib.crc32(data) != crc32:
             return data, "its checksum differs from the index"
         return data, ""
 
@@ -270,22 +269,26 @@ class Stream:
         self._requests: dict[int, Request] = {}
         self._replaced: dict[int, int] = {}
         self._fetched: dict[int, list[Future[list[NDArray[np.uint8]]]]] = {}
-        samples = len(self.order(self.step).ids)
+        self._pipeline = self.pipeline(self.feed)
+
+    def pipeline(self, feed: Callable[[int], tuple[object, ...]]) -> Any:
+        """This stream's graph on its device, built, fed by iteration."""
         on_gpu = self.device.type == "cuda"
-        self._pipeline = graph(
-            self.feed,
+        pipeline = _graph(
+            feed,
             self.image_size,
             self.resize,
             self.augment is not None,
             "mixed" if on_gpu else "cpu",
-            batch_size=samples,
+            batch_size=len(self.order(self.step).ids),
             # One more than cores: else one idles while another ends an operation's last image
             num_threads=self.threads + 1,
             device_id=self.device.index if on_gpu else None,
             prefetch_queue_depth=2,
             exec_dynamic=True,  # its outputs own their memory: a held batch is never overwritten
         )
-        self._pipeline.build()
+        pipeline.build()
+        return pipeline
 
     def feed(self, iteration: int) -> tuple[object, ...]:
         """DALI's batch callback: the inputs of global step `first + iteration`."""
@@ -334,7 +337,7 @@ class Stream:
 
 
 @pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
-def graph(
+def _graph(
     feed: Callable[[int], tuple[object, ...]], size: int, resize: bool, augment: bool, decode: str
 ) -> tuple[Any, ...]:
     outputs = 7 if augment else 2

@@ -33,6 +33,7 @@ from nvidia import dali
 from benchmarks import engines, loader, order, pack, saving, scaling, start, step, training
 from dan_dist.config import Config, load_config
 from dan_dist.entry import run
+from dan_dist.model import cost
 from dan_dist.shardset import MANIFEST, ShardSet, open_shardset
 from dan_dist.stop import StopRequest
 from dan_dist.world import World, close_world, core_count, init_world
@@ -113,7 +114,9 @@ def _part(
         return saving.run(load_config(path, overrides), world, steps=steps or 120)
     if name == "engines":
         return engines.run(path, overrides, steps=steps or 20, ranks=options.ranks or [1, 2])
-    config, shards = _of_recipe(name, path, overrides, options, world, folder)
+    small = not on_gpu and name != "loader"
+    batch = options.batch or (SMALL_BATCH if small else None)
+    config, shards = _of_recipe(path, overrides, world, folder, batch=batch, images=images)
     if name == "loader":
         return loader.run(config, world, shards, folder, images=images * 3 // 4, repeats=repeats)
     if name == "step":
@@ -125,31 +128,25 @@ def _part(
         return training.run(
             config, world, shards, steps=steps or (100 if on_gpu else 10), repeats=repeats
         )
+    network = cost(len(shards.class_names), config.model.heads, config.model.image_size)
     return scaling.run(
         path, [*overrides, f"data.shards={shards.root}"], world, ranks=options.ranks,
+        gradient_bytes=4 * int(network["model/parameters"]),
         batch=config.train.global_batch, steps=steps or (100 if on_gpu else 4), repeats=repeats,
         link_gb_s=options.link_gb_s,
     )  # fmt: skip
 
 
 def _of_recipe(
-    name: str,
-    path: str,
-    overrides: list[str],
-    options: argparse.Namespace,
-    world: World,
-    folder: Path,
+    path: str, overrides: list[str], world: World, folder: Path, *, batch: int | None, images: int
 ) -> tuple[Config, ShardSet]:
-    """A part's configuration, with the batch that was asked for, and its shards or drawn faces."""
+    """A configuration with a rank's batch (None: the recipe's), and its shards or drawn faces."""
     config = load_config(path, overrides)
-    small = world.device.type == "cpu" and name != "loader"
-    batch = options.batch or (SMALL_BATCH if small else config.train.global_batch)
     found = Path(config.data.shards)
     if not (found / MANIFEST).exists():
         found, size = folder / f"faces-{config.model.image_size}", config.model.image_size
-        world.once(
-            lambda: synthetic.ensure(found, options.images or DRAWN, DRAWN_VAL, size=size, seed=0)
-        )
+        world.once(lambda: synthetic.ensure(found, images, DRAWN_VAL, size=size, seed=0))
+    batch = batch or config.train.global_batch
     own = [f"train.global_batch={batch * world.size}", f"data.shards={found}", "data.classes=null",
            "model.backbone=none", "model.weights=null", "model.weights_classes=null"]  # fmt: skip
     return load_config(path, [*overrides, *own]), open_shardset(found)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.utils.dlpack
@@ -22,7 +23,7 @@ from torchvision.datasets import ImageFolder
 from benchmarks.measure import Measure, Table, consume, in_turn, ratio, show
 from dan_dist.augment import ERASE_RATIO
 from dan_dist.config import Augmentation, Config
-from dan_dist.data import Reader, graph
+from dan_dist.data import Reader
 from dan_dist.model import MEAN, STD
 from dan_dist.parts import open_train_stream
 from dan_dist.shardset import ShardSet, Split
@@ -104,21 +105,14 @@ def _from_memory(config: Config, world: World, shards: ShardSet) -> Iterator[Ten
     """Our graph without reading, checking and ordering: the inputs of a few steps, over again."""
     stream = open_train_stream(config, world, shards, shards.split("train"), start=0)
     recorded = [stream.feed(step) for step in range(RECORDED_STEPS)]
+    pipeline = stream.pipeline(lambda step: recorded[step % RECORDED_STEPS])
     stream.close()
-    on_gpu = world.device.type == "cuda"
-    pipeline = graph(
-        lambda step: recorded[step % RECORDED_STEPS], stream.image_size, stream.resize, True,
-        "mixed" if on_gpu else "cpu", batch_size=config.train.global_batch,
-        num_threads=stream.threads + 1, device_id=world.device.index if on_gpu else None,
-        prefetch_queue_depth=2, exec_dynamic=True,
-    )  # fmt: skip
     return _outputs(pipeline)
 
 
-def _outputs(pipeline: object) -> Iterator[Tensor]:
-    pipeline.build()  # type: ignore[attr-defined]
+def _outputs(pipeline: Any) -> Iterator[Tensor]:
     while True:
-        images, _ = pipeline.run()  # type: ignore[attr-defined]
+        images, _ = pipeline.run()
         yield torch.utils.dlpack.from_dlpack(images.as_tensor())
 
 
@@ -171,13 +165,13 @@ def _dali_reader(
 ) -> Iterator[Tensor]:
     """DALI's own reader and random numbers."""
     on_gpu = world.device.type == "cuda"
-    return _outputs(
-        _dali_graph(
-            [str(path) for path in tars], augment, size, "mixed" if on_gpu else "cpu",
-            batch_size=batch, num_threads=world.cores + 1,
-            device_id=world.device.index if on_gpu else None, prefetch_queue_depth=2,
-        )
+    pipeline = _dali_graph(
+        [str(path) for path in tars], augment, size, "mixed" if on_gpu else "cpu",
+        batch_size=batch, num_threads=world.cores + 1,
+        device_id=world.device.index if on_gpu else None, prefetch_queue_depth=2,
     )  # fmt: skip
+    pipeline.build()
+    return _outputs(pipeline)
 
 
 @pipeline_def  # type: ignore[untyped-decorator]

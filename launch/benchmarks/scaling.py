@@ -15,11 +15,11 @@ from dan_dist.world import World, core_count
 
 SCRIPT = Path(__file__).parent.parent / "bench.py"
 NODES = (2, 4, 8, 16)
-GRADIENT_BYTES = 4 * 19_724_248  # float32, of DAN with 4 heads and 8 classes
 
 
 def run(
-    path: str, overrides: list[str], world: World, *, ranks: list[int] | None, batch: int,
+    path: str, overrides: list[str], world: World, *, ranks: list[int] | None,
+    gradient_bytes: int, batch: int,
     steps: int, repeats: int, link_gb_s: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Prints and returns images/s of 1 … N ranks with `batch` images each (weak scaling).
@@ -38,7 +38,7 @@ def run(
         print(f"| {size} | {spread} | {100 * linear:.1f} % |", flush=True)
     largest = sizes[-1]
     step_s = largest * batch / median(rates[largest])
-    return {"images_per_s": rates, "arithmetic": _arithmetic(step_s, link_gb_s)}
+    return {"images_per_s": rates, "arithmetic": _arithmetic(step_s, gradient_bytes, link_gb_s)}
 
 
 def _train(
@@ -59,7 +59,7 @@ def _train(
     return [row["images/s"] for row in rows]
 
 
-def _arithmetic(step_s: float, link_gb_s: float) -> dict[int, float]:
+def _arithmetic(step_s: float, gradient_bytes: int, link_gb_s: float) -> dict[int, float]:
     """What a ring of nodes needs for the gradients of a step, beside the step, not hidden at all.
 
     Each node sends and receives 2 (n − 1) / n times the gradient. DDP sends while the backward pass
@@ -67,10 +67,10 @@ def _arithmetic(step_s: float, link_gb_s: float) -> dict[int, float]:
     """
     shares = {}
     for nodes in NODES:
-        send_s = 2 * (nodes - 1) / nodes * GRADIENT_BYTES / (1e9 * link_gb_s)
+        send_s = 2 * (nodes - 1) / nodes * gradient_bytes / (1e9 * link_gb_s)
         shares[nodes] = step_s / (step_s + send_s)
     told = ", ".join(f"{nodes} nodes {100 * share:.1f} %" for nodes, share in shares.items())
-    print(f"By arithmetic, not measured: {GRADIENT_BYTES / 1e6:.0f} MB of gradients over "
+    print(f"By arithmetic, not measured: {gradient_bytes / 1e6:.0f} MB of gradients over "
           f"{link_gb_s:g} GB/s against a step of {1e3 * step_s:.0f} ms leave, of linear, at least: "
           f"{told}")  # fmt: skip
     return shares

@@ -44,10 +44,10 @@ def run(
     }
     if precision == "bf16":
         contenders["+ bfloat16"] = plain(channels_last=True, bf16=True)
-    contenders[TRAINED] = engine_step(config, world, shards, batch)
+    contenders[TRAINED] = _engine_step(config, world, shards, batch)
     if tried:
         with_compile = config.train.model_copy(update={"compile": True})
-        contenders["train.compile"] = engine_step(
+        contenders["train.compile"] = _engine_step(
             config.model_copy(update={"train": with_compile}), world, shards, batch
         )
         contenders["fused optimiser"] = plain(
@@ -80,7 +80,7 @@ def resident_batch(config: Config, world: World, classes: int) -> Batch:
     return Batch(pixels.permute(0, 3, 1, 2), labels, torch.arange(images))
 
 
-def engine_step(
+def _engine_step(
     config: Config, world: World, shards: ShardSet, batch: Batch
 ) -> Callable[[], Tensor]:
     """What training does with a batch."""
