@@ -1,12 +1,11 @@
 """DDP beside DeepSpeed's stages: is it the same training?"""
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.measure import torchrun
 
 
 def run(
@@ -43,18 +42,12 @@ def _curve(
     path: str, steps: int, ranks: int, output: Path, options: list[str]
 ) -> tuple[list[float], float]:
     """The loss of every step of a training, from its journal, and the seconds it took in all."""
-    script = Path(__file__).parent.parent / "train.py"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={ranks}", str(script), path, f"train.max_steps={steps}",
-        "train.log_every=1", "optim.lr=1e-6", "train.precision=float32",
-        f"train.output={output}", *options,
-    ]  # fmt: skip
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{output}/mlflow.db"}
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    torchrun(
+        ranks, "train.py", path, f"train.max_steps={steps}", "train.log_every=1", "optim.lr=1e-6",
+        "train.precision=float32", f"train.output={output}", *options,
+        MLFLOW_TRACKING_URI=f"sqlite:///{output}/mlflow.db",
+    )  # fmt: skip
     seconds = time.perf_counter() - began
     lines = [json.loads(line) for line in (output / "journal.jsonl").read_text().splitlines()]
     values = [line["values"] for line in lines if line["kind"] == "metrics"]

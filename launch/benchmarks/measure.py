@@ -4,7 +4,11 @@ Machines are noisy, shared ones most of all. What else they do falls on all cont
 these take turns, and CPU time an image is steadier than images a second.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -16,6 +20,7 @@ from tqdm import tqdm
 Measure = dict[str, float]  # what one repeat gave
 Table = dict[str, list[Measure]]  # contender → its repeats
 
+LAUNCH = Path(__file__).parent.parent
 WARM_BATCHES = 12  # more than any contender holds ready
 
 
@@ -76,6 +81,19 @@ def wait_for(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def torchrun(ranks: int, script: str, *arguments: str, **environment: str) -> None:
+    """Runs a program of launch/ on so many ranks, to its end, in silence.
+
+    Raises:
+        RuntimeError: it failed; with all that it said.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc-per-node={ranks}", str(LAUNCH / script), *arguments]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
 
 
 def cpu_s() -> float:

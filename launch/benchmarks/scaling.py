@@ -1,9 +1,6 @@
 """More ranks on this machine, measured, and more machines, by arithmetic."""
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -11,9 +8,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import torchrun
 from dan_dist.world import World, core_count
 
-SCRIPT = Path(__file__).parent.parent / "bench.py"
 NODES = (2, 4, 8, 16)
 
 
@@ -47,14 +44,11 @@ def _train(
     """Images/s, end to end, of every repeat of a training on that many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "figures.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   f"--nproc-per-node={ranks}", str(SCRIPT), "train", path, *overrides,
-                   f"data.threads={threads}", "--batch", str(batch), "--steps", str(steps),
-                   "--repeats", str(repeats), "--json", str(found)]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+        torchrun(
+            ranks, "bench.py", "train", path, *overrides, f"data.threads={threads}",
+            "--batch", str(batch), "--steps", str(steps), "--repeats", str(repeats),
+            "--json", str(found), OMP_NUM_THREADS=str(threads),
+        )  # fmt: skip
         rows = json.loads(found.read_text())["train"]["table"]["end to end"]
     return [row["images/s"] for row in rows]
 

@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.measure import Measure, Table, in_turn, show
-
-SCRIPT = Path(__file__).parent.parent / "train.py"
+from benchmarks.measure import LAUNCH, Measure, Table, in_turn, show
 
 
 def run(path: str, overrides: list[str], folder: Path, *, repeats: int) -> Table:
@@ -21,7 +19,7 @@ def run(path: str, overrides: list[str], folder: Path, *, repeats: int) -> Table
     def launch(*launcher: str) -> Measure:
         """One training of one step, of which the line that tells of it is waited for."""
         output = folder / "run"
-        command = [*launcher, str(SCRIPT), path, *overrides, f"train.output={output}",
+        command = [*launcher, str(LAUNCH / "train.py"), path, *overrides, f"train.output={output}",
                    "train.max_steps=1", "train.log_every=1", "train.resume=auto"]  # fmt: skip
         environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
         shutil.rmtree(output, ignore_errors=True)
@@ -40,9 +38,9 @@ def run(path: str, overrides: list[str], folder: Path, *, repeats: int) -> Table
         return {"s": seconds, "to the end, s": perf_counter() - began_s}
 
     folder.mkdir()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     forms = {
-        "torchrun launch/train.py": lambda: launch(*torchrun),
+        "torchrun launch/train.py": lambda: launch(*launcher),
         "python launch/train.py": lambda: launch(sys.executable),
     }
     launch(sys.executable)  # draws the shards, fills the file cache
