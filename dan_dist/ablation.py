@@ -213,11 +213,11 @@ def read(child: Child, config: Config) -> Result:
         return empty
     if content["step"] != found["step"] or any(saved[k] != wanted[k] for k in LENGTH_KEYS):
         return empty._replace(status="missing", reason="")
-    records, evaluated = read_records(folder), content["predictions"]
+    records = read_records(folder)
     return empty._replace(
         last=content["metrics"],
         best=content["best"],
-        right=(evaluated["probabilities"].argmax(dim=1) == evaluated["labels"]).numpy(),
+        right=content["right"].numpy(),
         fingerprint=content["fingerprint"],
         curves=_curves(records),
         minutes=_minutes(records),

@@ -23,7 +23,7 @@ BEST = "best.pt"
 DAMAGE = "damaged-since-step"
 _STEP = re.compile(r"step-(\d+)\.pt")
 KEYS = ("step", "config", "fingerprint", "class_names", "objective", "best", "metrics")
-RESUMED = (*KEYS, "optimizer", "run_id", "predictions", "evaluated", "replaced", "replaced_since",
+RESUMED = (*KEYS, "optimizer", "run_id", "right", "evaluated", "replaced", "replaced_since",
            "figures")  # fmt: skip
 
 # Keys of the configuration that may change when a run goes on: they say how long, where and how
@@ -42,11 +42,11 @@ class ForeignError(ValueError):
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a checkpoint under a temporary name, flushes it to disk, renames it."""
+    """Writes a file of torch's under a temporary name, flushes it to disk, renames it."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -130,7 +130,7 @@ class Writer:
             OSError: the one before could not be written, and `stop_on_error`.
         """
         self.wait()
-        copied = to_cpu(content)
+        copied = {"format": FORMAT, **to_cpu(content)}
         self._running = self._pool.submit(self._write, step, copied, is_best)
 
     def wait(self) -> None:

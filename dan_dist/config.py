@@ -28,10 +28,13 @@ class Section(BaseModel):
 class Synthetic(Section):
     """The drawn faces that are packed into `data.shards` on first use."""
 
-    train: Count  # images, in AffectNet's class proportions
-    val: Count  # images, balanced over the classes
+    train: Count  # images: of expressions in AffectNet's proportions, of identities evenly
+    val: Count  # images, evenly over the classes
     size: Count  # pixels
     seed: Annotated[int, Field(ge=0)] = 0
+    by: Literal["expression", "identity"] = "expression"  # what the classes are
+    identities: Count = 400  # by identity: persons in training
+    held_out: Count = 40  # by identity: other persons, in validation
 
 
 class Augmentation(Section):
@@ -51,6 +54,9 @@ class Data(Section):
     cache: str | None = None  # folder on each node into which the shards are copied first
     classes: list[str] | None = None  # expected names in label order; None takes the manifest's
     val_split: str = "val"
+    # task identity: how many pairs of images are drawn from that split, or a file that lists them
+    pairs: Annotated[int, Field(ge=20)] = 6000
+    pairs_file: str | None = None
     sampling: Literal["balanced", "shuffle"] = "balanced"
     augment: Augmentation = Augmentation()
     max_bad_images: Annotated[int, Field(ge=0)] = 100  # damaged images tolerated on each rank
@@ -73,6 +79,9 @@ class Loss(Section):
     afn: Literal["partition", "partition_batch", "none"] = "partition"
     lambda_affinity: Annotated[float, Field(ge=0)] = 1.0
     lambda_partition: Annotated[float, Field(ge=0)] = 1.0
+    classification: Literal["softmax", "arcface"] = "softmax"  # "arcface" for identities alone
+    arcface_s: Positive = 64.0  # scale of its cosines
+    arcface_m: Annotated[float, Field(ge=0, lt=1.5)] = 0.5  # its margin, radians
 
 
 class Optim(Section):
@@ -127,6 +136,7 @@ class Tracking(Section):
 
 
 class Config(Section):
+    task: Literal["expression", "identity"] = "expression"  # "identity" trains a backbone
     data: Data
     model: Model = Model()
     loss: Loss = Loss()
@@ -144,11 +154,27 @@ class Config(Section):
                 raise ValueError(f"data.augment.{name}: [{low}, {high}] is not [low, high]")
         if self.model.weights_classes and not self.model.weights:
             raise ValueError("model.weights_classes: only model.weights takes it")
+        if self.task == "identity":
+            self._only_a_backbone()
+        elif self.loss.classification == "arcface":
+            raise ValueError("loss.classification: only task=identity takes arcface")
         if self.engine.name == "deepspeed" and self.train.precision == "float64":
             raise ValueError("train.precision: float64 needs engine.name=ddp")
         if self.schedule.name == "exponential" and self.schedule.every != 1:
             raise ValueError("schedule.every: only schedule.name=step takes it")
         return self
+
+    def _only_a_backbone(self) -> None:
+        """Identities train a ResNet-18 and its classifier: what DAN adds has no place there."""
+        for key, value, wanted in (
+            ("model.heads", self.model.heads, 0),
+            ("model.weights", self.model.weights, None),
+            ("loss.fcn", self.loss.fcn, "none"),
+            ("loss.afn", self.loss.afn, "none"),
+        ):
+            if value != wanted:
+                text = "null" if wanted is None else wanted
+                raise ValueError(f"task identity trains a backbone: {key} must be {text}")
 
 
 class _Loader(yaml.SafeLoader):

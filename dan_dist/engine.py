@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dan_dist.data import Batch, Stream
 from dan_dist.losses import Loss, Objective
-from dan_dist.model import DAN
+from dan_dist.model import DAN, Output
 from dan_dist.sync import synchronise_batch_norm
 from dan_dist.world import World
 
@@ -82,32 +82,43 @@ def check_split(global_batch: int, micro_batch: int | None, world_size: int, syn
         )  # fmt: skip
 
 
+def probabilities(output: Output) -> Tensor:
+    """(B, classes) float32 of each class."""
+    return output.logits.softmax(dim=1, dtype=torch.float32)
+
+
+def features(output: Output) -> Tensor:
+    """(B, 512) float32, pooled from the backbone."""
+    return output.features.float()
+
+
 @torch.no_grad()
-def class_probabilities(
+def evaluate(
     network: DAN,
     stream: Stream,
     steps: int,
     world: World,
     *,
+    keep: Callable[[Output], Tensor],
     bf16: bool,
     advance: Callable[[str], None],
 ) -> NDArray[np.float32]:
-    """(samples, classes) float32 of a whole split, in index order, the same on every rank.
+    """(samples, D) float32 of a whole split, in index order, the same on every rank.
 
-    network: in evaluation mode. stream, steps: this rank's part of a pass. advance: called before
-    each step of it.
+    network: in evaluation mode. stream, steps: this rank's part of a pass, at least one step. keep:
+    what of B images' output is kept, (B, D) float32. advance: called before each step.
     """
-    samples, classes = len(stream.reader.split), network.classifier.out_features
-    dtype = network.classifier.weight.dtype
-    # A row more, into which padding goes: so nothing waits for the device to tell what is padding.
-    rows = torch.zeros(samples + 1, classes, device=world.device)
+    samples, dtype = len(stream.reader.split), network.classifier.weight.dtype
+    rows = torch.empty(0)
     for step in range(steps):
         advance(f"evaluation step {step + 1}")
         batch = next(stream)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
-            logits = network(batch.images.to(dtype)).logits
+            kept = keep(network(batch.images.to(dtype)))
+        if not step:  # a row more, into which padding goes: nothing waits for the device to tell it
+            rows = torch.zeros(samples + 1, kept.size(1), device=world.device)
         places = batch.ids.where(batch.ids >= 0, samples).to(world.device, non_blocking=True)
-        rows[places] = logits.softmax(dim=1, dtype=torch.float32)
+        rows[places] = kept
     found: NDArray[np.float32] = world.sum(rows[:samples]).cpu().numpy()
     return found
 
@@ -178,14 +189,19 @@ class Engine:
         return StepResult(sums[:4], sums[4:], norm, skipped)
 
     def evaluate(
-        self, stream: Stream, steps: int, advance: Callable[[str], None]
+        self,
+        stream: Stream,
+        steps: int,
+        keep: Callable[[Output], Tensor],
+        advance: Callable[[str], None],
     ) -> NDArray[np.float32]:
-        """Each class's probability for every image of a split; see `class_probabilities`."""
+        """What is kept of the network's output for every image of a split; see `evaluate`."""
         self._average_buffers()
         self.model.eval()
-        return class_probabilities(
-            self.objective.network, stream, steps, self.world, bf16=self.bf16, advance=advance
-        )
+        return evaluate(
+            self.objective.network, stream, steps, self.world, keep=keep, bf16=self.bf16,
+            advance=advance,
+        )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes: weights, centres, statistics, optimiser.

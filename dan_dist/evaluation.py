@@ -4,22 +4,36 @@ import io
 import json
 import logging
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from dan_dist.cache import localise
 from dan_dist.data import Reader, Stream, evaluation_stream
-from dan_dist.engine import Wanted, class_probabilities, resolve_precision
-from dan_dist.figures import confusion_figure, mistakes_figure, reliability_figure, save
+from dan_dist.engine import Wanted, evaluate, features, probabilities, resolve_precision
+from dan_dist.figures import (
+    confusion_figure,
+    mistakes_figure,
+    reliability_figure,
+    save,
+    verification_figure,
+)
 from dan_dist.metrics import calibrate, class_scores, confusion, summarise
+from dan_dist.model import Output
+from dan_dist.progress import told
 from dan_dist.pulse import Pulse, joined
 from dan_dist.shardset import ShardSet, Split, open_shardset, write_atomically
+from dan_dist.task import pairs_of
 from dan_dist.tracking import record_run
+from dan_dist.verification import Pairs, similarities, verify
 from dan_dist.weights import Trained, columns_of, load_trained
 from dan_dist.world import World
 
@@ -38,6 +52,15 @@ class Mistake(NamedTuple):
     confidence: float
 
 
+class Findings(NamedTuple):
+    """All that is to be said of what a network gives for a split."""
+
+    report: dict[str, Any]  # plain values
+    metrics: dict[str, float]  # for MLflow
+    figures: dict[str, Callable[[], Figure]]  # what draws them, by their files' names
+    lines: list[str]  # for the screen
+
+
 def main(
     path: Path,
     data: str,
@@ -51,27 +74,39 @@ def main(
     experiment: str | None = None,
     tracked: bool = True,
     timeout_s: float = 60.0,
+    pairs: int = 6000,
+    pairs_file: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on all ranks, each image once; returns what stands in the JSON file.
 
     path, classes: see `load_trained`. data: folder or URL of shards. split: by default that of the
     training's own evaluations. output: by default a folder beside the checkpoint, named after it,
     data set and split. precision: "auto" takes that of the training's own evaluations on this
-    device.
+    device. pairs, pairs_file: by which a network trained on identities is judged, see `pairs_of`.
 
     Raises:
         ValueError, OSError: bad input, in one line, before anything is computed.
     """
     with joined(device, timeout_s=timeout_s, on_loss=lambda line: None) as (world, pulse):
-        trained = world.together(lambda: load_trained(path, classes))
+        trained = world.together(lambda: load_trained(path, classes, task=None))
         cached = world.once(lambda: localise(data, cache), per_node=True)
         shards = world.together(lambda: open_shardset(cached))
-        columns, found = world.together(lambda: open_split(shards, split, trained))
-        probabilities = predict(trained, found, shards.image_size, world, pulse, precision)
-        probabilities = probabilities[:, columns]  # in the shards' order of classes
+        outputs = partial(predict, trained, shard_image_size=shards.image_size, world=world,
+                          pulse=pulse, precision=precision)  # fmt: skip
+        name = usual_split(shards, split, trained)
+        title = f"{shards.dataset}, split '{name}'"
+        if trained.task == "identity":
+            found, chosen = world.together(
+                lambda: pairs_of(shards.split(name), pairs=pairs, pairs_file=pairs_file)
+            )
+            findings = judge_pairs(outputs(found, keep=features), chosen, title)
+        else:
+            columns, found = world.together(lambda: open_split(shards, split, trained))
+            rows = outputs(found)[:, columns]  # in the shards' order of classes
+            findings = judge_classes(rows, found, title)
         # Names from a manifest may hold anything, slashes too.
-        name = re.sub(r"[^\w.-]", "_", f"{trained.path.stem}-{shards.dataset}-{found.name}")
-        output = output or trained.path.parent / name
+        own = re.sub(r"[^\w.-]", "_", f"{trained.path.stem}-{shards.dataset}-{found.name}")
+        output = output or trained.path.parent / own
         report = {
             "checkpoint": trained.path.name,
             "step": trained.step,
@@ -79,21 +114,38 @@ def main(
             "release": shards.release,
             "fingerprint": shards.fingerprint,
             "split": found.name,
-            **describe(probabilities, found),
+            "images": len(found),
+            **findings.report,
         }
         if world.is_main:
-            write(output, report, probabilities, found)
+            output.mkdir(parents=True, exist_ok=True)
+            for file, draw in findings.figures.items():
+                save(draw(), output / file)
+            write_atomically(output / REPORT, json.dumps(report, indent=1) + "\n")
             if tracked:
-                track(output, report, trained, experiment)
-            tell(report, output)
+                track(output, report, findings, trained, experiment)
+            for line in findings.lines:
+                log.info("%s", line)
+            log.info("figures and %s: %s", REPORT, output)
         return report
+
+
+def usual_split(shards: ShardSet, name: str | None, trained: Trained) -> str:
+    """The split to evaluate: None takes that of the training's own evaluations.
+
+    Where that is not known or is not there, "val" or "test".
+    """
+    if name is not None:
+        return name
+    usual = [trained.config["data"]["val_split"]] if trained.config else []
+    choice = [n for n in (*usual, "val", "test") if n in shards.splits]
+    return choice[0] if choice else "val"
 
 
 def open_split(shards: ShardSet, name: str | None, trained: Trained) -> tuple[list[int], Split]:
     """The split to evaluate, and where its classes stand among the network's.
 
-    name: None takes that of the training's own evaluations; where that is not known or is not
-    there, "val" or "test".
+    name: see `usual_split`.
 
     Raises:
         FileNotFoundError, ValueError: no shards, no such split, none of its images, other classes.
@@ -105,11 +157,7 @@ def open_split(shards: ShardSet, name: str | None, trained: Trained) -> tuple[li
             f"{trained.path} was trained on {len(trained.class_names)} classes ({names}), "
             f"{shards.root} has {len(shards.class_names)} ({', '.join(shards.class_names)})"
         )
-    if name is None:
-        usual = [trained.config["data"]["val_split"]] if trained.config else []
-        choice = [n for n in (*usual, "val", "test") if n in shards.splits]
-        name = choice[0] if choice else "val"
-    found = shards.split(name)
+    found = shards.split(usual_split(shards, name, trained))
     if not len(found):
         raise ValueError(f"{shards.root}: split '{found.name}' is empty")
     return columns, found
@@ -122,8 +170,11 @@ def predict(
     world: World,
     pulse: Pulse,
     precision: Wanted,
+    keep: Callable[[Output], Tensor] = probabilities,
 ) -> NDArray[np.float32]:
-    """(images, classes) by a network from a file, in index order, the same on every rank.
+    """(images, D) by a network from a file, in index order, the same on every rank.
+
+    keep: what of the network's output is wanted, see `evaluate`; by default (images, classes).
 
     Raises:
         ValueError: what the network gives is not finite: its weights are not, or are too large.
@@ -135,9 +186,10 @@ def predict(
     network = trained.network.to(world.device, dtype).to(memory_format=torch.channels_last)
     stream, steps = open_stream(trained, split, shard_image_size, world)
     try:
-        found = class_probabilities(
-            network, stream, steps, world, bf16=resolved == "bf16", advance=pulse.advance
-        )
+        found = evaluate(
+            network, stream, steps, world, keep=keep, bf16=resolved == "bf16",
+            advance=pulse.advance,
+        )  # fmt: skip
     finally:
         stream.close()
     if bad := int((~np.isfinite(found)).any(axis=1).sum()):
@@ -162,31 +214,57 @@ def open_stream(
     )
 
 
-def describe(probabilities: NDArray[np.float32], split: Split) -> dict[str, Any]:
-    """All that is to be said of a split's predictions, as plain values."""
-    labels = split.index["label"]
-    matrix = confusion(probabilities, labels)
-    scores, calibration = summarise(matrix, split.class_names), calibrate(probabilities, labels)
-    return {
-        "images": len(labels),
+def judge_classes(probabilities: NDArray[np.float32], split: Split, title: str) -> Findings:
+    """Scores, calibration and the surest mistakes of each image's class."""
+    labels, names = split.index["label"], split.class_names
+    matrix, calibration = confusion(probabilities, labels), calibrate(probabilities, labels)
+    scores, per_class = summarise(matrix, names), class_scores(matrix, names)
+    whole = {
         "accuracy": scores["accuracy"],
         "mean_recall": scores["mean_recall"],
         "calibration_error": calibration.error,
-        "classes": class_scores(matrix, split.class_names),
+    }
+    metrics = {f"eval/{key}": value for key, value in whole.items()}
+    for name, own in per_class.items():
+        metrics |= {f"eval/{key}/{name}": own[key] for key in ("precision", "recall", "f1")}
+    chosen = worst(probabilities, labels)
+    mistakes = [
+        Mistake(
+            split.key(k), names[labels[k]], names[probabilities[k].argmax()],
+            float(probabilities[k].max()),
+        )
+        for k in chosen
+    ]  # fmt: skip
+    report = {
+        **whole,
+        "classes": per_class,
         "confusion_matrix": matrix.tolist(),
         "calibration": {
             "images": calibration.images.tolist(),
             "confidence": calibration.confidence.tolist(),
             "accuracy": calibration.accuracy.tolist(),
         },
-        "mistakes": [
-            Mistake(
-                split.key(k), split.class_names[labels[k]],
-                split.class_names[probabilities[k].argmax()], float(probabilities[k].max()),
-            )._asdict()
-            for k in worst(probabilities, labels)
-        ],
-    }  # fmt: skip
+        "mistakes": [mistake._asdict() for mistake in mistakes],
+    }
+    figures: dict[str, Callable[[], Figure]] = {
+        "confusion_matrix.png": partial(confusion_figure, matrix, names, title),
+        "reliability.png": partial(reliability_figure, calibration, title),
+        "mistakes.png": lambda: mistakes_figure(read_images(split, chosen), mistakes, title),
+    }
+    return Findings(
+        report, metrics, figures, [*table(per_class), f"{told(whole)}, {len(labels)} images"]
+    )
+
+
+def judge_pairs(features: NDArray[np.float32], pairs: Pairs, title: str) -> Findings:
+    """How well pairs of one person are told from pairs of two."""
+    similarity = similarities(features, pairs)
+    found = verify(similarity, pairs)
+    metrics = {f"eval/{key}": value for key, value in found.metrics.items()}
+    draw = partial(verification_figure, found, similarity, pairs, title)
+    report = {"pairs": len(similarity), **found.metrics}
+    line = f"{told(found.metrics)}, {len(similarity)} pairs"
+    return Findings(report, metrics, {"roc.png": draw}, [line])
 
 
 def worst(probabilities: NDArray[np.float32], labels: NDArray[np.integer]) -> list[int]:
@@ -196,33 +274,20 @@ def worst(probabilities: NDArray[np.float32], labels: NDArray[np.integer]) -> li
     return [int(k) for k in wrong[surest[:MISTAKES]]]
 
 
-def write(
-    output: Path, report: dict[str, Any], probabilities: NDArray[np.float32], split: Split
-) -> None:
-    """The JSON file, and the figures beside it."""
-    output.mkdir(parents=True, exist_ok=True)
-    labels, names = split.index["label"], split.class_names
+def read_images(split: Split, samples: list[int]) -> list[Image.Image]:
+    """Images of a split as they are."""
     reader = Reader(split, max_bad=0)
-    chosen = worst(probabilities, labels)
-    images = [Image.open(io.BytesIO(reader.read(k).tobytes())).convert("RGB") for k in chosen]
+    images = [Image.open(io.BytesIO(reader.read(k).tobytes())).convert("RGB") for k in samples]
     reader.close()
-    mistakes = [Mistake(**m) for m in report["mistakes"]]
-    title = f"{report['dataset']}, split '{report['split']}'"
-    for name, figure in (
-        ("confusion_matrix.png", confusion_figure(confusion(probabilities, labels), names, title)),
-        ("reliability.png", reliability_figure(calibrate(probabilities, labels), title)),
-        ("mistakes.png", mistakes_figure(images, mistakes, title)),
-    ):
-        save(figure, output / name)
-    write_atomically(output / REPORT, json.dumps(report, indent=1) + "\n")
+    return images
 
 
-def track(output: Path, report: dict[str, Any], trained: Trained, experiment: str | None) -> None:
+def track(
+    output: Path, report: dict[str, Any], findings: Findings, trained: Trained,
+    experiment: str | None,
+) -> None:  # fmt: skip
     """A run of its own in MLflow, which names the training's."""
     where = f"{report['dataset']}-{report['split']}"
-    values = {f"eval/{k}": report[k] for k in ("accuracy", "mean_recall", "calibration_error")}
-    for name, scores in report["classes"].items():
-        values |= {f"eval/{key}/{name}": scores[key] for key in ("precision", "recall", "f1")}
     record_run(
         output,
         experiment=experiment or trained.experiment,
@@ -231,24 +296,20 @@ def track(output: Path, report: dict[str, Any], trained: Trained, experiment: st
         tags={"kind": "evaluation", "trained_by": trained.run_id or "unknown",
               "fingerprint": report["fingerprint"]},
         config=trained.config,
-        metrics=values,
+        metrics=findings.metrics,
         step=report["step"],
-        artifacts=(REPORT, "confusion_matrix.png", "reliability.png", "mistakes.png"),
+        artifacts=(REPORT, *findings.figures),
     )  # fmt: skip
 
 
-def tell(report: dict[str, Any], output: Path) -> None:
-    """The result as a table."""
-    width = max(map(len, report["classes"]))
-    log.info("%-*s  precision  recall      F1  images", width, "")
-    for name, s in report["classes"].items():
-        log.info(
-            "%-*s  %8.2f %%  %5.2f %%  %.4f  %6d",
-            width, name, 100 * s["precision"], 100 * s["recall"], s["f1"], s["images"],
-        )  # fmt: skip
-    log.info(
-        "accuracy %.2f %%, mean recall %.2f %%, calibration error %.2f %%, %d images",
-        100 * report["accuracy"], 100 * report["mean_recall"],
-        100 * report["calibration_error"], report["images"],
-    )  # fmt: skip
-    log.info("figures and %s: %s", REPORT, output)
+def table(classes: dict[str, dict[str, float]]) -> list[str]:
+    """Each class's scores as lines."""
+    width = max(map(len, classes))
+    return [
+        f"{'':{width}}  precision  recall      F1  images",
+        *(
+            f"{name:{width}}  {100 * s['precision']:8.2f} %  {100 * s['recall']:5.2f} %  "
+            f"{s['f1']:.4f}  {s['images']:6d}"
+            for name, s in classes.items()
+        ),
+    ]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dan_dist.metrics import BINS, Calibration
 from dan_dist.model import MEAN, STD
+from dan_dist.verification import FAR, Pairs, Verification
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -45,6 +46,35 @@ def confusion_figure(
     for (row, column), count in np.ndenumerate(matrix):
         color = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, str(count), ha="center", va="center", color=color)
+    return figure
+
+
+def verification_figure(
+    found: Verification, similarity: NDArray[np.float64], pairs: Pairs, title: str = "Verification"
+) -> Figure:
+    """The ROC over false accept rates in powers of ten, beside the pairs' similarities."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    impostors = int((~pairs.same).sum())
+    # A rate of 0 has no place on this axis: it is drawn where less than one pair would stand
+    left.step(np.maximum(found.false_accepts, 0.5 / impostors), found.true_accepts, where="post")
+    left.axvline(FAR, color="gray", linestyle=":", label=f"false accept rate {FAR:g}")
+    left.set(
+        xscale="log", xlim=(0.5 / impostors, 1), ylim=(0, 1.01),
+        xlabel=f"false accept rate, of {impostors} pairs of two persons",
+        ylabel=f"true accept rate, of {int(pairs.same.sum())} pairs of one",
+        title=f"ROC, area {found.metrics['auc']:.2%}",
+    )  # fmt: skip
+    left.grid(alpha=0.3)
+    left.legend(loc="lower right")
+    bins = np.linspace(similarity.min(), similarity.max(), 51)
+    for name, own in (("one person", pairs.same), ("two persons", ~pairs.same)):
+        right.hist(similarity[own], bins, alpha=0.6, label=name)
+    right.set(
+        xlabel="cosine of the features", ylabel="pairs",
+        title=f"accuracy {found.metrics['accuracy']:.2%}, mean over folds",
+    )  # fmt: skip
+    right.legend()
+    figure.suptitle(title)
     return figure
 
 

@@ -1,9 +1,12 @@
 """The training objective: network, losses and class centres in one module (arXiv 2109.07270, §3).
 
+Identities, on which backbones are trained, are told apart by cross-entropy alone, or by ArcFace's.
+
 The centres are Parameters beside the network's, so that whatever wraps the objective (DDP)
 synchronises them, the optimiser trains them and a checkpoint holds them.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,6 +22,13 @@ AfnLoss = Literal["partition", "partition_batch", "none"]
 # Guard of the variance across heads in equation 6. The gradient of log(1 + k/σ²) grows like 1/σ
 # where heads agree; from scratch 1e-6 trains slower than 1e-3 (README, "The method").
 VARIANCE_GUARD = 1e-3
+
+
+class Margin(NamedTuple):
+    """ArcFace's s and m: logits are s · cos(θ + m) for an image's own class, else s · cos θ."""
+
+    s: float
+    m: float  # radians
 
 
 class Loss(NamedTuple):
@@ -69,8 +79,25 @@ def partition_batch_loss(heads: Tensor) -> Tensor:
     return torch.log1p(heads.size(1) / (variance + VARIANCE_GUARD)).mean()
 
 
+def arcface_logits(cosines: Tensor, labels: Tensor, margin: Margin) -> Tensor:
+    """(B, classes) logits from cosines, with the margin on each image's own class.
+
+    Additive angular margin (Deng et al., arXiv 1801.07698, equation 3). Beyond θ = π − m, where
+    cos(θ + m) would rise again, a line goes on, as in the authors' code. labels: (B,) int64.
+    """
+    own = cosines.gather(1, labels[:, None])
+    sine = (1 - own.square()).clamp(min=1e-7).sqrt()  # its gradient is infinite at 0
+    moved = own * math.cos(margin.m) - sine * math.sin(margin.m)
+    beyond = own - margin.m * math.sin(margin.m)
+    moved = torch.where(own > -math.cos(margin.m), moved, beyond)
+    return margin.s * cosines.scatter(1, labels[:, None], moved)
+
+
 class Objective(nn.Module):
-    """Equation 7: classification + λ1 · FCN loss + λ2 · AFN loss, over part of a global batch."""
+    """Equation 7: classification + λ1 · FCN loss + λ2 · AFN loss, over part of a global batch.
+
+    margin: the network's logits are cosines, from which ArcFace's are made.
+    """
 
     def __init__(
         self,
@@ -81,9 +108,10 @@ class Objective(nn.Module):
         afn: AfnLoss = "partition",
         lambda_fcn: float = 1.0,
         lambda_afn: float = 1.0,
+        margin: Margin | None = None,
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.margin = network, margin
         self.fcn, self.afn = fcn, afn if len(network.heads) > 1 else "none"  # 0 at k = 1 (§3.3)
         self.lambda_fcn, self.lambda_afn = lambda_fcn, lambda_afn
         if fcn != "none":
@@ -102,6 +130,8 @@ class Objective(nn.Module):
         zero = logits.new_zeros(())
         # Autocast would run some of these reductions in bfloat16: variances need float32.
         with torch.autocast(images.device.type, enabled=False):
+            if self.margin is not None:
+                logits = arcface_logits(logits, labels, self.margin)
             classification = F.cross_entropy(logits, labels) * share
             fcn = afn = zero
             if self.fcn == "affinity":

@@ -4,6 +4,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,7 +17,7 @@ STD = (0.229, 0.224, 0.225)
 class Output(NamedTuple):
     """What the network gives for B images."""
 
-    logits: Tensor  # (B, classes)
+    logits: Tensor  # (B, classes); cosines where the classifier gives those
     features: Tensor  # (B, 512) pooled backbone features, which the FCN losses cluster
     heads: Tensor | None  # (B, k, 512) attended vectors, log-softmax over k; None for the baseline
 
@@ -56,14 +57,30 @@ class ChannelAttention(nn.Module):
         return pooled * gate
 
 
+class CosineClassifier(nn.Linear):
+    """(B, D) features → (B, classes) cosines of the angles to each class's weights, in float32.
+
+    bfloat16, in which autocast would multiply, tells no angles below 5° apart.
+    """
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__(inputs, classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            # DeepSpeed's third stage gathers weights in what it thinks autocast multiplies in
+            return F.linear(F.normalize(x), F.normalize(self.weight.to(x.dtype)))
+
+
 class DAN(nn.Module):
     """Distract-your-attention network with `heads` cross-attention heads.
 
-    `heads=0` is the paper's baseline: ResNet-18, pooling, one linear layer.
+    `heads=0` is the paper's baseline: ResNet-18, pooling, one linear layer; with `cosine` that
+    gives cosines, as ArcFace wants them.
     Input (B,3,S,S), S divisible by 32, normalised by MEAN and STD.
     """
 
-    def __init__(self, classes: int, heads: int = 4) -> None:
+    def __init__(self, classes: int, heads: int = 4, *, cosine: bool = False) -> None:
         super().__init__()
         resnet = torchvision.models.resnet18(weights=None)
         trunk = [(n, m) for n, m in resnet.named_children() if n not in ("avgpool", "fc")]
@@ -73,7 +90,7 @@ class DAN(nn.Module):
             for _ in range(heads)
         )
         self.heads.apply(_initialise)
-        self.classifier = nn.Linear(CHANNELS, classes)
+        self.classifier = (CosineClassifier if cosine else nn.Linear)(CHANNELS, classes)
         # The authors' release normalises the logits; the paper's text does not mention it.
         self.logit_norm = nn.BatchNorm1d(classes) if heads else nn.Identity()
 
@@ -114,10 +131,10 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def cost(classes: int, heads: int, image_size: int) -> dict[str, float]:
+def cost(classes: int, heads: int, image_size: int, *, cosine: bool = False) -> dict[str, float]:
     """The network's parameters, and the GFLOPs of one image's forward pass (2 a multiply-add)."""
     with torch.device("meta"):  # shapes alone, no memory
-        network = DAN(classes, heads).eval()
+        network = DAN(classes, heads, cosine=cosine).eval()
         image = torch.empty(1, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(image)

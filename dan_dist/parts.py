@@ -14,9 +14,10 @@ from dan_dist.cache import is_remote
 from dan_dist.config import Config, flatten
 from dan_dist.data import Stream, evaluation_stream, train_stream
 from dan_dist.engine import Engine, check_split, resolve_precision
-from dan_dist.losses import Objective
+from dan_dist.losses import Margin, Objective
 from dan_dist.model import DAN
 from dan_dist.shardset import ShardSet, Split, open_shardset
+from dan_dist.task import Task, expressions, identities
 from dan_dist.tracking import MlflowTracker, NullTracker
 from dan_dist.weights import load_backbone, load_weights
 from dan_dist.world import World
@@ -28,16 +29,22 @@ log = logging.getLogger(__name__)
 def make_synthetic(config: Config) -> None:
     """Packs the drawn faces of the configuration where they are not yet."""
     faces = config.data.synthetic
-    if faces and is_remote(config.data.shards):
+    if faces is None:
+        return
+    if is_remote(config.data.shards):
         raise ValueError(f"data.synthetic: faces cannot be packed into {config.data.shards}")
-    if faces:
-        synthetic.ensure(
-            config.data.shards, faces.train, faces.val, size=faces.size, seed=faces.seed
-        )
+    if faces.by == "identity":
+        wanted = synthetic.identity_release(
+            faces.train, faces.val, identities=faces.identities, held_out=faces.held_out,
+            size=faces.size, seed=faces.seed,
+        )  # fmt: skip
+    else:
+        wanted = synthetic.release(faces.train, faces.val, size=faces.size, seed=faces.seed)
+    synthetic.ensure(config.data.shards, wanted, size=faces.size)
 
 
-def open_data(config: Config, world: World, folder: str) -> tuple[ShardSet, Split, Split]:
-    """The shards in `folder` and their two splits, checked against the configuration and the world.
+def open_data(config: Config, world: World, folder: str) -> tuple[ShardSet, Split, Task]:
+    """The shards in `folder`, what trains and the task, checked against configuration and world.
 
     Raises:
         FileNotFoundError, ValueError: whatever would stop or spoil the training later.
@@ -51,31 +58,35 @@ def open_data(config: Config, world: World, folder: str) -> tuple[ShardSet, Spli
         )
     if len(shards.class_names) < 2:
         raise ValueError(f"{shards.root}: {len(shards.class_names)} class, at least 2 are needed")
-    train, val = shards.split("train"), shards.split(config.data.val_split)
+    train, data = shards.split("train"), config.data
     global_batch = config.train.global_batch
     if len(train) < global_batch:
         raise ValueError(
             f"{shards.root}: {len(train)} training images, fewer than train.global_batch "
             f"({global_batch})"
         )
-    if not len(val):
-        raise ValueError(f"{shards.root}: split '{config.data.val_split}' is empty")
+    if config.task == "identity":
+        task = identities(shards, data.val_split, pairs=data.pairs, pairs_file=data.pairs_file)
+    else:
+        task = expressions(shards, data.val_split)
     check_split(global_batch, config.train.micro_batch, world.size, config.model.sync_bn)
     checkpoint.check_writable(Path(config.train.output))
-    return shards, train, val
+    return shards, train, task
 
 
-def build_objective(config: Config, shards: ShardSet, *, is_new: bool) -> Objective:
+def build_objective(config: Config, class_names: tuple[str, ...], *, is_new: bool) -> Objective:
     """Network and losses at their start: 1. the seed, 2. a file of weights, later a checkpoint.
 
     is_new: there is no checkpoint to come, which would make the file of weights pointless.
     """
     torch.manual_seed(config.train.seed)
-    classes = len(shards.class_names)
-    network = DAN(classes, config.model.heads)
+    classes, margin = len(class_names), None
+    if config.loss.classification == "arcface":
+        margin = Margin(config.loss.arcface_s, config.loss.arcface_m)
+    network = DAN(classes, config.model.heads, cosine=margin is not None)
     if is_new and (source := config.model.weights) is not None:
         order = config.model.weights_classes
-        log.info(load_weights(network, shards.class_names, source, order))
+        log.info(load_weights(network, class_names, source, order))
     elif is_new:
         log.info(load_backbone(network, config.model.backbone))
     return Objective(
@@ -85,6 +96,7 @@ def build_objective(config: Config, shards: ShardSet, *, is_new: bool) -> Object
         afn=config.loss.afn,
         lambda_fcn=config.loss.lambda_affinity,
         lambda_afn=config.loss.lambda_partition,
+        margin=margin,
     )
 
 

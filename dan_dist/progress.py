@@ -5,6 +5,7 @@ a loss that is not finite, and what they have asked of each other.
 import logging
 import math
 import time
+from collections.abc import Mapping
 
 import torch
 from tqdm import tqdm
@@ -109,10 +110,7 @@ class Progress:
 
     def evaluated(self, done: int, metrics: dict[str, float], best_accuracy: float) -> None:
         """Tells of an evaluation after step `done`."""
-        log.info(
-            "epoch %d/%d evaluated: accuracy %.2f %%, mean recall %.2f %%",
-            self._epoch(done), self.epochs, 100 * metrics["accuracy"], 100 * metrics["mean_recall"],
-        )  # fmt: skip
+        log.info("epoch %d/%d evaluated: %s", self._epoch(done), self.epochs, told(metrics))
         values = {f"val/{name}": value for name, value in metrics.items()}
         self.tracker.metrics({**values, "val/best_accuracy": best_accuracy}, done)
 
@@ -149,3 +147,9 @@ class Progress:
         self.tracker.metrics({**values, **speed, **others}, done)
         self.figures.clear()
         self.restart_clock()
+
+
+def told(metrics: Mapping[str, float]) -> str:
+    """Shares as text, but those of single classes ("recall/happy")."""
+    whole = {name.replace("_", " "): share for name, share in metrics.items() if "/" not in name}
+    return ", ".join(f"{name} {100 * share:.2f} %" for name, share in whole.items())

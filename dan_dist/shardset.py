@@ -71,11 +71,21 @@ class Split:
     def key(self, sample: int) -> str:
         """`<shard>/<key>` of a sample, read from the tar header before its payload."""
         row = self.index[sample]
-        shard = self.shards[row["shard"]].name
-        with (self.root / shard).open("rb") as file:
-            file.seek(int(row["offset"]) - tarfile.BLOCKSIZE)
-            name = file.read(100).split(b"\0")[0].decode("utf-8", "replace")
-        return f"{shard}/{name.rsplit('.', 1)[0]}"
+        with self.path(row["shard"]).open("rb") as file:
+            return f"{self.shards[row['shard']].name}/{_key_at(file, int(row['offset']))}"
+
+    def keys(self) -> Iterator[str]:
+        """The key of every sample, likewise, in the order of the index."""
+        for rows in np.split(self.index, np.flatnonzero(np.diff(self.index["shard"])) + 1):
+            with self.path(rows["shard"][0]).open("rb") as file:
+                yield from (_key_at(file, offset) for offset in rows["offset"].tolist())
+
+
+def _key_at(file: BinaryIO, offset: int) -> str:
+    """The key of the member whose payload begins at `offset`."""
+    file.seek(offset - tarfile.BLOCKSIZE)
+    name = file.read(100).split(b"\0")[0].decode("utf-8", "replace")
+    return name.rsplit(".", 1)[0]
 
 
 @dataclass(frozen=True)

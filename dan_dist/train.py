@@ -10,17 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from dan_dist import checkpoint
 from dan_dist.cache import localise
 from dan_dist.config import Config, Schedule, flatten
 from dan_dist.data import TooMuchDamageError, readable_key
 from dan_dist.engine import Engine, Votes
-from dan_dist.figures import confusion_figure, images_figure
-from dan_dist.metrics import confusion, summarise
+from dan_dist.figures import images_figure
 from dan_dist.model import cost
 from dan_dist.parts import (
     build_engine,
@@ -31,7 +28,7 @@ from dan_dist.parts import (
     open_train_stream,
     open_val_stream,
 )
-from dan_dist.progress import NotFiniteError, Progress
+from dan_dist.progress import NotFiniteError, Progress, told
 from dan_dist.pulse import Pulse, joined
 from dan_dist.sampler import steps_per_epoch
 from dan_dist.shardset import ShardSet, Split
@@ -43,14 +40,16 @@ from dan_dist.stop import (
     write_failure,
     write_outcome,
 )
+from dan_dist.task import Task, Verdict
 from dan_dist.tracking import NullTracker
+from dan_dist.weights import write_backbone
 from dan_dist.world import World
 
 log = logging.getLogger(__name__)
 
 # Where a run is before its first step; a checkpoint holds the same
 FRESH: dict[str, Any] = {
-    "step": 0, "best": {}, "metrics": {}, "evaluated": None, "predictions": None,
+    "step": 0, "best": {}, "metrics": {}, "evaluated": None, "right": None,
     "replaced": 0, "replaced_since": None, "figures": [], "run_id": None,
 }  # fmt: skip
 
@@ -107,9 +106,10 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
     """One training run in a world that is already there."""
     world.once(lambda: make_synthetic(config))
     cached = world.once(lambda: localise(config.data.shards, config.data.cache), per_node=True)
-    shards, train, val = world.together(lambda: open_data(config, world, cached))
+    shards, train, task = world.together(lambda: open_data(config, world, cached))
+    class_names = shards.class_names[: task.classes]
     chosen = world.once(lambda: choose(config))
-    objective = world.together(lambda: build_objective(config, shards, is_new=not chosen))
+    objective = world.together(lambda: build_objective(config, class_names, is_new=not chosen))
     engine = build_engine(config, world, objective)
     state = world.together(lambda: resume(config, engine, shards, chosen))
     start = state["step"]
@@ -122,9 +122,12 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
         )
     tracker = world.together(lambda: open_tracker(config, world, shards, state))
     world.once(lambda: take_over(config, start))
-    tracker.metrics(cost(len(shards.class_names), config.model.heads, config.model.image_size), 0)
+    tracker.metrics(
+        cost(task.classes, config.model.heads, config.model.image_size,
+             cosine=objective.margin is not None), 0,
+    )  # fmt: skip
     batches = open_train_stream(config, world, shards, train, start=start)
-    validation = open_val_stream(config, world, shards, val)
+    validation = open_val_stream(config, world, shards, task.val)
     progress = Progress(
         tracker, batches, visible=world.is_main, start=start, total=total,
         epochs=config.train.epochs, steps_per_epoch=steps, replaced=state["replaced"],
@@ -138,6 +141,7 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
     )  # fmt: skip
     due = Timer(config.train.checkpoint_minutes)
     status: Status = "failed"
+    model: Path | None = None
     may_compile = True  # the first evaluation of this process
 
     def keep(done: int, *, evaluate: bool) -> None:
@@ -147,13 +151,15 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
         state.update(step=done, replaced=progress.replaced, figures=progress.figures)
         state["replaced_since"], is_best = progress.replaced_since, False
         if evaluate:
-            found = engine.evaluate(*validation, partial(pulse.advance, patient=may_compile))
+            advance = partial(pulse.advance, patient=may_compile)
+            verdict = task.judge(engine.evaluate(*validation, task.keep, advance))
             may_compile = False
-            is_best = judge(found, val, -(-done // steps), state, progress, tracker)
+            is_best = note(verdict, -(-done // steps), state, progress, tracker)
         pulse.advance(f"checkpoint of step {done}", patient=True)  # the disk may be slow
         learned = engine.state()  # gathered from all ranks, where they share it
         if world.is_main:
-            content = {**describe(config, shards, state, tracker.run_id), **learned}
+            described = describe(config, shards, class_names, state, tracker.run_id)
+            content = {**described, **learned}
             writer.write(done, content, is_best=is_best)
         progress.save = False
         due.restart()
@@ -191,7 +197,8 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
             write_end(config, ended, state["step"], stop)
         status = ended
         if status == "finished":
-            report(config, world, tracker, shards, state)
+            report(config, world, tracker, task, state)
+            model = leave(config, world, tracker, task)
     except TooMuchDamageError:
         if progress.replaced_since is not None:
             with suppress(OSError):
@@ -204,34 +211,25 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
     finally:
         progress.close()
         writer.close()
-        best = Path(config.train.output) / checkpoint.BEST
         ends = {"finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
-        tracker.end(ends[status], best if status == "finished" else None)
+        tracker.end(ends[status], model)
         batches.close()
         validation[0].close()
     return Ended(status, dict(state["metrics"]))
 
 
-def judge(
-    probabilities: NDArray[np.float32],
-    val: Split,
-    epoch: int,
-    state: dict[str, Any],
-    progress: Progress,
-    tracker: NullTracker,
+def note(
+    verdict: Verdict, epoch: int, state: dict[str, Any], progress: Progress, tracker: NullTracker
 ) -> bool:
     """Notes in `state` and MLflow what an evaluation gave; returns whether it is the best."""
-    matrix = confusion(probabilities, val.index["label"])
-    metrics = summarise(matrix, val.class_names)
+    metrics = verdict.metrics
     is_best = bool(metrics["accuracy"] > state["best"].get("accuracy", -1.0))
     if is_best:
         state["best"] = {**metrics, "epoch": epoch}
-        tracker.figure("confusion_matrix.png", confusion_figure, matrix, val.class_names)
+        name, draw, values = verdict.figure
+        tracker.figure(name, draw, *values)
     state["metrics"], state["evaluated"] = metrics, state["step"]
-    state["predictions"] = {
-        "probabilities": torch.from_numpy(probabilities),
-        "labels": torch.from_numpy(val.index["label"].astype(np.int64)),
-    }
+    state["right"] = torch.from_numpy(verdict.right)
     progress.evaluated(state["step"], metrics, state["best"]["accuracy"])
     return is_best
 
@@ -323,14 +321,15 @@ def take_over(config: Config, step: int) -> None:
 
 
 def describe(
-    config: Config, shards: ShardSet, state: dict[str, Any], run_id: str | None
-) -> dict[str, Any]:
+    config: Config, shards: ShardSet, class_names: tuple[str, ...], state: dict[str, Any],
+    run_id: str | None,
+) -> dict[str, Any]:  # fmt: skip
     """What a checkpoint says beside what was learned: where the run is, and of what it is."""
     return {
         **state,
         "run_id": run_id or state["run_id"],
         "config": config.model_dump(),
-        "class_names": list(shards.class_names),
+        "class_names": list(class_names),
         "fingerprint": shards.fingerprint,
     }
 
@@ -352,23 +351,30 @@ def save_evidence(config: Config, world: World, train: Split, error: NotFiniteEr
 
 
 def report(
-    config: Config,
-    world: World,
-    tracker: NullTracker,
-    shards: ShardSet,
-    state: dict[str, Any],
+    config: Config, world: World, tracker: NullTracker, task: Task, state: dict[str, Any]
 ) -> None:
     """The last lines: what came out and where to look."""
     if not world.is_main:
         return
-    metrics, best = state["metrics"], state["best"]
-    folder = Path(config.train.output)
+    metrics, best = dict(state["metrics"]), state["best"]
     log.info(
-        "finished after %d steps: accuracy %.2f %% (best %.2f %%, epoch %d), mean recall %.2f %%; "
-        "chance is %.2f %%",
-        state["step"], 100 * metrics["accuracy"], 100 * best["accuracy"], best["epoch"],
-        100 * metrics["mean_recall"], 100 / len(shards.class_names),
+        "finished after %d steps: accuracy %.2f %% (best %.2f %%, epoch %d), %s; chance is %.2f %%",
+        state["step"], 100 * metrics.pop("accuracy"), 100 * best["accuracy"], best["epoch"],
+        told(metrics), 100 * task.chance,
     )  # fmt: skip
-    log.info("checkpoints: %s", folder)
+    log.info("checkpoints: %s", config.train.output)
     if tracker.where:
         log.info("look at the run: %s", tracker.where)
+
+
+def leave(config: Config, world: World, tracker: NullTracker, task: Task) -> Path | None:
+    """What a finished run is good for: returns the checkpoint that becomes its model in MLflow.
+
+    Or, where it has trained a backbone, writes that in a file of its own, and returns None.
+    """
+    best = Path(config.train.output) / checkpoint.BEST
+    if task.is_backbone and world.is_main:
+        path = write_backbone(best, run_id=tracker.run_id)
+        tracker.artifact(path, "")
+        log.info("backbone: a training starts from it by model.backbone=%s", path)
+    return None if task.is_backbone else best

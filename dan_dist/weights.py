@@ -1,4 +1,7 @@
-"""Weights from files: our checkpoints, the authors' DAN, a ResNet-18. No code in them is run."""
+"""Weights from files: our checkpoints, the authors' DAN, a ResNet-18. No code in them is run.
+
+And into one: the backbone that a training on identities leaves.
+"""
 
 import re
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from dan_dist.config import REPOSITORY, load_config
 from dan_dist.model import DAN
 
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
+BACKBONE = "backbone.pth"
 OWN = "network."  # in our checkpoints, the network among the objective's tensors
 ORDERS = ("affectnet8", "affectnet7", "rafdb", "sfew")  # configurations that name their classes
 SYNONYMS = {"happiness": "happy", "sadness": "sad", "angry": "anger"}  # as data sets call them
@@ -41,13 +45,22 @@ class Trained(NamedTuple):
         return Path(self.config["train"]["output"]).name if self.config else self.path.stem
 
     @property
+    def task(self) -> str:
+        """What it was trained on: "expression" or "identity"."""
+        return str(self.config.get("task", "expression"))
+
+    @property
     def experiment(self) -> str:
         """MLflow's, of the training."""
         return str(self.config["tracking"]["experiment"]) if self.config else "dan_dist"
 
 
-def load_trained(path: Path, classes: str | None = None) -> Trained:
+def load_trained(
+    path: Path, classes: str | None = None, *, task: str | None = "expression"
+) -> Trained:
     """The network of one of our checkpoints, of a run's folder (its best), or of the authors' file.
+
+    task: what it must have been trained on, "expression" or "identity"; None takes both.
 
     classes: the authors' files do not name theirs; see `class_order`. Theirs of eight classes are
     AffectNet's.
@@ -67,6 +80,11 @@ def load_trained(path: Path, classes: str | None = None) -> Trained:
         trained = _ours(path, content)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a readable checkpoint ({error!r})") from error
+    if task not in (None, trained.task):
+        raise ValueError(
+            f"{path} was trained on task {trained.task}, expected {task}; evaluate judges it, and "
+            f"model.backbone={path} starts a training from it"
+        )
     if classes is not None and class_order(classes) != trained.class_names:
         raise ValueError(
             f"{path} has the classes {', '.join(trained.class_names)}, not those of '{classes}'"
@@ -88,7 +106,8 @@ def _ours(path: Path, content: dict[str, Any]) -> Trained:
         if not isinstance(value := content["config"][section][key], str):
             raise ValueError(f"{path}: {section}.{key} is {value!r}")
     own = {k.removeprefix(OWN): v for k, v in content["objective"].items() if k.startswith(OWN)}
-    network = _fill(len(names), heads, own, str, path)
+    is_cosine = content["config"]["loss"].get("classification") == "arcface"
+    network = _fill(len(names), heads, own, str, path, cosine=is_cosine)
     return Trained(
         path, network, tuple(names), size, step, content["config"], content.get("run_id")
     )
@@ -216,11 +235,12 @@ def load_backbone(network: DAN, source: str) -> str:
     """
     if source == "none":
         return "backbone: random start"
+    origin = ""
     if source == "imagenet":
         weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
         state = weights.get_state_dict(progress=False, check_hash=True)
     else:
-        state = _read_backbone(Path(source))
+        state, origin = _read_backbone(Path(source))
     own = network.backbone.state_dict()
     found = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     wanted = [k for k in own if not k.endswith("num_batches_tracked")]
@@ -236,10 +256,11 @@ def load_backbone(network: DAN, source: str) -> str:
             f"model.backbone {source}: more than a ResNet-18: {', '.join(extra[:3])} …"
         )
     network.backbone.load_state_dict(found, strict=False)
-    return f"backbone: {len(wanted)} tensors from {source}"
+    return f"backbone: {len(wanted)} tensors from {source}{origin}"
 
 
-def _read_backbone(path: Path) -> dict[str, Tensor]:
+def _read_backbone(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors, and what the file says of the training that they come from."""
     if not path.is_file():
         raise FileNotFoundError(
             f"model.backbone {path}: no such file; give the path of a ResNet-18 weights file "
@@ -249,15 +270,48 @@ def _read_backbone(path: Path) -> dict[str, Tensor]:
         content = checkpoint.read(path)
     except (ValueError, OSError) as error:
         raise type(error)(f"model.backbone {error}") from error
-    prefix = OWN + "backbone."
     if isinstance(own := content.get("objective"), dict):  # one of our checkpoints
-        return {k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)}
-    tensors = _tensors(content)
+        return _own_backbone(own), ""
+    tensors, origin = _tensors(content), ""
+    if isinstance(said := content.get("provenance"), dict):
+        known = {k: said[k] for k in ("run_id", "accuracy", "fingerprint") if k in said}
+        text = ", ".join(f"{name} {str(value)[:64]!r}" for name, value in known.items())
+        origin = f" (of an identity training: {text})"
     if not any(key.startswith("features.0.") for key in tensors):
-        return tensors
+        return tensors, origin
     names = DAN(1, 0).backbone.state_dict()
     theirs = {name: _authors_name(f"backbone.{name}") for name in names}
-    return {name: tensors[key] for name, key in theirs.items() if key in tensors}
+    return {name: tensors[key] for name, key in theirs.items() if key in tensors}, origin
+
+
+def _own_backbone(objective: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = OWN + "backbone."
+    return {k.removeprefix(prefix): v for k, v in objective.items() if k.startswith(prefix)}
+
+
+def write_backbone(best: Path, *, run_id: str | None) -> Path:
+    """Writes the backbone of a checkpoint of ours beside it, in the field's form; returns the file.
+
+    `{'state_dict': …}` in torchvision's names without the classifier, which is of other classes
+    than anybody's, and `provenance`: MLflow's run, the data's fingerprint, what was measured.
+
+    Raises:
+        ValueError, OSError: the checkpoint cannot be read, or the file not be written.
+    """
+    content = checkpoint.load(best)
+    own = _own_backbone(content["objective"])
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in own.items()}
+    provenance = {
+        "run_id": run_id or content.get("run_id"),
+        "fingerprint": content["fingerprint"],
+        "identities": len(content["class_names"]),
+        "image_size": content["config"]["model"]["image_size"],
+        "step": content["step"],
+        **content["best"],
+    }
+    path = best.with_name(BACKBONE)
+    checkpoint.save(path, {"state_dict": tensors, "provenance": provenance})
+    return path
 
 
 def _tensors(content: dict[str, Any]) -> dict[str, Tensor]:
@@ -275,15 +329,16 @@ def _strip(key: str) -> str:
 
 
 def _fill(
-    classes: int, heads: int, tensors: dict[str, Tensor], name_of: Callable[[str], str], path: Path
-) -> DAN:
+    classes: int, heads: int, tensors: dict[str, Tensor], name_of: Callable[[str], str], path: Path,
+    *, cosine: bool = False,
+) -> DAN:  # fmt: skip
     """A network that has all of its tensors from a file; `name_of` says what that calls one.
 
     Raises:
         ValueError: some are missing, of another shape or kind, or too many; lists them.
     """
     with torch.device("meta"):  # no memory: the file's tensors become the network's
-        network = DAN(classes, heads)
+        network = DAN(classes, heads, cosine=cosine)
     own = network.state_dict()
     names = {k: name_of(k) for k in own}
     found = {k: tensors[n] for k, n in names.items() if n in tensors}

@@ -145,7 +145,8 @@ def _of_recipe(
     found = Path(config.data.shards)
     if not (found / MANIFEST).exists():
         found, size = folder / f"faces-{config.model.image_size}", config.model.image_size
-        world.once(lambda: synthetic.ensure(found, images, DRAWN_VAL, size=size, seed=0))
+        drawn = synthetic.release(images, DRAWN_VAL, size=size, seed=0)
+        world.once(lambda: synthetic.ensure(found, drawn, size=size))
     batch = batch or config.train.global_batch
     own = [f"train.global_batch={batch * world.size}", f"data.shards={found}", "data.classes=null",
            "model.backbone=none", "model.weights=null", "model.weights_classes=null"]  # fmt: skip

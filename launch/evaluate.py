@@ -2,7 +2,8 @@
 
 Every image of the split is counted once on any number of ranks. Accuracy, mean recall, each
 class's precision, recall and F1, the confusion matrix, calibration and the surest mistakes go into
-evaluation.json and figures beside the checkpoint, and into MLflow.
+evaluation.json and figures beside the checkpoint, and into MLflow. A network trained on identities
+is judged by pairs of images instead: how well its features tell whether they show one person.
 """
 
 import argparse
@@ -25,6 +26,11 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         "--precision", choices=("auto", "float32", "bf16", "float64"), default="auto",
         help="default: that of the training",
     )  # fmt: skip
+    parser.add_argument(
+        "--pairs", type=int, default=6000,
+        help="of images, drawn to judge a network trained on identities (default 6000)",
+    )  # fmt: skip
+    parser.add_argument("--pairs-file", help="a file that lists them, LFW's pairs.txt for one")
     parser.add_argument("--experiment", help="MLflow's; default: that of the training")
     parser.add_argument("--no-tracking", action="store_true", help="leave MLflow out")
     options = parser.parse_args(arguments)
@@ -42,6 +48,8 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         precision=options.precision,
         experiment=options.experiment,
         tracked=not options.no_tracking,
+        pairs=options.pairs,
+        pairs_file=options.pairs_file,
     )
     return 0
 

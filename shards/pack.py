@@ -67,7 +67,12 @@ def _release(options: argparse.Namespace) -> Release:
         case "sfew":
             return sfew.release(options.source, landmarks=options.landmarks, size=options.size)
         case "identities":
-            return identities.release(options.source)
+            return identities.release(options.source, options.held_out)
+        case "synthetic" if options.by == "identity":
+            return synthetic.identity_release(
+                options.train, options.val, identities=options.identities,
+                held_out=options.held_out, size=options.size, seed=options.seed,
+            )  # fmt: skip
         case "synthetic":
             return synthetic.release(
                 options.train, options.val, size=options.size, seed=options.seed
@@ -100,11 +105,21 @@ def _parser() -> argparse.ArgumentParser:
         help="around the full release's face boxes, of their size, on each side (default 0)",
     )  # fmt: skip
     sources["sfew"].add_argument("--landmarks", help="the file that python -m shards.align wrote")
+    sources["identities"].add_argument(
+        "--held-out", type=int,
+        help="identities kept out of training, for verification (default: a tenth, at most 1000)",
+    )  # fmt: skip
     faces = kinds.add_parser("synthetic", help="drawn faces of eight expressions")
+    faces.add_argument("--by", choices=("expression", "identity"), default="expression",
+                       help="what the classes are (default expression)")  # fmt: skip
     faces.add_argument("--train", type=int, default=8000, help="training images (default 8000)")
     faces.add_argument("--val", type=int, default=800, help="validation images (default 800)")
     faces.add_argument("--size", type=int, default=64, help="pixels (default 64)")
     faces.add_argument("--seed", type=int, default=0)
+    faces.add_argument("--identities", type=int, default=400,
+                       help="by identity: persons in training (default 400)")  # fmt: skip
+    faces.add_argument("--held-out", type=int, default=40,
+                       help="by identity: other persons, in validation (default 40)")  # fmt: skip
     joined = kinds.add_parser("merge", help="ends a pack that was made in parts")
     for command in (*sources.values(), faces, joined):
         command.add_argument("--out", required=True, help="the folder for the shards")

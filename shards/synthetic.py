@@ -1,6 +1,7 @@
-"""The embedded data set: drawn faces of eight expressions, in AffectNet's proportions.
+"""The embedded data set: drawn faces, sorted by their eight expressions or by who they are.
 
-A face is a function of (seed, index, label); training and validation never share an index.
+A face is a function of (seed, index, expression, identity); training and validation never share an
+index, and where faces are sorted by identity no person.
 """
 
 import logging
@@ -36,47 +37,81 @@ def train_labels(count: int) -> list[int]:
 
 
 def release(train: int, val: int, *, size: int, seed: int) -> Release:
-    """`train` images in AffectNet's proportions and `val` images balanced over the classes.
+    """Strangers by expression: `train` images in AffectNet's proportions, `val` images balanced.
 
     Raises:
         ValueError: `val` is not a positive multiple of 8, `train` below 8, or no possible size.
     """
     if val <= 0 or val % len(CLASSES):
         raise ValueError(f"--val {val}: expected a positive multiple of {len(CLASSES)}")
-    if not 16 <= size <= 2048:
-        raise ValueError(f"--size {size}: expected 16 to 2048 pixels")
+    _check_size(size)
     labels = train_labels(train), np.repeat(np.arange(len(CLASSES)), val // len(CLASSES)).tolist()
     splits, index = {}, 0
     for name, own in zip(("train", "val"), labels, strict=True):
         splits[name] = [
-            Item(f"face_{index + k:07d}", label, (seed, index + k, label, size))
+            Item(f"face_{index + k:07d}", label, (seed, index + k, label, size, None))
             for k, label in enumerate(own)
         ]
         index += len(own)
     return Release("synthetic", f"seed {seed}, {size} px", CLASSES, splits, read)
 
 
+def identity_release(
+    train: int, val: int, *, identities: int, held_out: int, size: int, seed: int
+) -> Release:
+    """Persons, who are the classes: `identities` in `train` images, `held_out` others in `val`.
+
+    Images are divided evenly over persons, who show all expressions in turn.
+
+    Raises:
+        ValueError: persons with fewer than two images, or no possible size.
+    """
+    _check_size(size)
+    splits: dict[str, list[Item]] = {"train": [], "val": []}
+    index, person = 0, 0
+    for name, images, persons in (("train", train, identities), ("val", val, held_out)):
+        if not 0 < 2 * persons <= images:
+            raise ValueError(f"--{name} {images}: {persons} identities, each needs two images")
+        for k, count in enumerate(np.bincount(np.arange(images) * persons // images).tolist()):
+            for number in range(
+                1, count + 1
+            ):  # named as in LFW, packed by `shards.pack identities`
+                key = f"{person + k:06d}_{number - 1:05d}_person_{person + k:05d}_{number:04d}"
+                source = (seed, index, index % len(CLASSES), size, person + k)
+                splits[name].append(Item(key, person + k, source))
+                index += 1
+        person += persons
+    names = tuple(f"person_{k:05d}" for k in range(person))
+    return Release("synthetic", f"{person} identities, seed {seed}, {size} px", names, splits, read,
+                   mixed=True)  # fmt: skip
+
+
+def _check_size(size: int) -> None:
+    if not 16 <= size <= 2048:
+        raise ValueError(f"--size {size}: expected 16 to 2048 pixels")
+
+
 def read(item: Item) -> Content:
     """The face's JPEG bytes."""
-    seed, index, label, size = item.source
-    return Content(encode(face(seed, index, label, size=size)))
+    seed, index, expression, size, identity = item.source
+    return Content(encode(face(seed, index, expression, size=size, identity=identity)))
 
 
-def ensure(folder: str | Path, train: int, val: int, *, size: int, seed: int) -> None:
+def ensure(folder: str | Path, wanted: Release, *, size: int) -> None:
     """Packs these faces into `folder`, with a contact sheet, unless they are there.
 
     Raises:
         ValueError: the folder holds other shards.
     """
-    wanted, folder = release(train, val, size=size, seed=seed), Path(folder)
+    folder, listed = Path(folder), {name: len(items) for name, items in wanted.splits.items()}
     if not (folder / MANIFEST).exists():
-        log.info("drawing %d faces into %s", train + val, folder)
+        log.info("drawing %d faces into %s", sum(listed.values()), folder)
         pack(wanted, folder, size=size)
         overview(open_shardset(folder), folder / CONTACT_SHEET)
     found = open_shardset(folder)
     counts = {name: sum(per_class) for name, per_class in found.counts.items()}
-    if found.release != wanted.release or counts != {"train": train, "val": val}:
+    if found.release != wanted.release or counts != listed:
         raise ValueError(
             f"{folder} holds {found.dataset} ({found.release}) {counts}, not the faces asked for "
-            f"({wanted.release}) {{'train': {train}, 'val': {val}}}; name another folder"
+            f"({wanted.release}) {listed}; name another folder"
         )

@@ -242,7 +242,7 @@ def test_a_checkpoint_of_something_else_is_refused(
         single(tiny("run"), "train.resume=never")
     from shards import synthetic
 
-    synthetic.ensure(tmp_path / "other", 80, 16, size=32, seed=8)
+    synthetic.ensure(tmp_path / "other", synthetic.release(80, 16, size=32, seed=8), size=32)
     with pytest.raises(ValueError, match="was trained on other images"):
         single(tiny("run"), f"data.shards={tmp_path / 'other'}")
 

@@ -25,7 +25,7 @@ def run(config: Config, world: World, *, steps: int) -> dict[str, float]:
         shards = open_shardset(config.data.shards)
         split = shards.split("train")
         engine = parts.build_engine(
-            config, world, parts.build_objective(config, shards, is_new=True)
+            config, world, parts.build_objective(config, shards.class_names, is_new=True)
         )
         stream = parts.open_train_stream(config, world, shards, split, start=0)
         writer = checkpoint.Writer(output, keep=1, stop_on_error=True)
@@ -44,7 +44,10 @@ def run(config: Config, world: World, *, steps: int) -> dict[str, float]:
             if step > 10 and step % 20 == 0:
                 began = time.perf_counter()
                 state = {**train.FRESH, "step": step}
-                content = {**train.describe(config, shards, state, None), **engine.state()}
+                content = {
+                    **train.describe(config, shards, shards.class_names, state, None),
+                    **engine.state(),
+                }
                 writer.write(step, content, is_best=True)
                 blocked.append(time.perf_counter() - began)
         writer.close()

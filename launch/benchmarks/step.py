@@ -84,7 +84,7 @@ def _engine_step(
     config: Config, world: World, shards: ShardSet, batch: Batch
 ) -> Callable[[], Tensor]:
     """What training does with a batch."""
-    engine = build_engine(config, world, build_objective(config, shards, is_new=True))
+    engine = build_engine(config, world, build_objective(config, shards.class_names, is_new=True))
     votes = Votes(stop=False, save=False, replaced=0)
     return lambda: engine.train_step(batch, lr=config.optim.lr, votes=votes).losses
 
@@ -111,7 +111,7 @@ def _plain_step(
     *, channels_last: bool, bf16: bool, fused: bool = False,
 ) -> Callable[[], Tensor]:  # fmt: skip
     """The step as a textbook writes it."""
-    objective = build_objective(config, shards, is_new=True).to(world.device)
+    objective = build_objective(config, shards.class_names, is_new=True).to(world.device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     objective.to(memory_format=layout)
     images = batch.images.contiguous(memory_format=layout)

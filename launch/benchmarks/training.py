@@ -31,7 +31,7 @@ def run(
 
     steps: of each repeat, of each form.
     """
-    engine = build_engine(config, world, build_objective(config, shards, is_new=True))
+    engine = build_engine(config, world, build_objective(config, shards.class_names, is_new=True))
     resident = resident_batch(config, world, len(shards.class_names))
     votes = Votes(stop=False, save=False, replaced=0)
     with closing(
