@@ -133,10 +133,11 @@ def _initialise(module: nn.Module) -> None:
 
 def cost(classes: int, heads: int, image_size: int, *, cosine: bool = False) -> dict[str, float]:
     """The network's parameters, and the GFLOPs of one image's forward pass (2 a multiply-add)."""
-    with torch.device("meta"):  # shapes alone, no memory
-        network = DAN(classes, heads, cosine=cosine).eval()
+    with torch.device("meta"):  # shapes alone, no memory; and no autocast, which cosines ask for
+        network = DAN(classes, heads).eval()
         image = torch.empty(1, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(image)
-    parameters = sum(p.numel() for p in network.parameters())
+    bias = classes if cosine else 0  # a classifier of cosines has none
+    parameters = sum(p.numel() for p in network.parameters()) - bias
     return {"model/parameters": parameters, "model/gflops": counter.get_total_flops() / 1e9}

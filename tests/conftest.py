@@ -34,6 +34,7 @@ tracking: {{enabled: false}}
 
 
 DAN = ["model.heads=2", "loss.fcn=affinity", "loss.afn=partition"]
+IDENTITY = ["task=identity", "data.sampling=shuffle", "data.pairs=60"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,21 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     release = synthetic.release(80, 16, size=32, seed=7)
     pack(release, folder, size=32, workers=1, shard_size=20)
     return open_shardset(folder)
+
+
+@pytest.fixture(scope="session")
+def people(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """80 training faces of 16 persons, 60 of 20 others for validation, 32 px."""
+    folder = tmp_path_factory.mktemp("people") / "shards"
+    release = synthetic.identity_release(80, 60, identities=16, held_out=20, size=32, seed=7)
+    pack(release, folder, size=32, workers=1, shard_size=20)
+    return open_shardset(folder)
+
+
+@pytest.fixture
+def task(request: pytest.FixtureRequest, people: ShardSet) -> list[str]:
+    """The options that make the tiny run one on identities, where the parameter says so."""
+    return [*IDENTITY, f"data.shards={people.root}"] if request.param == "identity" else []
 
 
 @pytest.fixture

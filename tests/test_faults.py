@@ -38,11 +38,12 @@ from dan_dist.world import World
 Write = Callable[[str], Path]
 
 
-def test_chaos_in_short(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", chaos.TASKS)
+def test_chaos_in_short(tmp_path: Path, task: str) -> None:
     """Some of the kinds, and the comparison with the undisturbed run, bit for bit."""
     kinds = ["sigkill_rank", "sigkill_all", "sigusr1", "corrupt_checkpoint", "truncate_shard"]
-    tallies = chaos.run(tmp_path, 3, random.randrange(10**6), kinds)
-    assert sum(t.injected for t in tallies.values()) >= 2
+    tallies = chaos.run(tmp_path, 2, random.randrange(10**6), kinds, task)
+    assert sum(t.injected for t in tallies.values()) >= 1
 
 
 def test_stopped_alone_it_says_so_by_its_exit_code(tiny: Write, tmp_path: Path) -> None:

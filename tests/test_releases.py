@@ -384,23 +384,30 @@ def test_identities(tmp_path: Path) -> None:
     (root / "m.000" / "more").mkdir()
     shutil.copy(root / "m.000" / "0-Face.jpg", root / "m.000" / "more" / "0.jpg")
     shards, _ = packed(root, "identities", "--size", "32", "--shard-size", "16")
-    assert shards.class_names == tuple(f"m.{k:03d}" for k in range(30))
-    assert shards.counts["train"] == tuple(1 + k % 4 for k in range(30))
+    held = shards.class_names[27:]  # a tenth, whose labels follow
+    trained = sorted({f"m.{k:03d}" for k in range(30)} - set(held))
+    assert shards.class_names == (*trained, *sorted(held)) and len(held) == 3
+    sizes = [1 + int(name[2:]) % 4 for name in shards.class_names]
+    assert shards.counts == {"train": (*sizes[:27], 0, 0, 0), "val": (*[0] * 27, *sizes[27:])}
     assert shards.dropped == {
         "deeper than an identity's folder": 1, "an identity without images": 1
     }  # fmt: skip
     split = shards.split("train")
     assert all(shard.label is None for shard in split.shards)  # mixed
     assert len(set(split.index["label"][:16].tolist())) > 8
-    for sample in samples(shards, "train"):
+    for sample in [*samples(shards, "train"), *samples(shards, "val")]:
         label, k, name = sample["__key__"].split("_", 2)
-        original = root / f"m.{int(label):03d}" / f"{name}.jpg"
+        original = root / shards.class_names[int(label)] / f"{name}.jpg"
         assert int(sample["cls"]) == int(label) and int(k) < 4
         assert original.read_bytes() == sample["jpg"]
     out = tmp_path / "again"
     pack(identities.release(root), out, size=32, workers=2, shard_size=16)
     for path in shards.root.glob("*.tar"):
         assert (out / path.name).read_bytes() == path.read_bytes()
+    assert set(identities.release(root, 0).splits) == {"train"}
+    for held_out in (-1, 30):
+        with pytest.raises(ValueError, match=rf"--held-out {held_out}: .* holds 30 identities"):
+            identities.release(root, held_out)
 
 
 def test_the_list_of_identities_is_small_and_random_access(tmp_path: Path) -> None:

@@ -1,0 +1,235 @@
+"""Verification by pairs, and what a training on identities leaves: a backbone that others load."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+import torchvision
+from sklearn.metrics import roc_auc_score
+
+from conftest import REPOSITORY, run, single, train
+from dan_dist import checkpoint, evaluation
+from dan_dist.model import DAN
+from dan_dist.shardset import ShardSet
+from dan_dist.verification import (
+    FAR,
+    FOLDS,
+    Pairs,
+    draw_pairs,
+    read_pairs,
+    similarities,
+    verify,
+)
+from dan_dist.weights import BACKBONE, load_backbone, load_trained
+
+Write = Callable[[str], Path]
+
+
+@pytest.mark.parametrize(("persons", "images", "count"), [(20, 2, 6000), (300, 9, 600)])
+def test_pairs_are_drawn_as_lfws(persons: int, images: int, count: int) -> None:
+    """Folds share no person, kinds are even, no pair stands twice, and nothing else decides."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(persons) + 7, images))
+    pairs = draw_pairs(labels, count)
+    assert len(pairs.same) <= count and (pairs.first != pairs.second).all()
+    assert ((labels[pairs.first] == labels[pairs.second]) == pairs.same).all()
+    assert len({tuple(sorted(p)) for p in zip(pairs.first, pairs.second, strict=True)}) == len(
+        pairs.same
+    )
+    own = [
+        set(labels[np.r_[pairs.first[pairs.fold == k], pairs.second[pairs.fold == k]]].tolist())
+        for k in range(FOLDS)
+    ]
+    assert sum(map(len, own)) == len(set().union(*own))
+    for k in range(FOLDS):
+        assert pairs.same[pairs.fold == k].mean() == 0.5
+    if persons == 300:
+        assert len(pairs.same) == count
+    for field, again in zip(pairs, draw_pairs(labels, count), strict=True):
+        assert (field == again).all()
+    assert any((a != b).any() for a, b in zip(pairs, draw_pairs(labels, count, 1), strict=True)
+               if a.shape == b.shape)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("labels", "count", "line"),
+    [
+        (np.arange(19), 6000, "19 persons, verification needs 20: two in each of 10 folds"),
+        (np.arange(40), 6000, "no person of a fold has two images"),
+        (np.repeat(np.arange(40), 2), 19, "19 pairs, at least 20 are needed"),
+    ],
+)
+def test_pairs_that_cannot_be_drawn(labels: np.ndarray, count: int, line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        draw_pairs(labels, count)
+
+
+def lfw(similarity: np.ndarray, pairs: Pairs) -> float:
+    """The accuracy over folds by trying every threshold."""
+    folds = []
+    for k in range(FOLDS):
+        rest, own = pairs.fold != k, pairs.fold == k
+        choices = sorted({*similarity[rest].tolist(), np.inf}, reverse=True)
+        told = [((similarity[rest] >= t) == pairs.same[rest]).mean() for t in choices]
+        best = choices[int(np.argmax(told))]
+        folds.append(((similarity[own] >= best) == pairs.same[own]).mean())
+    return float(np.mean(folds))
+
+
+@pytest.mark.parametrize("digits", [1, 6])  # with ties, and without
+def test_figures_are_those_of_the_definitions(digits: int) -> None:
+    rng = np.random.default_rng(digits)
+    labels = np.repeat(np.arange(60), 8)
+    pairs = draw_pairs(labels, 2400)
+    similarity = np.round(rng.normal(pairs.same * 1.5, 1.0), digits)
+    found = verify(similarity, pairs)
+    one, two = similarity[pairs.same], similarity[~pairs.same]
+    wins = (one[:, None] > two).mean() + (one[:, None] == two).mean() / 2
+    assert found.metrics["auc"] == pytest.approx(wins, abs=1e-12)
+    assert found.metrics["auc"] == roc_auc_score(pairs.same, similarity)
+    rates = [(one >= t).mean() for t in [*similarity, np.inf] if (two >= t).mean() <= FAR]
+    assert found.metrics["tar_at_far_0.001"] == pytest.approx(max(rates), abs=1e-12)
+    assert found.metrics["accuracy"] == pytest.approx(lfw(similarity, pairs), abs=1e-12)
+    assert found.right.mean() == pytest.approx(found.metrics["accuracy"], abs=0.01)
+
+
+def test_similarities_are_cosines() -> None:
+    features = np.array([[3, 4], [6, 8], [4, -3], [0, 0]], np.float32)
+    first, second = np.array([0, 0, 0]), np.array([1, 2, 3])
+    pairs = Pairs(first, second, np.zeros(3, bool), np.zeros(3, np.int64))
+    assert similarities(features, pairs).tolist() == pytest.approx([1, 0, 0])
+
+
+def pair_lines(people: ShardSet, form: str) -> list[str]:
+    """A pair of one person and one of two for each fold, of the persons held out of training."""
+    lines = []
+    for k in range(FOLDS):
+        a, b = (people.class_names[16 + 2 * k + i] for i in (0, 1))
+        if form == "LFW's":
+            lines += [f"{a}\t1\t2", f"{a}\t3\t{b}\t1"]
+        else:
+            lines += [f"{a}/{a}_0001.jpg {a}/{a}_0002.png", f"{a}/{a}_0003.jpg {b}/{b}_0001.jpg"]
+    return [*(["10\t1"] if form == "LFW's" else []), *lines, ""]
+
+
+@pytest.mark.parametrize("form", ["LFW's", "paths"])
+def test_pairs_from_a_file(people: ShardSet, tmp_path: Path, form: str) -> None:
+    path, split = tmp_path / "pairs.txt", people.split("val")
+    path.write_text("\n".join(pair_lines(people, form)))
+    pairs = read_pairs(path, split)
+    assert pairs.same.tolist() == [True, False] * 10
+    assert pairs.fold.tolist() == [k for k in range(10) for _ in range(2)]
+    keys = list(split.keys())
+    assert [keys[k].split("_", 2)[-1] for k in pairs.first[:2]] == [
+        "person_00016_0001", "person_00016_0003"
+    ]  # fmt: skip
+    assert keys[pairs.second[1]].split("_", 2)[-1] == "person_00017_0001"
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "line"),
+    [
+        ("person_00016 1", r"pairs\.txt, line 2: 'person_00016 1', expected 'PERSON n m'"),
+        ("person_00016 1 x", r"line 2: 'person_00016 1 x', expected"),
+        ("nobody 1 2", r"line 2: .* has no image 'nobody_0001' of 'nobody' in split 'val'"),
+        ("person_00003 1 2", r"line 2: .* has no image 'person_00003_0001'"),  # of training
+        ("person_00016 1 person_00018 1", r"fold 1 of 10 lacks pairs of one person"),
+    ],
+)
+def test_files_of_pairs_that_cannot_be(
+    people: ShardSet, tmp_path: Path, spoilt: str, line: str
+) -> None:
+    lines = pair_lines(people, "LFW's")
+    (tmp_path / "pairs.txt").write_text("\n".join([lines[0], spoilt, *lines[2:]]))
+    with pytest.raises(ValueError, match=line):
+        read_pairs(tmp_path / "pairs.txt", people.split("val"))
+
+
+BAD = {
+    "heads": (["model.heads=4"], r"task identity trains a backbone: model\.heads must be 0"),
+    "losses": (["loss.fcn=affinity"], r"loss\.fcn must be none"),
+    "whole network": (["model.weights=x.pt"], r"model\.weights must be null"),
+    "margin": (["task=expression", "loss.classification=arcface"], r"only task=identity takes arc"),
+    "no pairs": (["data.pairs=19"], r"data\.pairs is 19"),
+    "no file": (["data.pairs_file=/nowhere.txt"], r"data\.pairs_file /nowhere\.txt: no such file"),
+    "no split": (["data.val_split=test"], r"no split 'test' of identities that are held out"),
+    "same persons": (["data.val_split=train"], r"16 identities of split 'train' are in training"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("task", ["identity"], indirect=True)
+def test_trainings_that_cannot_be(tiny: Write, task: list[str], case: str) -> None:
+    overrides, line = BAD[case]
+    with pytest.raises((ValueError, OSError), match=line) as caught:
+        single(tiny("run"), *task, *overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["identity"], indirect=True)
+def test_a_backbone_from_training_to_dan(
+    tiny: Write, task: list[str], faces: ShardSet, people: ShardSet, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """On two ranks under DeepSpeed, with ArcFace; judged by pairs, in MLflow, and started from."""
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    options = [*task, "loss.classification=arcface", "engine.name=deepspeed", "engine.zero_stage=3",
+               "optim.lr=1e-4", "train.max_steps=4", "tracking.enabled=true"]  # fmt: skip
+    out = train(2, tiny("run"), *options, cwd=tmp_path)
+    assert "auc" in out and "chance is 50.00 %" in out and "model.backbone=" in out
+    best = checkpoint.load(tmp_path / "run" / checkpoint.BEST)
+    assert len(best["class_names"]) == 16
+    assert best["objective"]["network.classifier.weight"].shape == (16, 512)
+
+    content = torch.load(tmp_path / "run" / BACKBONE, weights_only=True)
+    missing = torchvision.models.resnet18().load_state_dict(content["state_dict"], strict=False)
+    assert missing == (["fc.weight", "fc.bias"], [])
+    client = mlflow.MlflowClient(store)
+    (logged,) = client.search_runs([client.get_experiment_by_name("dan_dist").experiment_id])
+    said = content["provenance"]
+    assert said["run_id"] == logged.info.run_id and said["fingerprint"] == people.fingerprint
+    assert said["auc"] == best["best"]["auc"] == logged.data.metrics["val/auc"]
+    assert said["identities"] == 16 and said["image_size"] == 32
+    assert {a.path for a in client.list_artifacts(logged.info.run_id)} >= {BACKBONE, "roc.png"}
+    assert not (logged.outputs and logged.outputs.model_outputs)  # nobody is served 16 strangers
+
+    for source in (BACKBONE, checkpoint.BEST):
+        network = DAN(8, 2)
+        line = load_backbone(network, str(tmp_path / "run" / source))
+        assert "100 tensors" in line and (said["run_id"] in line) == (source == BACKBONE)
+        name = "network.backbone.layer4.1.conv2.weight"
+        assert torch.equal(network.backbone.layer4[1].conv2.weight, best["objective"][name])
+    with pytest.raises(ValueError, match="trained on task identity, expected expression"):
+        load_trained(tmp_path / "run")
+
+    caplog.set_level("INFO")
+    start = f"model.backbone={tmp_path / 'run' / BACKBONE}"
+    assert single(tiny("dan"), start, "train.max_steps=2").status == "finished"
+    assert f"of an identity training: run_id '{said['run_id']}'" in caplog.text
+
+    # Judged once more by itself, on any number of ranks
+    script, reports = REPOSITORY / "launch" / "evaluate.py", []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for start_ in ([], torchrun):
+        done = run(sys.executable, *start_, script, tmp_path / "run", "--data", people.root,
+                   "--pairs", "60", "--no-tracking", cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        folder = tmp_path / "run" / "best-synthetic-val"
+        reports.append((folder / evaluation.REPORT).read_bytes())
+        assert (folder / "roc.png").stat().st_size > 10_000
+    assert reports[0] == reports[1]
+    found = json.loads(reports[0])
+    assert {key: found[key] for key in ("accuracy", "auc")} == {
+        key: best["best"][key] for key in ("accuracy", "auc")
+    }
+    assert found["pairs"] == 60 and found["images"] <= 60
+    path = tmp_path / "pairs.txt"
+    path.write_text("\n".join(pair_lines(people, "LFW's")))
+    by_file = evaluation.main(tmp_path / "run", str(people.root), pairs_file=str(path),
+                              output=tmp_path / "by-file", tracked=False)  # fmt: skip
+    assert by_file["pairs"] == 20
