@@ -15,14 +15,16 @@ saving    what checkpoints and the journal cost
 pack      the packer beside webdataset.ShardWriter
 engines   the loss curves of DDP and DeepSpeed's stages
 
-Where the configuration's shards are not there, faces are drawn in their place; networks start at
-random. Parts are of configs/affectnet8.yaml, of configs/demo.yaml for start, saving and engines.
+Where the configuration's shards are not there, faces are drawn in their place, of 80,000 classes
+for configs/msceleb.yaml; networks start at random. Parts are of configs/affectnet8.yaml, of
+configs/demo.yaml for start, saving and engines.
 """
 
 import argparse
 import json
 import logging
 import tempfile
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -128,10 +130,11 @@ def _part(
         return training.run(
             config, world, shards, steps=steps or (100 if on_gpu else 10), repeats=repeats
         )
-    network = cost(len(shards.class_names), config.model.heads, config.model.image_size)
+    classes = len(shards.class_names)
+    network = cost(classes, config.model.heads, config.model.image_size)
     return scaling.run(
         path, [*overrides, f"data.shards={shards.root}"], world, ranks=options.ranks,
-        gradient_bytes=4 * int(network["model/parameters"]),
+        gradient_bytes=4 * int(network["model/parameters"]), classes=classes,
         batch=config.train.global_batch, steps=steps or (100 if on_gpu else 4), repeats=repeats,
         link_gb_s=options.link_gb_s,
     )  # fmt: skip
@@ -146,6 +149,9 @@ def _of_recipe(
     if not (found / MANIFEST).exists():
         found, size = folder / f"faces-{config.model.image_size}", config.model.image_size
         drawn = synthetic.release(images, DRAWN_VAL, size=size, seed=0)
+        if config.task == "identity":  # as many classes, whoever the faces are
+            names = tuple(f"person {k}" for k in range(order.IDENTITIES))
+            drawn = replace(drawn, class_names=names, mixed=True)
         world.once(lambda: synthetic.ensure(found, drawn, size=size))
     batch = batch or config.train.global_batch
     own = [f"train.global_batch={batch * world.size}", f"data.shards={found}", "data.classes=null",

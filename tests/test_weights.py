@@ -229,8 +229,8 @@ def own_checkpoint(tmp_path: Path, **changes: object) -> Path:
                 "train": {"precision": "auto", "output": "runs/x"}, "loss": {"fcn": "none"},
                 "tracking": {"experiment": "e"}}  # fmt: skip
     objective = {f"network.{k}": v for k, v in DAN(2, 0).state_dict().items()}
-    content = {"format": checkpoint.FORMAT, "step": 3, "config": sections, "class_names": ["a", "b"],
-               "objective": objective, **changes}  # fmt: skip
+    content = {"format": checkpoint.FORMAT, "step": 3, "config": sections,
+               "class_names": ["a", "b"], "objective": objective, **changes}  # fmt: skip
     path = tmp_path / "own.pt"
     checkpoint.save(path, {k: v for k, v in content.items() if v is not None})
     return path

@@ -16,23 +16,28 @@ from dan_dist.shardset import INDEX_DTYPE, Shard, open_shardset, write_manifest
 from shards.affectnet import TRAIN
 
 BATCH = 256
-SIZES = (290_000, 10_000_000)  # images: AffectNet's, and the largest set in the field
+SIZES = (290_000, 10_000_000)  # images: AffectNet's, and the largest set in the field, whose …
+IDENTITIES = 80_000  # … classes are persons, mixed in all shards
 SHARD_IMAGES, IMAGE_BYTES = 1000, 20_000
 WATCH_S = 0.002
+
+Labels = np.ndarray[Any, np.dtype[np.int32]]
 
 
 def run(folder: Path, *, repeats: int) -> dict[str, Any]:
     """Prints and returns both; an index of ten million images is written into `folder`."""
     contenders = {
-        f"{size:,} images, {'balanced' if balanced else 'shuffle'}": (size, balanced)
+        f"{size:,} images, {'balanced' if balanced else 'shuffle'}": (size, len(TRAIN), balanced)
         for size in SIZES
         for balanced in (True, False)
     }
-    labels = {size: _labels(size) for size in SIZES}
+    persons = f"{SIZES[-1]:,} images of {IDENTITIES:,} identities, shuffle"
+    contenders[persons] = SIZES[-1], IDENTITIES, False
+    labels = {kind: _labels(*kind) for kind in {(size, n) for size, n, _ in contenders.values()}}
     times: Table = in_turn(
         {
-            name: partial(_order, labels[size], balanced)
-            for name, (size, balanced) in contenders.items()
+            name: partial(_order, labels[size, classes], balanced)
+            for name, (size, classes, balanced) in contenders.items()
         },
         repeats, "order",
     )  # fmt: skip
@@ -43,8 +48,8 @@ def run(folder: Path, *, repeats: int) -> dict[str, Any]:
     print("\nMemory of a rank that are its own pages, at most, over an epoch's border\n\n"
           "| | MiB | bytes an image | start, s |\n|---|---|---|---|")  # fmt: skip
     base: dict[bool, float] = {}
-    for name, (size, balanced) in contenders.items():
-        root = _write_index(folder / f"index-{size}", size)
+    for name, (size, classes, balanced) in contenders.items():
+        root = _write_index(folder / f"index-{size}-{classes}", labels[size, classes], classes)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peak_bytes, start_s = pool.apply(_anonymous, (root, balanced))
         base.setdefault(balanced, peak_bytes)
@@ -55,13 +60,15 @@ def run(folder: Path, *, repeats: int) -> dict[str, Any]:
     return {"times": times, "memory": memory}
 
 
-def _labels(size: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """AffectNet's proportions, sorted as class-pure shards are."""
+def _labels(size: int, classes: int) -> Labels:
+    """AffectNet's proportions, sorted as class-pure shards are; or persons, in a drawn order."""
+    if classes == IDENTITIES:
+        return np.random.default_rng(0).integers(classes, size=size, dtype=np.int32)
     bounds = np.cumsum(TRAIN) / sum(TRAIN) * size
     return np.searchsorted(bounds, np.arange(size), side="right").astype(np.int32)
 
 
-def _order(labels: np.ndarray[Any, np.dtype[np.int32]], balanced: bool) -> Measure:
+def _order(labels: Labels, balanced: bool) -> Measure:
     began_s = time.perf_counter()
     groups = group_samples(labels, balanced=balanced)
     grouped_s = time.perf_counter()
@@ -69,14 +76,15 @@ def _order(labels: np.ndarray[Any, np.dtype[np.int32]], balanced: bool) -> Measu
     return {"groups, s": grouped_s - began_s, "s": time.perf_counter() - grouped_s}
 
 
-def _write_index(root: Path, size: int) -> Path:
-    """A set of that many images whose tars are holes; what a rank reads at its start is there."""
+def _write_index(root: Path, labels: Labels, classes: int) -> Path:
+    """A set of these images whose tars are holes; what a rank reads at its start is there."""
     if root.exists():
         return root
     root.mkdir()
+    size = len(labels)
     index = np.zeros(size, INDEX_DTYPE)
     number = np.arange(size)
-    index["shard"], index["label"] = number // SHARD_IMAGES, _labels(size)
+    index["shard"], index["label"] = number // SHARD_IMAGES, labels
     index["offset"], index["size"] = number % SHARD_IMAGES * IMAGE_BYTES, IMAGE_BYTES
     shards = []
     for shard in range(-(-size // SHARD_IMAGES)):
@@ -86,8 +94,8 @@ def _write_index(root: Path, size: int) -> Path:
             file.truncate(samples * IMAGE_BYTES)
         shards.append(Shard(path.name, None, samples, samples * IMAGE_BYTES, "0" * 64))
     write_manifest(
-        root, dataset="holes", release="none", class_names=tuple("abcdefgh"), image_size=224,
-        image_policy="", splits={"train": (shards, index)}, dropped={}, dropped_names=[],
+        root, dataset="holes", release="none", image_size=224, image_policy="",
+        class_names=tuple(f"class {k}" for k in range(classes)), splits={"train": (shards, index)}, dropped={}, dropped_names=[],
         pack_sha256="",
     )  # fmt: skip
     return root
