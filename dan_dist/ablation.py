@@ -76,10 +76,11 @@ class Result(NamedTuple):
     run_id: str | None
     last: dict[str, float]  # the last evaluation's metrics
     best: dict[str, float]  # the best one's, and its epoch
-    right: NDArray[np.bool_] | None  # (validation images,): which the last evaluation had right
+    right: NDArray[np.bool_] | None  # (what was judged,): which the last evaluation had right
     fingerprint: str  # of the data
     curves: dict[str, list[tuple[int, float]]]  # metric → (step, value), in order
     minutes: float  # of training, all its attempts together
+    judged: str  # "validation images", or "pairs" of them
 
 
 def parse(words: Sequence[str]) -> tuple[str, list[Axis], list[str]]:
@@ -202,7 +203,8 @@ def read(child: Child, config: Config) -> Result:
     outcome = folder / OUTCOME
     found = json.loads(outcome.read_text()) if outcome.is_file() else {}
     status, reason = found.get("status", "missing"), found.get("reason", "")
-    empty = Result(child, status, reason, read_sent(folder)[1], {}, {}, None, "", {}, 0.0)
+    judged = "pairs" if config.task == "identity" else "validation images"
+    empty = Result(child, status, reason, read_sent(folder)[1], {}, {}, None, "", {}, 0.0, judged)
     newest = checkpoint.newest(folder)
     if newest is None:
         return empty if status != "finished" else empty._replace(status="missing")

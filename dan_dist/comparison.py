@@ -26,7 +26,7 @@ Row = dict[str, Any]
 def table(results: Sequence[Result]) -> list[Row]:
     """A row for each setting, in the grid's order: means and deviations over its finished runs.
 
-    Accuracies and recalls are in per cent; a deviation is the sample's, 0 for a single run.
+    Accuracies and the like are in per cent; a deviation is the sample's, 0 for a single run.
     """
     rows = []
     for setting in dict.fromkeys(r.child.setting for r in results):
@@ -37,7 +37,8 @@ def table(results: Sequence[Result]) -> list[Row]:
             row |= _spread("last_accuracy", [100 * r.last["accuracy"] for r in done])
             row |= _spread("best_accuracy", [100 * r.best["accuracy"] for r in done])
             row["best_epoch"] = statistics.mean(r.best["epoch"] for r in done)
-            row |= _spread("mean_recall", [100 * r.last["mean_recall"] for r in done])
+            for name in _others(done):
+                row |= _spread(name, [100 * r.last[name] for r in done])
             row["parameters"] = int(done[0].curves["model/parameters"][0][1])
             row["gflops"] = done[0].curves["model/gflops"][0][1]
             rates = [v for r in done for _, v in r.curves.get("train/images_per_s", [])]
@@ -45,6 +46,11 @@ def table(results: Sequence[Result]) -> list[Row]:
             row["minutes"] = statistics.mean(r.minutes for r in done)
         rows.append(row)
     return rows
+
+
+def _others(done: Sequence[Result]) -> list[str]:
+    """What is told of a network beside its accuracy, for all classes together."""
+    return [name for name in done[0].last if "/" not in name and name != "accuracy"]
 
 
 def _spread(name: str, values: Sequence[float]) -> Row:
@@ -87,10 +93,12 @@ def pairs(results: Sequence[Result]) -> list[Pair]:
 
 
 def markdown(name: str, results: Sequence[Result], rows: Sequence[Row], found: Sequence[Pair],
-             images: int) -> str:  # fmt: skip
+             judged: str) -> str:  # fmt: skip
     """The comparison as people read it."""
     axes = list(results[0].child.values)
-    head = [*axes, "runs", "accuracy, last epoch", "accuracy, best epoch", "mean recall, last",
+    others = _others([r for r in results if r.status == "finished"])
+    head = [*axes, "runs", "accuracy, last epoch", "accuracy, best epoch",
+            *(f"{name.replace('_', ' ')}, last" for name in others),
             "parameters", "GFLOPs", "img/s", "minutes"]  # fmt: skip
     lines = [f"# Ablation: {name}", "", _line(head), _line(["---"] * len(head))]
     for row in rows:
@@ -100,7 +108,7 @@ def markdown(name: str, results: Sequence[Result], rows: Sequence[Row], found: S
             cells += [
                 _mean(row, "last_accuracy"),
                 f"{_mean(row, 'best_accuracy')} (epoch {row['best_epoch']:.3g})",
-                _mean(row, "mean_recall"),
+                *(_mean(row, other) for other in others),
                 f"{row['parameters']:,}", f"{row['gflops']:.2f}",
                 f"{row['images_per_s']:.0f}" if row["images_per_s"] else "–",
                 f"{row['minutes']:.1f}",
@@ -109,7 +117,7 @@ def markdown(name: str, results: Sequence[Result], rows: Sequence[Row], found: S
     seeds = {r.child.seed for r in results}
     lines += [
         "",
-        f"Per cent of {images} validation images"
+        f"Per cent of {judged}"
         + (
             f", mean ± deviation over {len(seeds)} seeds."
             if len(seeds) > 1
@@ -187,8 +195,8 @@ def compare(name: str, results: Sequence[Result], folder: Path) -> str:
         states = ", ".join(f"{r.child.name} {r.status}" for r in results)
         raise ValueError(f"no run has finished, there is nothing to compare: {states}")
     rows, found = table(results), pairs(results)
-    images = len(done[0].right) if done[0].right is not None else 0
-    text = markdown(name, results, rows, found, images)
+    judged = f"{0 if done[0].right is None else len(done[0].right)} {done[0].judged}"
+    text = markdown(name, results, rows, found, judged)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.md").write_text(text)
     write_csv(folder / "comparison.csv", rows)
@@ -198,7 +206,7 @@ def compare(name: str, results: Sequence[Result], folder: Path) -> str:
     content = {"settings": rows, "runs": runs, "pairs": [pair._asdict() for pair in found]}
     (folder / "comparison.json").write_text(json.dumps(content, indent=1) + "\n")
     axes = list(results[0].child.values)
-    save(accuracy_figure(rows, axes, name, images), folder / "accuracy.png")
+    save(accuracy_figure(rows, axes, name, judged), folder / "accuracy.png")
     save(curves_figure([(r.child.setting, r.curves) for r in done], name), folder / "curves.png")
     return text
 

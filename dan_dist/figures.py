@@ -145,7 +145,7 @@ def mistakes_figure(images: Sequence[Image.Image], mistakes: Sequence[Any], titl
 
 
 def accuracy_figure(
-    rows: Sequence[Mapping[str, Any]], axes: Sequence[str], name: str, images: int
+    rows: Sequence[Mapping[str, Any]], axes: Sequence[str], name: str, judged: str
 ) -> Figure:
     """Accuracy against the first axis (figure 5 of the paper, where that is the heads).
 
@@ -173,7 +173,7 @@ def accuracy_figure(
     axis.set_xticks(list(places.values()), values)
     spread = f", mean ± deviation over {runs} seeds" if runs > 1 else ", one seed"
     axis.set(
-        xlabel=axes[0], ylabel=f"accuracy on {images} validation images, %",
+        xlabel=axes[0], ylabel=f"accuracy on {judged}, %",
         title=f"Ablation {name}{spread}",
     )  # fmt: skip
     axis.grid(alpha=0.3)

@@ -101,7 +101,7 @@ def result(heads: str, seed: int, right: list[bool], accuracy: float) -> Result:
         "train/loss": [(20, 2.0), (40, 1.0)], "val/accuracy": [(40, accuracy)],
     }  # fmt: skip
     return Result(child, "finished", "", f"id-{heads}-{seed}", metrics, {**metrics, "epoch": 3},
-                  np.array(right), "data", curves, 1.5)  # fmt: skip
+                  np.array(right), "data", curves, 1.5, "validation images")  # fmt: skip
 
 
 def test_a_comparison_by_hand(tmp_path: Path) -> None:

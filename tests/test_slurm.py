@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from chaos import CONFIG, DAN
+from chaos import CONFIG, DAN, IDENTITY
 from test_train import largest_difference, weights
 
 from conftest import REPOSITORY, train
 from dan_dist import checkpoint
 from dan_dist.shardset import ShardSet, open_shardset
+from dan_dist.weights import BACKBONE
 
 NODES, CPUS, GPUS = 2, 64, 8
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -230,19 +231,20 @@ def test_the_heads_make_their_runs_under_one_parent(cluster: Cluster, tmp_path: 
 
 
 def test_cancelled_then_submitted_again_and_signalled_while_it_starts(
-    cluster: Cluster, tmp_path: Path
+    cluster: Cluster, people: ShardSet, tmp_path: Path
 ) -> None:
-    """Two ranks, as Slurm gives two GPUs; shards by way of the node's storage."""
+    """A backbone on two ranks, as Slurm gives two GPUs; shards by way of the node's storage."""
 
     def submit() -> str:
-        return cluster.submit("sfew.sh", *DAN, "train.max_steps=20", "tracking.enabled=false",
-                              sbatch=("--gpus-per-node=2",), DAN_NPROC="",
+        return cluster.submit("msceleb.sh", *IDENTITY, "train.max_steps=20",
+                              "tracking.enabled=false", sbatch=("--gpus-per-node=2",),
+                              DAN_NPROC="", DAN_DATA=str(people.root),
                               DAN_CACHE=str(tmp_path / "cache"))  # fmt: skip
 
     def restarts(job: str) -> str:
         return query("scontrol", "show", "job", "-o", job).split("Restarts=")[1].split()[0]
 
-    run = tmp_path / "runs" / "sfew"
+    run = tmp_path / "runs" / "msceleb"
     job = submit()
     wait_for(lambda: "step 5 " in cluster.said(), 120)
     query("scancel", job)
@@ -254,12 +256,13 @@ def test_cancelled_then_submitted_again_and_signalled_while_it_starts(
     assert (tmp_path / "cache").is_dir() and "back into the queue" not in cluster.said()
 
     again = submit()
-    logs = run / "logs" / f"sfew-{again}-node0"
+    logs = run / "logs" / f"msceleb-{again}-node0"
     wait_for(lambda: bool([*logs.rglob("1/stdout.log")]), 120)  # workers start, and are deaf yet
     query("scancel", "--batch", "--signal=USR1", again)
     wait_for(lambda: restarts(again) == "1", 60)
     assert cluster.state(job) == "CANCELLED"
     assert cluster.end(again) == "COMPLETED", cluster.said()
+    assert (run / BACKBONE).is_file()
     assert outcome(run)["status"] == "finished" and not [*run.glob("stop.*")]
     assert f"resumed after step {found['step']}" in cluster.said()
 

@@ -54,9 +54,9 @@ both_tasks = pytest.mark.parametrize("task", ["expression", "identity"], indirec
     ("case", "worlds", "task"),
     [
         ("baseline", [3], "expression"),
-        ("partition", [2, 3], "expression"),
+        ("partition", [3], "expression"),
         ("partition_batch", [3], "expression"),
-        ("arcface", [3], "identity"),
+        ("arcface", [2], "identity"),
     ],
     indirect=["task"],
 )
@@ -196,15 +196,9 @@ def test_a_dead_tracking_server_does_not_stop_training(
     assert caplog.text.count("failed, its journal grows") == 1
 
 
-@both_tasks
-def test_evaluation_is_the_same_on_any_number_of_ranks(
-    tiny: Write, tmp_path: Path, task: list[str]
-) -> None:
-    """The confusion matrix behind the metrics counts each of 16 images once: steps of 1/16.
-
-    Likewise the pairs of images, of which each of ten folds has 6.
-    """
-    options = [*task, "train.precision=float64", "train.max_steps=5"]
+def test_evaluation_is_the_same_on_any_number_of_ranks(tiny: Write, tmp_path: Path) -> None:
+    """The confusion matrix behind the metrics counts each of 16 images once: steps of 1/16."""
+    options = ["train.precision=float64", "train.max_steps=5"]
     results = []
     single(tiny("run1"), *options)
     for ranks in (1, 2, 3):
@@ -214,8 +208,7 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(
         assert content is not None
         results.append(content[1]["metrics"])
     assert results[0] == results[1] == results[2]
-    told = results[0]["accuracy"] * (60 if task else 16)
-    assert told == pytest.approx(round(told), abs=1e-9)
+    assert results[0]["accuracy"] * 16 == round(results[0]["accuracy"] * 16)
 
 
 def test_without_sync_bn_ranks_still_agree_on_what_is_saved(tiny: Write, tmp_path: Path) -> None:

@@ -95,8 +95,8 @@ def _write_index(root: Path, labels: Labels, classes: int) -> Path:
         shards.append(Shard(path.name, None, samples, samples * IMAGE_BYTES, "0" * 64))
     write_manifest(
         root, dataset="holes", release="none", image_size=224, image_policy="",
-        class_names=tuple(f"class {k}" for k in range(classes)), splits={"train": (shards, index)}, dropped={}, dropped_names=[],
-        pack_sha256="",
+        class_names=tuple(f"class {k}" for k in range(classes)),
+        splits={"train": (shards, index)}, dropped={}, dropped_names=[], pack_sha256="",
     )  # fmt: skip
     return root
 
