@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dan_dist import checkpoint
-from dan_dist.config import REPOSITORY, Config, flatten, load_config
+from dan_dist.config import REPOSITORY, Config, flatten, load_config, resolve
 from dan_dist.journal import read_records, read_sent
 from dan_dist.shardset import write_atomically
 from dan_dist.stop import OUTCOME, StopRequest, end_with_parent, write_outcome
@@ -209,17 +209,17 @@ def read(child: Child, config: Config) -> Result:
     if newest is None:
         return empty if status != "finished" else empty._replace(status="missing")
     path, content = newest
-    saved, wanted = flatten(content["config"]), flatten(config.model_dump())
+    saved, wanted = resolve(content["config"]), flatten(config.model_dump())
     checkpoint.check_continues(path, saved, wanted, same_data=True)
     if status != "finished":
         return empty
     if content["step"] != found["step"] or any(saved[k] != wanted[k] for k in LENGTH_KEYS):
         return empty._replace(status="missing", reason="")
-    records = read_records(folder)
+    records, right = read_records(folder), content.get("right")
     return empty._replace(
         last=content["metrics"],
         best=content["best"],
-        right=content["right"].numpy(),
+        right=None if right is None else right.numpy(),
         fingerprint=content["fingerprint"],
         curves=_curves(records),
         minutes=_minutes(records),

@@ -23,7 +23,7 @@ BEST = "best.pt"
 DAMAGE = "damaged-since-step"
 _STEP = re.compile(r"step-(\d+)\.pt")
 KEYS = ("step", "config", "fingerprint", "class_names", "objective", "best", "metrics")
-RESUMED = (*KEYS, "optimizer", "run_id", "right", "evaluated", "replaced", "replaced_since",
+RESUMED = (*KEYS, "optimizer", "run_id", "evaluated", "replaced", "replaced_since",
            "figures")  # fmt: skip
 
 # Keys of the configuration that may change when a run goes on: they say how long, where and how
@@ -42,11 +42,18 @@ class ForeignError(ValueError):
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a file of torch's under a temporary name, flushes it to disk, renames it."""
+    """Writes a file of torch's under a temporary name, flushes it to disk, renames it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # torch's writer makes one of ENOSPC
+                raise OSError(f"{path} cannot be written: {error}") from error
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -140,7 +147,7 @@ class Writer:
         running, self._running = self._running, None
         try:
             running.result()
-        except (OSError, RuntimeError) as error:  # torch's writer makes ENOSPC a RuntimeError
+        except OSError as error:
             line = f"no checkpoint could be written into {self._folder}: {error}"
             if self._stop_on_error:
                 raise OSError(line) from error

@@ -73,6 +73,9 @@ class Pair(NamedTuple):
 def pairs(results: Sequence[Result]) -> list[Pair]:
     """Every two settings, for each seed that both have finished.
 
+    Pairs of images share persons and images: McNemar's test, which wants independent ones, is not
+    for them.
+
     Raises:
         ValueError: they were evaluated on other images.
     """
@@ -194,7 +197,7 @@ def compare(name: str, results: Sequence[Result], folder: Path) -> str:
     if not done:
         states = ", ".join(f"{r.child.name} {r.status}" for r in results)
         raise ValueError(f"no run has finished, there is nothing to compare: {states}")
-    rows, found = table(results), pairs(results)
+    rows, found = table(results), pairs([r for r in done if r.judged != "pairs"])
     judged = f"{0 if done[0].right is None else len(done[0].right)} {done[0].judged}"
     text = markdown(name, results, rows, found, judged)
     folder.mkdir(parents=True, exist_ok=True)

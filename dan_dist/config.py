@@ -158,6 +158,8 @@ class Config(Section):
             self._only_a_backbone()
         elif self.loss.classification == "arcface":
             raise ValueError("loss.classification: only task=identity takes arcface")
+        elif self.data.pairs_file:
+            raise ValueError("data.pairs_file: only task=identity takes it")
         if self.engine.name == "deepspeed" and self.train.precision == "float64":
             raise ValueError("train.precision: float64 needs engine.name=ddp")
         if self.schedule.name == "exponential" and self.schedule.every != 1:
@@ -212,6 +214,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ValueError(f"{found}: {_explain(error)}") from error
+
+
+def resolve(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as a checkpoint holds it, flat; keys that it did not know have their default.
+
+    Raises:
+        ValueError: it is none of ours; one line that names the key.
+    """
+    try:
+        return flatten(Config.model_validate(tree).model_dump())
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from error
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

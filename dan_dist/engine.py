@@ -82,16 +82,6 @@ def check_split(global_batch: int, micro_batch: int | None, world_size: int, syn
         )  # fmt: skip
 
 
-def probabilities(output: Output) -> Tensor:
-    """(B, classes) float32 of each class."""
-    return output.logits.softmax(dim=1, dtype=torch.float32)
-
-
-def features(output: Output) -> Tensor:
-    """(B, 512) float32, pooled from the backbone."""
-    return output.features.float()
-
-
 @torch.no_grad()
 def evaluate(
     network: DAN,

@@ -18,23 +18,22 @@ from torch import Tensor
 
 from dan_dist.cache import localise
 from dan_dist.data import Reader, Stream, evaluation_stream
-from dan_dist.engine import Wanted, evaluate, features, probabilities, resolve_precision
+from dan_dist.engine import Wanted, evaluate, resolve_precision
 from dan_dist.figures import (
     confusion_figure,
     mistakes_figure,
     reliability_figure,
     save,
-    verification_figure,
 )
 from dan_dist.metrics import calibrate, class_scores, confusion, summarise
-from dan_dist.model import Output
+from dan_dist.model import Output, features, probabilities
 from dan_dist.progress import told
 from dan_dist.pulse import Pulse, joined
 from dan_dist.shardset import ShardSet, Split, open_shardset, write_atomically
-from dan_dist.task import pairs_of
+from dan_dist.task import pairs_of, pairs_told
 from dan_dist.tracking import record_run
-from dan_dist.verification import Pairs, similarities, verify
-from dan_dist.weights import Trained, columns_of, load_trained
+from dan_dist.verification import Pairs
+from dan_dist.weights import Trained, columns_of, listed, load_trained
 from dan_dist.world import World
 
 log = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ def main(
     experiment: str | None = None,
     tracked: bool = True,
     timeout_s: float = 60.0,
-    pairs: int = 6000,
+    pairs: int | None = None,
     pairs_file: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on all ranks, each image once; returns what stands in the JSON file.
@@ -82,7 +81,8 @@ def main(
     path, classes: see `load_trained`. data: folder or URL of shards. split: by default that of the
     training's own evaluations. output: by default a folder beside the checkpoint, named after it,
     data set and split. precision: "auto" takes that of the training's own evaluations on this
-    device. pairs, pairs_file: by which a network trained on identities is judged, see `pairs_of`.
+    device. pairs, pairs_file: by which a network trained on identities is judged, see `pairs_of`;
+    by default as many as in the training's own evaluations.
 
     Raises:
         ValueError, OSError: bad input, in one line, before anything is computed.
@@ -93,15 +93,16 @@ def main(
         shards = world.together(lambda: open_shardset(cached))
         outputs = partial(predict, trained, shard_image_size=shards.image_size, world=world,
                           pulse=pulse, precision=precision)  # fmt: skip
-        name = usual_split(shards, split, trained)
-        title = f"{shards.dataset}, split '{name}'"
         if trained.task == "identity":
             found, chosen = world.together(
-                lambda: pairs_of(shards.split(name), pairs=pairs, pairs_file=pairs_file)
+                lambda: open_pairs(shards, split, trained, pairs, pairs_file)
             )
+            title = f"{shards.dataset}, split '{found.name}'"
             findings = judge_pairs(outputs(found, keep=features), chosen, title)
+            findings.report["pairs_file"] = pairs_file and Path(pairs_file).name
         else:
             columns, found = world.together(lambda: open_split(shards, split, trained))
+            title = f"{shards.dataset}, split '{found.name}'"
             rows = outputs(found)[:, columns]  # in the shards' order of classes
             findings = judge_classes(rows, found, title)
         # Names from a manifest may hold anything, slashes too.
@@ -152,15 +153,33 @@ def open_split(shards: ShardSet, name: str | None, trained: Trained) -> tuple[li
     """
     columns = columns_of(trained.class_names, shards.class_names)
     if columns is None:
-        names = ", ".join(trained.class_names)
         raise ValueError(
-            f"{trained.path} was trained on {len(trained.class_names)} classes ({names}), "
-            f"{shards.root} has {len(shards.class_names)} ({', '.join(shards.class_names)})"
+            f"{trained.path} was trained on {len(trained.class_names)} classes "
+            f"({listed(trained.class_names)}), {shards.root} has {len(shards.class_names)} "
+            f"({listed(shards.class_names)})"
         )
     found = shards.split(usual_split(shards, name, trained))
     if not len(found):
         raise ValueError(f"{shards.root}: split '{found.name}' is empty")
     return columns, found
+
+
+def open_pairs(
+    shards: ShardSet, name: str | None, trained: Trained, pairs: int | None, pairs_file: str | None
+) -> tuple[Split, Pairs]:
+    """The images by whose pairs a network that was trained on identities is judged, and those.
+
+    Raises:
+        as `ShardSet.split` and `pairs_of`.
+    """
+    split = shards.split(usual_split(shards, name, trained))
+    count = trained.config["data"]["pairs"] if pairs is None else pairs
+    found, chosen = pairs_of(split, pairs=count, pairs_file=pairs_file)
+    persons = {shards.class_names[k] for k in np.unique(found.index["label"]).tolist()}
+    if known := persons.intersection(trained.class_names):
+        log.warning("%d of %d persons have names that training knows as well: %s", len(known),
+                    len(persons), listed(sorted(known)))  # fmt: skip
+    return found, chosen
 
 
 def predict(
@@ -258,13 +277,14 @@ def judge_classes(probabilities: NDArray[np.float32], split: Split, title: str) 
 
 def judge_pairs(features: NDArray[np.float32], pairs: Pairs, title: str) -> Findings:
     """How well pairs of one person are told from pairs of two."""
-    similarity = similarities(features, pairs)
-    found = verify(similarity, pairs)
-    metrics = {f"eval/{key}": value for key, value in found.metrics.items()}
-    draw = partial(verification_figure, found, similarity, pairs, title)
-    report = {"pairs": len(similarity), **found.metrics}
-    line = f"{told(found.metrics)}, {len(similarity)} pairs"
-    return Findings(report, metrics, {"roc.png": draw}, [line])
+    verdict = pairs_told(pairs, features, title)
+    name, draw, values = verdict.picture
+    return Findings(
+        {"pairs": len(pairs.same), **verdict.metrics},
+        {f"eval/{key}": value for key, value in verdict.metrics.items()},
+        {name: partial(draw, *values)},
+        [f"{told(verdict.metrics)}, {len(pairs.same)} pairs"],
+    )
 
 
 def worst(probabilities: NDArray[np.float32], labels: NDArray[np.integer]) -> list[int]:

@@ -22,6 +22,16 @@ class Output(NamedTuple):
     heads: Tensor | None  # (B, k, 512) attended vectors, log-softmax over k; None for the baseline
 
 
+def probabilities(output: Output) -> Tensor:
+    """(B, classes) float32 of each class."""
+    return output.logits.softmax(dim=1, dtype=torch.float32)
+
+
+def features(output: Output) -> Tensor:
+    """(B, 512) float32, pooled from the backbone."""
+    return output.features.float()
+
+
 class SpatialAttention(nn.Module):
     """Equation 3: (B,512,h,w) scaled by one map (B,1,h,w) from three parallel convolutions."""
 

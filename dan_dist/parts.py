@@ -19,7 +19,7 @@ from dan_dist.model import DAN
 from dan_dist.shardset import ShardSet, Split, open_shardset
 from dan_dist.task import Task, expressions, identities
 from dan_dist.tracking import MlflowTracker, NullTracker
-from dan_dist.weights import load_backbone, load_weights
+from dan_dist.weights import listed, load_backbone, load_weights
 from dan_dist.world import World
 from shards import synthetic
 
@@ -53,8 +53,8 @@ def open_data(config: Config, world: World, folder: str) -> tuple[ShardSet, Spli
     expected = config.data.classes
     if expected is not None and tuple(expected) != shards.class_names:
         raise ValueError(
-            f"data.classes has {len(expected)} classes ({', '.join(expected)}), {shards.root} has "
-            f"{len(shards.class_names)} ({', '.join(shards.class_names)})"
+            f"data.classes has {len(expected)} classes ({listed(expected)}), {shards.root} has "
+            f"{len(shards.class_names)} ({listed(shards.class_names)})"
         )
     if len(shards.class_names) < 2:
         raise ValueError(f"{shards.root}: {len(shards.class_names)} class, at least 2 are needed")
@@ -66,9 +66,11 @@ def open_data(config: Config, world: World, folder: str) -> tuple[ShardSet, Spli
             f"({global_batch})"
         )
     if config.task == "identity":
-        task = identities(shards, data.val_split, pairs=data.pairs, pairs_file=data.pairs_file)
+        task = identities(
+            shards, train, data.val_split, pairs=data.pairs, pairs_file=data.pairs_file
+        )
     else:
-        task = expressions(shards, data.val_split)
+        task = expressions(shards, train, data.val_split)
     check_split(global_batch, config.train.micro_batch, world.size, config.model.sync_bn)
     checkpoint.check_writable(Path(config.train.output))
     return shards, train, task

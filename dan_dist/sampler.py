@@ -25,6 +25,7 @@ Ids = NDArray[np.int32]
 
 BLOCK = 64  # samples read together: from 64 on, larger blocks save few I/Os
 SMALL_CYCLE = 1 << 16  # samples: cycles of small classes are drawn this many at a time
+MANY_CLASSES = 64
 AUGMENTATION_KEY = 1 << 63  # second Philox key word: apart from every class number
 
 
@@ -117,7 +118,8 @@ def _draw(
     """The samples of class c's draws [start, stop)."""
     n, lanes = len(ids), -(-global_batch // classes)
     block = max(1, min(block, n // (4 * lanes)))  # with few blocks a lane, batches would recur
-    together = max(1, SMALL_CYCLE // n)  # cycles drawn at a time
+    # Cycles drawn at a time; of very many classes fewer each, as an epoch needs few of each
+    together = max(1, SMALL_CYCLE // n // max(1, classes // MANY_CLASSES))
     span = together * n
     drawn = np.empty(stop - start, np.int32)
     for batch in range(start // span, -(-stop // span)):

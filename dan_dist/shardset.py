@@ -76,7 +76,8 @@ class Split:
 
     def keys(self) -> Iterator[str]:
         """The key of every sample, likewise, in the order of the index."""
-        for rows in np.split(self.index, np.flatnonzero(np.diff(self.index["shard"])) + 1):
+        runs = np.split(self.index, np.flatnonzero(np.diff(self.index["shard"])) + 1)
+        for rows in filter(len, runs):  # of an empty split, the one run is empty
             with self.path(rows["shard"][0]).open("rb") as file:
                 yield from (_key_at(file, offset) for offset in rows["offset"].tolist())
 
@@ -193,7 +194,10 @@ def _check_values(found: ShardSet) -> None:
     for split, counts in found.counts.items():
         samples = sum(shard.samples for shard in found.shards[split])
         if len(counts) != classes or not all(map(_whole, counts)) or sum(counts) != samples:
-            raise ValueError(f"counts of '{split}' are {counts}, its shards hold {samples} samples")
+            raise ValueError(
+                f"counts of '{split}' are not of {classes} classes and {samples} samples, as its "
+                "shards are"
+            )
 
 
 def _whole(value: object) -> bool:

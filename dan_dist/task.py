@@ -1,5 +1,6 @@
 """What is learned and how it is judged: a value that training takes. Expressions, or identities."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,14 +12,23 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dan_dist.engine import features, probabilities
 from dan_dist.figures import confusion_figure, verification_figure
 from dan_dist.metrics import confusion, summarise
-from dan_dist.model import Output
+from dan_dist.model import Output, features, probabilities
 from dan_dist.shardset import ShardSet, Split
-from dan_dist.verification import Pairs, draw_pairs, read_pairs, similarities, verify
+from dan_dist.verification import FAR, Pairs, draw_pairs, read_pairs, similarities, verify
+
+log = logging.getLogger(__name__)
 
 Kept = NDArray[np.float32]  # (images, D): what an evaluation keeps of the network's output
+
+
+class Picture(NamedTuple):
+    """A figure that is not drawn yet."""
+
+    name: str  # of its file
+    draw: Callable[..., Figure]
+    values: tuple[Any, ...]  # of which it is drawn
 
 
 class Verdict(NamedTuple):
@@ -26,11 +36,11 @@ class Verdict(NamedTuple):
 
     metrics: dict[str, float]  # "accuracy" chooses the best
     right: NDArray[np.bool_]  # of each image, or pair
-    figure: tuple[str, Callable[..., Figure], tuple[Any, ...]]  # name, what draws it, of what
+    picture: Picture
 
 
 class Task(NamedTuple):
-    """One of the two."""
+    """What training needs to know of what is learned, beside the objective."""
 
     classes: int  # of the network: the first ones of the shards
     val: Split  # the images that are looked at in an evaluation
@@ -40,26 +50,35 @@ class Task(NamedTuple):
     is_backbone: bool  # a finished run leaves a backbone file, not a model in MLflow
 
 
-def expressions(shards: ShardSet, val_split: str) -> Task:
-    """Each image's class."""
+def expressions(shards: ShardSet, train: Split, val_split: str) -> Task:
+    """Each image's class.
+
+    Raises:
+        ValueError: no such split, it is empty, or holds a class that is not in training.
+    """
     val, classes = shards.split(val_split), len(shards.class_names)
     if not len(val):
         raise ValueError(f"{shards.root}: split '{val_split}' is empty")
-    return Task(classes, val, probabilities, partial(_expressions_told, val), 1 / classes, False)
+    unknown = np.setdiff1d(val.index["label"], train.index["label"])
+    if len(unknown):
+        raise ValueError(
+            f"{shards.root}: '{shards.class_names[unknown[0]]}' of split '{val_split}' has no "
+            "training images; task=identity is judged by persons whom training does not know"
+        )
+    return Task(classes, val, probabilities, partial(_classes_told, val), 1 / classes, False)
 
 
-def _expressions_told(val: Split, kept: Kept) -> Verdict:
+def _classes_told(val: Split, kept: Kept) -> Verdict:
     labels = val.index["label"]
     matrix = confusion(kept, labels)
-    return Verdict(
-        summarise(matrix, val.class_names),
-        kept.argmax(axis=1) == labels,
-        ("confusion_matrix.png", confusion_figure, (matrix, val.class_names)),
-    )
+    picture = Picture("confusion_matrix.png", confusion_figure, (matrix, val.class_names))
+    return Verdict(summarise(matrix, val.class_names), kept.argmax(axis=1) == labels, picture)
 
 
-def identities(shards: ShardSet, val_split: str, *, pairs: int, pairs_file: str | None) -> Task:
-    """Who an image shows; judged by pairs of images of persons that training does not know.
+def identities(
+    shards: ShardSet, train: Split, val_split: str, *, pairs: int, pairs_file: str | None
+) -> Task:
+    """Who an image shows; judged by pairs of images of persons whom training does not know.
 
     pairs, pairs_file: how many are drawn, or the file that lists them.
 
@@ -67,21 +86,21 @@ def identities(shards: ShardSet, val_split: str, *, pairs: int, pairs_file: str 
         FileNotFoundError, ValueError: no such split or file, a person of it is in training as well,
             or no such pairs.
     """
-    trained = np.flatnonzero(shards.counts["train"])
     if val_split not in shards.splits:
         raise ValueError(
             f"{shards.root}: no split '{val_split}' of identities that are held out of training; "
-            "python -m shards.pack identities makes one, unless --held-out is 0"
+            "python -m shards.pack identities --held-out N makes one"
         )
-    both = np.intersect1d(trained, np.flatnonzero(shards.counts[val_split]))
+    val, trained = shards.split(val_split), np.unique(train.index["label"])
+    both = np.intersect1d(trained, val.index["label"])
     if len(both):
         raise ValueError(
             f"{shards.root}: {len(both)} identities of split '{val_split}' are in training as "
             f"well, '{shards.class_names[both[0]]}' for one"
         )
-    val, chosen = pairs_of(shards.split(val_split), pairs=pairs, pairs_file=pairs_file)
-    judge = partial(_pairs_told, chosen)
-    return Task(int(trained[-1]) + 1, val, features, judge, 0.5, True)
+    own, chosen = pairs_of(val, pairs=pairs, pairs_file=pairs_file)
+    classes = int(trained[-1]) + 1
+    return Task(classes, own, features, partial(pairs_told, chosen), 0.5, True)
 
 
 def pairs_of(split: Split, *, pairs: int, pairs_file: str | None) -> tuple[Split, Pairs]:
@@ -98,14 +117,19 @@ def pairs_of(split: Split, *, pairs: int, pairs_file: str | None) -> tuple[Split
         except ValueError as error:
             raise ValueError(f"{split.root}: split '{split.name}': {error}") from error
     ids = np.union1d(found.first, found.second)
-    first, second = (np.searchsorted(ids, own) for own in (found.first, found.second))
     own = replace(split, index=split.index[ids])
+    persons = len(np.unique(own.index["label"]))
+    log.info("judged by %d pairs of %d images of %d persons", len(found.same), len(ids), persons)
+    if (impostors := int((~found.same).sum())) < 1 / FAR:
+        log.warning("%d pairs are of two persons: of fewer than %.0f, a false accept rate of %g is "
+                    "none at all", impostors, 1 / FAR, FAR)  # fmt: skip
+    first, second = (np.searchsorted(ids, samples) for samples in (found.first, found.second))
     return own, found._replace(first=first, second=second)
 
 
-def _pairs_told(pairs: Pairs, kept: Kept) -> Verdict:
+def pairs_told(pairs: Pairs, kept: Kept, title: str = "Verification") -> Verdict:
+    """How well pairs of one person are told from pairs of two, by (images, D) features."""
     similarity = similarities(kept, pairs)
     found = verify(similarity, pairs)
-    return Verdict(
-        found.metrics, found.right, ("roc.png", verification_figure, (found, similarity, pairs))
-    )
+    picture = Picture("roc.png", verification_figure, (found, similarity, pairs, title))
+    return Verdict(found.metrics, found.right, picture)

@@ -14,7 +14,7 @@ import torch
 
 from dan_dist import checkpoint
 from dan_dist.cache import localise
-from dan_dist.config import Config, Schedule, flatten
+from dan_dist.config import Config, Schedule, flatten, resolve
 from dan_dist.data import TooMuchDamageError, readable_key
 from dan_dist.engine import Engine, Votes
 from dan_dist.figures import images_figure
@@ -194,11 +194,12 @@ def run(config: Config, world: World, stop: StopRequest, pulse: Pulse) -> Ended:
         writer.wait()
         if world.is_main:
             stop.step = start if writer.saved is None else writer.saved
+            if ended == "finished" and stop.step == total:
+                model = leave(config, tracker, task)
             write_end(config, ended, state["step"], stop)
         status = ended
         if status == "finished":
             report(config, world, tracker, task, state)
-            model = leave(config, world, tracker, task)
     except TooMuchDamageError:
         if progress.replaced_since is not None:
             with suppress(OSError):
@@ -226,8 +227,7 @@ def note(
     is_best = bool(metrics["accuracy"] > state["best"].get("accuracy", -1.0))
     if is_best:
         state["best"] = {**metrics, "epoch": epoch}
-        name, draw, values = verdict.figure
-        tracker.figure(name, draw, *values)
+        tracker.figure(verdict.picture.name, verdict.picture.draw, *verdict.picture.values)
     state["metrics"], state["evaluated"] = metrics, state["step"]
     state["right"] = torch.from_numpy(verdict.right)
     progress.evaluated(state["step"], metrics, state["best"]["accuracy"])
@@ -304,13 +304,13 @@ def resume(config: Config, engine: Engine, shards: ShardSet, chosen: str) -> dic
         raise ValueError(f"{path} is of step {content['step']}")
     checkpoint.check_continues(
         path,
-        flatten(content["config"]),
+        resolve(content["config"]),
         flatten(config.model_dump()),
         same_data=content["fingerprint"] == shards.fingerprint,
     )
     engine.load_state(content)
     log.info("resumed after step %d from %s", content["step"], path)
-    return {key: content[key] for key in fresh}
+    return {key: content.get(key, fresh[key]) for key in fresh}
 
 
 def take_over(config: Config, step: int) -> None:
@@ -356,25 +356,27 @@ def report(
     """The last lines: what came out and where to look."""
     if not world.is_main:
         return
-    metrics, best = dict(state["metrics"]), state["best"]
+    best, others = state["best"], dict(state["metrics"])
+    accuracy = others.pop("accuracy")
     log.info(
         "finished after %d steps: accuracy %.2f %% (best %.2f %%, epoch %d), %s; chance is %.2f %%",
-        state["step"], 100 * metrics.pop("accuracy"), 100 * best["accuracy"], best["epoch"],
-        told(metrics), 100 * task.chance,
+        state["step"], 100 * accuracy, 100 * best["accuracy"], best["epoch"], told(others),
+        100 * task.chance,
     )  # fmt: skip
     log.info("checkpoints: %s", config.train.output)
     if tracker.where:
         log.info("look at the run: %s", tracker.where)
 
 
-def leave(config: Config, world: World, tracker: NullTracker, task: Task) -> Path | None:
+def leave(config: Config, tracker: NullTracker, task: Task) -> Path | None:
     """What a finished run is good for: returns the checkpoint that becomes its model in MLflow.
 
     Or, where it has trained a backbone, writes that in a file of its own, and returns None.
     """
     best = Path(config.train.output) / checkpoint.BEST
-    if task.is_backbone and world.is_main:
-        path = write_backbone(best, run_id=tracker.run_id)
-        tracker.artifact(path, "")
-        log.info("backbone: a training starts from it by model.backbone=%s", path)
-    return None if task.is_backbone else best
+    if not task.is_backbone:
+        return best
+    path = write_backbone(best, run_id=tracker.run_id)
+    tracker.artifact(path, "")
+    log.info("backbone: a training starts from it by model.backbone=%s", path)
+    return None

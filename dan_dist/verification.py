@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dan_dist.shardset import Split
-from shards.source import safe_key
+from shards.source import lines, safe_key
 
 FOLDS = 10
 FAR = 1e-3  # false accept rate at which the true accept rate is told
@@ -96,36 +96,41 @@ def _distinct(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
 def read_pairs(path: Path, split: Split) -> Pairs:
     """The pairs of a text file, a line each, in FOLDS folds of consecutive lines.
 
-    Lines are those of LFW's pairs.txt, `PERSON n m` and `PERSON n PERSON m` (its first, which
-    counts, is passed over), or `PERSON/FILE PERSON/FILE`, separated by tabs or spaces.
+    Lines are those of LFW's pairs.txt, `PERSON n m` and `PERSON n PERSON m` (its first tells the
+    number of folds), or `PERSON/FILE PERSON/FILE`, separated by tabs or, without any, by spaces.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not such a line, an image that the split does
-            not hold, or a fold without pairs of both kinds; names the line.
+            not hold or holds twice, an image beside itself, or a fold without pairs of both kinds;
+            names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"data.pairs_file {path}: no such file")
-    numbers = {key: k for k, key in enumerate(_names(split))}
+    numbers = _numbers(split)
     found: list[tuple[int, int, bool]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        words = line.split()
-        if not words or (number == 1 and all(word.isdecimal() for word in words)):
+    for where, begin, text in lines(path, path.parent):
+        words = [word.strip() for word in text.split("\t" if "\t" in text else None)]
+        if begin < 4 and all(word.isdecimal() for word in words):  # a byte order mark may precede
+            if words[0] != str(FOLDS):
+                raise ValueError(f"{where}: {words[0]} folds, expected {FOLDS}")
             continue
         try:
             names = [_person_and_stem(word) for word in _as_paths(words)]
-            first, second = (numbers[name] for name in names)
-        except KeyError as error:
-            person, stem = error.args[0]
-            raise ValueError(
-                f"{path}, line {number}: {split.root} has no image '{stem}' of '{person}' in "
-                f"split '{split.name}'"
-            ) from error
         except ValueError as error:
             raise ValueError(
-                f"{path}, line {number}: '{line}', expected 'PERSON n m', 'PERSON n PERSON m' or "
+                f"{where}: {text!r}, expected 'PERSON n m', 'PERSON n PERSON m' or "
                 "'PERSON/FILE PERSON/FILE'"
             ) from error
-        found.append((first, second, names[0][0] == names[1][0]))
+        own = [numbers.get(name, []) for name in names]
+        for (person, stem), samples in zip(names, own, strict=True):
+            if len(samples) != 1:
+                raise ValueError(
+                    f"{where}: {split.root} has {len(samples) or 'no'} images '{stem}' of "
+                    f"'{person}' in split '{split.name}', expected one"
+                )
+        if own[0] == own[1]:
+            raise ValueError(f"{where}: {text!r} is an image beside itself")
+        found.append((own[0][0], own[1][0], names[0][0] == names[1][0]))
     table = np.array(found, np.int64).reshape(-1, 3)
     fold = np.arange(len(table)) * FOLDS // max(1, len(table))
     pairs = Pairs(table[:, 0], table[:, 1], table[:, 2].astype(bool), fold)
@@ -136,15 +141,19 @@ def read_pairs(path: Path, split: Split) -> Pairs:
 
 
 def _as_paths(words: list[str]) -> list[str]:
-    """`PERSON/FILE` of both images of a line; as it is where it has another number of words."""
+    """`PERSON/FILE` of both images of a line.
+
+    Raises:
+        ValueError: it has another number of words, or no number where LFW's lines have one.
+    """
     match words:
         case [person, n, m]:
-            words = [person, n, person, m]
-    match words:
+            return _as_paths([person, n, person, m])
         case [person, n, other, m]:
             return [f"{person}/{person}_{int(n):04d}.jpg", f"{other}/{other}_{int(m):04d}.jpg"]
-    first, second = words
-    return [first, second]
+        case [_, _]:
+            return words
+    raise ValueError(f"{len(words)} words")
 
 
 def _person_and_stem(path: str) -> tuple[str, str]:
@@ -152,17 +161,24 @@ def _person_and_stem(path: str) -> tuple[str, str]:
     return person, safe_key(Path(file).stem)
 
 
-def _names(split: Split) -> list[tuple[str, str]]:
-    """Person and file's stem of every image, of which `shards.pack identities` makes the keys."""
+def _numbers(split: Split) -> dict[tuple[str, str], list[int]]:
+    """The samples by person and file's stem, of which `shards.pack identities` makes the keys."""
+    numbers: dict[tuple[str, str], list[int]] = {}
     labels = split.index["label"].tolist()
-    return [
-        (split.class_names[label], key.split("_", 2)[-1])
-        for label, key in zip(labels, split.keys(), strict=True)
-    ]
+    for number, (label, key) in enumerate(zip(labels, split.keys(), strict=True)):
+        name = split.class_names[label], key.split("_", 2)[-1]
+        numbers.setdefault(name, []).append(number)
+    return numbers
 
 
 def similarities(features: NDArray[np.float32], pairs: Pairs) -> NDArray[np.float64]:
-    """The cosine of each pair's (images, D) features; 0 where one of them is all zero."""
+    """The cosine of each pair's (images, D) features; 0 where one of them is all zero.
+
+    Raises:
+        FloatingPointError: features are not finite.
+    """
+    if bad := int((~np.isfinite(features)).any(axis=1).sum()):
+        raise FloatingPointError(f"the features of {bad} of {len(features)} images are not finite")
     wide = features.astype(np.float64)
     unit = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
     cosines: NDArray[np.float64] = (unit[pairs.first] * unit[pairs.second]).sum(axis=1)
@@ -176,8 +192,6 @@ def verify(similarity: NDArray[np.float64], pairs: Pairs) -> Verification:
     highest). The rate at FAR is the largest whose false accept rate is at most that: with fewer
     than 1 / FAR pairs of two persons, that of none.
 
-    Raises:
-        ValueError: a similarity is not finite.
     """
     from sklearn.metrics import roc_auc_score, roc_curve  # takes a second to import
 

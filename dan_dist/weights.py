@@ -4,7 +4,7 @@ And into one: the backbone that a training on identities leaves.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dan_dist import checkpoint
 from dan_dist.config import REPOSITORY, load_config
-from dan_dist.model import DAN
+from dan_dist.model import CHANNELS, DAN
 
 PREFIXES = ("module.", "_orig_mod.", "backbone.")
 BACKBONE = "backbone.pth"
@@ -87,7 +87,7 @@ def load_trained(
         )
     if classes is not None and class_order(classes) != trained.class_names:
         raise ValueError(
-            f"{path} has the classes {', '.join(trained.class_names)}, not those of '{classes}'"
+            f"{path} has the classes {listed(trained.class_names)}, not those of '{classes}'"
         )
     return trained
 
@@ -143,7 +143,7 @@ def _check_names(names: Any, where: str) -> None:
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
         raise ValueError(f"{where}: classes {names!r}, expected names")
     if len(set(names)) < len(names) or not names:
-        raise ValueError(f"{where}: classes {', '.join(names)}: a name stands there twice, or none")
+        raise ValueError(f"{where}: classes {listed(names)}: a name stands there twice, or none")
 
 
 def _authors_name(key: str) -> str:
@@ -213,7 +213,7 @@ def load_weights(network: DAN, class_names: tuple[str, ...], source: str,
     columns = columns_of(trained.class_names, class_names)
     if columns is None:
         state = {k: v for k, v in state.items() if k not in ending}
-        end = f"classifier: fresh, as the file's classes are {', '.join(trained.class_names)}"
+        end = f"classifier: fresh, as the file's classes are {listed(trained.class_names)}"
     else:
         state |= {k: state[k][columns] for k in ending if state[k].ndim}
         end = "classifier and all"
@@ -274,9 +274,9 @@ def _read_backbone(path: Path) -> tuple[dict[str, Tensor], str]:
         return _own_backbone(own), ""
     tensors, origin = _tensors(content), ""
     if isinstance(said := content.get("provenance"), dict):
-        known = {k: said[k] for k in ("run_id", "accuracy", "fingerprint") if k in said}
-        text = ", ".join(f"{name} {str(value)[:64]!r}" for name, value in known.items())
-        origin = f" (of an identity training: {text})"
+        wanted = ("run_id", "accuracy", "fingerprint")
+        known = {k: ascii(said[k]).strip("'")[:64] for k in wanted if said.get(k) is not None}
+        origin = f" (it says: {', '.join(f'{name} {value}' for name, value in known.items())})"
     if not any(key.startswith("features.0.") for key in tensors):
         return tensors, origin
     names = DAN(1, 0).backbone.state_dict()
@@ -292,8 +292,9 @@ def _own_backbone(objective: dict[str, Tensor]) -> dict[str, Tensor]:
 def write_backbone(best: Path, *, run_id: str | None) -> Path:
     """Writes the backbone of a checkpoint of ours beside it, in the field's form; returns the file.
 
-    `{'state_dict': …}` in torchvision's names without the classifier, which is of other classes
-    than anybody's, and `provenance`: MLflow's run, the data's fingerprint, what was measured.
+    `{'state_dict': …}` in torchvision's names, and `provenance`: MLflow's run, the data's
+    fingerprint, what was measured. The classifier is of persons whom nobody else knows: in its
+    place stands torchvision's, of 1,000 classes, all zero, for programs that want all names.
 
     Raises:
         ValueError, OSError: the checkpoint cannot be read, or the file not be written.
@@ -301,6 +302,7 @@ def write_backbone(best: Path, *, run_id: str | None) -> Path:
     content = checkpoint.load(best)
     own = _own_backbone(content["objective"])
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in own.items()}
+    tensors |= {"fc.weight": torch.zeros(1000, CHANNELS), "fc.bias": torch.zeros(1000)}
     provenance = {
         "run_id": run_id or content.get("run_id"),
         "fingerprint": content["fingerprint"],
@@ -350,7 +352,7 @@ def _fill(
         raise ValueError(
             f"{path}: neither a checkpoint of this project nor the authors' DAN: "
             f"{len(wanted) - len(missing)} of {len(wanted)} tensors match; missing or of another "
-            f"shape: {_listed(missing)}; unknown: {_listed(extra)}"
+            f"shape: {listed(missing, 5)}; unknown: {listed(extra, 5)}"
         )
     double = any(tensor.dtype == torch.float64 for tensor in found.values())
     dtype = torch.float64 if double else torch.float32
@@ -374,6 +376,7 @@ def _fits(tensor: Any, wanted: Tensor) -> bool:
     )
 
 
-def _listed(keys: list[str], most: int = 5) -> str:
+def listed(keys: Sequence[str], most: int = 10) -> str:
+    """Names as text, however many they are."""
     rest = f" and {len(keys) - most} more" if len(keys) > most else ""
     return (", ".join(keys[:most]) or "none") + rest

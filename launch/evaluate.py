@@ -27,8 +27,8 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         help="default: that of the training",
     )  # fmt: skip
     parser.add_argument(
-        "--pairs", type=int, default=6000,
-        help="of images, drawn to judge a network trained on identities (default 6000)",
+        "--pairs", type=int, help="of images, drawn to judge a network trained on identities "
+        "(default: as many as in the training's own evaluations)",
     )  # fmt: skip
     parser.add_argument("--pairs-file", help="a file that lists them, LFW's pairs.txt for one")
     parser.add_argument("--experiment", help="MLflow's; default: that of the training")

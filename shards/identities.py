@@ -18,7 +18,8 @@ from shards.release import Item, LeftOut, Release
 from shards.source import entries, plain_name, read, safe_key, walk
 
 HELD_OUT_SEED = 0
-HELD_OUT_SHARE, HELD_OUT_MOST = 10, 1000  # by default one identity in ten, at most a thousand
+HELD_OUT_SHARE, HELD_OUT_MOST = 10, 1000  # by default one identity in ten, at most a thousand …
+HELD_OUT_LEAST = 20  # … and as many as verification needs, where as many are left for training
 
 
 class Images(Sequence[Item]):
@@ -40,7 +41,8 @@ class Images(Sequence[Item]):
         """The images without those of `held_out` identities, which are drawn, and those."""
         count = len(self.identities)
         drawn = np.random.Generator(np.random.Philox(HELD_OUT_SEED)).permutation(count)[:held_out]
-        is_held = np.isin(np.arange(count), drawn)
+        is_held = np.zeros(count, bool)
+        is_held[drawn] = True
         rest, held = Images(), Images(count - held_out)
         for k, name in enumerate(self.identities):
             size = self._starts[k + 1] - self._starts[k]
@@ -84,7 +86,7 @@ def release(source: str | Path, held_out: int | None = None) -> Release:
     """All identities, which are the classes: first those of the split "train", then those of "val".
 
     Both stand in the order of their names. held_out: identities of "val"; without any there is no
-    such split. None: a tenth of all, at most a thousand.
+    such split. None: a tenth of all, at least 20 and at most 1,000; none of fewer than 40.
 
     Raises:
         FileNotFoundError: no such folder. ValueError: it holds no folders with images, or fewer
@@ -110,7 +112,8 @@ def release(source: str | Path, held_out: int | None = None) -> Release:
         raise ValueError(f"{root} holds no folders with images; expected <identity>/<images>")
     count = len(images.identities)
     if held_out is None:
-        held_out = min(count // HELD_OUT_SHARE, HELD_OUT_MOST)
+        tenth = min(max(count // HELD_OUT_SHARE, HELD_OUT_LEAST), HELD_OUT_MOST)
+        held_out = tenth if count >= 2 * HELD_OUT_LEAST else 0
     if not 0 <= held_out < count:
         raise ValueError(f"--held-out {held_out}: {root} holds {count} identities")
     train, val = images.apart(held_out)

@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     sources["sfew"].add_argument("--landmarks", help="the file that python -m shards.align wrote")
     sources["identities"].add_argument(
         "--held-out", type=int,
-        help="identities kept out of training, for verification (default: a tenth, at most 1000)",
+        help="identities kept out of training, for verification (default: a tenth, 20 to 1000)",
     )  # fmt: skip
     faces = kinds.add_parser("synthetic", help="drawn faces of eight expressions")
     faces.add_argument("--by", choices=("expression", "identity"), default="expression",

@@ -73,17 +73,15 @@ def identity_release(
         if not 0 < 2 * persons <= images:
             raise ValueError(f"--{name} {images}: {persons} identities, each needs two images")
         for k, count in enumerate(np.bincount(np.arange(images) * persons // images).tolist()):
-            for number in range(
-                1, count + 1
-            ):  # named as in LFW, packed by `shards.pack identities`
+            for number in range(1, count + 1):  # named as `shards.pack identities` would LFW's
                 key = f"{person + k:06d}_{number - 1:05d}_person_{person + k:05d}_{number:04d}"
                 source = (seed, index, index % len(CLASSES), size, person + k)
                 splits[name].append(Item(key, person + k, source))
                 index += 1
         person += persons
     names = tuple(f"person_{k:05d}" for k in range(person))
-    return Release("synthetic", f"{person} identities, seed {seed}, {size} px", names, splits, read,
-                   mixed=True)  # fmt: skip
+    text = f"{identities} and {held_out} identities, seed {seed}, {size} px"
+    return Release("synthetic", text, names, splits, read, mixed=True)
 
 
 def _check_size(size: int) -> None:

@@ -35,7 +35,7 @@ ALLOWED = {
     "dan_dist.export": {"checkpoint", "model", "weights"},
     "dan_dist.verification": {"shardset", "shards.source"},
     "dan_dist.figures": {"metrics", "model", "verification"},
-    "dan_dist.task": {"engine", "figures", "metrics", "model", "shardset", "verification"},
+    "dan_dist.task": {"figures", "metrics", "model", "shardset", "verification"},
     "dan_dist.progress": {"data", "engine", "tracking"},
     "dan_dist.parts": {"*"},
     "dan_dist.train": {"*"},

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 
 from dan_dist.losses import (
     VARIANCE_GUARD,
+    Margin,
     Objective,
     affinity_loss,
+    arcface_logits,
     center_loss,
     partition_batch_loss,
     partition_loss,
@@ -60,6 +62,34 @@ def test_partition_loss_is_equation_6() -> None:
     # The release's form: batch means of the variances, (1, 9), inside the log
     batch = (math.log(1 + 2 / (1 + e)) + math.log(1 + 2 / (9 + e))) / 2
     assert partition_batch_loss(heads).item() == pytest.approx(batch, rel=1e-14)
+
+
+def test_arcface_is_its_equation_3() -> None:
+    """The margin is an angle on the own class alone; beyond π − m a line goes on from there."""
+    margin = Margin(64.0, 0.5)
+    angles = torch.tensor([0.0, 0.3, 1.2, math.pi - 0.51, math.pi], dtype=torch.float64)
+    cosines = torch.stack([torch.full((5,), 0.4, dtype=torch.float64), angles.cos()], dim=1)
+    cosines.requires_grad_()
+    logits = arcface_logits(cosines, torch.ones(5, dtype=torch.int64), margin)
+    assert logits[:, 0].tolist() == [64 * 0.4] * 5
+    expected = [64 * math.cos(angle + 0.5) for angle in angles.tolist()[:4]]
+    expected.append(64 * (-1 - 0.5 * math.sin(0.5)))
+    assert logits[:, 1].tolist() == pytest.approx(expected, abs=0.02)  # at 0 the sine is guarded
+    assert logits[1:, 1].tolist() == pytest.approx(expected[1:], rel=1e-12)
+    (gradient,) = torch.autograd.grad(logits.sum(), cosines)
+    assert gradient.isfinite().all() and (gradient[1:] > 0).all()
+    plain = arcface_logits(cosines, torch.zeros(5, dtype=torch.int64), Margin(2.0, 0.0))
+    assert torch.equal(plain, 2 * cosines)
+
+
+def test_cosines_are_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    network, images = DAN(5, 0, cosine=True), torch.randn(3, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = network(images)
+    unit, weights = F.normalize(output.features), F.normalize(network.classifier.weight)
+    assert output.logits.dtype == torch.float32
+    assert torch.allclose(output.logits, unit @ weights.T, rtol=0, atol=1e-6)
 
 
 def test_attention_fusion_is_equation_5() -> None:

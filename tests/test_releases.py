@@ -383,8 +383,8 @@ def test_identities(tmp_path: Path) -> None:
     (root / "m.empty").mkdir()
     (root / "m.000" / "more").mkdir()
     shutil.copy(root / "m.000" / "0-Face.jpg", root / "m.000" / "more" / "0.jpg")
-    shards, _ = packed(root, "identities", "--size", "32", "--shard-size", "16")
-    held = shards.class_names[27:]  # a tenth, whose labels follow
+    shards, _ = packed(root, "identities", "--size", "32", "--shard-size", "16", "--held-out", "3")
+    held = shards.class_names[27:]  # drawn; their labels follow
     trained = sorted({f"m.{k:03d}" for k in range(30)} - set(held))
     assert shards.class_names == (*trained, *sorted(held)) and len(held) == 3
     sizes = [1 + int(name[2:]) % 4 for name in shards.class_names]
@@ -401,12 +401,20 @@ def test_identities(tmp_path: Path) -> None:
         assert int(sample["cls"]) == int(label) and int(k) < 4
         assert original.read_bytes() == sample["jpg"]
     out = tmp_path / "again"
-    pack(identities.release(root), out, size=32, workers=2, shard_size=16)
+    pack(identities.release(root, 3), out, size=32, workers=2, shard_size=16)
     for path in shards.root.glob("*.tar"):
         assert (out / path.name).read_bytes() == path.read_bytes()
+    assert set(identities.release(root).splits) == {"train"}  # too few for verification
+    for identity in range(30, 250):
+        (root / f"m.{identity:03d}").mkdir()
+        (root / f"m.{identity:03d}" / "0.jpg").touch()
+        if identity in (49, 249):
+            assert (
+                len(identities.release(root).splits["val"].identities) == 20 + (identity > 49) * 5
+            )
     assert set(identities.release(root, 0).splits) == {"train"}
-    for held_out in (-1, 30):
-        with pytest.raises(ValueError, match=rf"--held-out {held_out}: .* holds 30 identities"):
+    for held_out in (-1, 250):
+        with pytest.raises(ValueError, match=rf"--held-out {held_out}: .* holds 250 identities"):
             identities.release(root, held_out)
 
 

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import torchvision
 from sklearn.metrics import roc_auc_score
 
-from conftest import REPOSITORY, run, single, train
+from conftest import REPOSITORY, outcome, run, single, train
 from dan_dist import checkpoint, evaluation
 from dan_dist.model import DAN
 from dan_dist.shardset import ShardSet
@@ -97,6 +98,13 @@ def test_figures_are_those_of_the_definitions(digits: int) -> None:
     assert found.right.mean() == pytest.approx(found.metrics["accuracy"], abs=0.01)
 
 
+def test_features_that_are_not_finite_are_counted() -> None:
+    nothing = np.zeros(1, np.int64)
+    pairs = Pairs(nothing, nothing, np.zeros(1, bool), nothing)
+    with pytest.raises(FloatingPointError, match="the features of 1 of 2 images are not finite"):
+        similarities(np.array([[1, np.nan], [1, 2]], np.float32), pairs)
+
+
 def test_similarities_are_cosines() -> None:
     features = np.array([[3, 4], [6, 8], [4, -3], [0, 0]], np.float32)
     first, second = np.array([0, 0, 0]), np.array([1, 2, 3])
@@ -118,8 +126,9 @@ def pair_lines(people: ShardSet, form: str) -> list[str]:
 
 @pytest.mark.parametrize("form", ["LFW's", "paths"])
 def test_pairs_from_a_file(people: ShardSet, tmp_path: Path, form: str) -> None:
+    """Of Windows, with a byte order mark, which is the worse case of the two."""
     path, split = tmp_path / "pairs.txt", people.split("val")
-    path.write_text("\n".join(pair_lines(people, form)))
+    path.write_text("\ufeff" + "\r\n".join(pair_lines(people, form)), newline="")
     pairs = read_pairs(path, split)
     assert pairs.same.tolist() == [True, False] * 10
     assert pairs.fold.tolist() == [k for k in range(10) for _ in range(2)]
@@ -135,17 +144,23 @@ def test_pairs_from_a_file(people: ShardSet, tmp_path: Path, form: str) -> None:
     [
         ("person_00016 1", r"pairs\.txt, line 2: 'person_00016 1', expected 'PERSON n m'"),
         ("person_00016 1 x", r"line 2: 'person_00016 1 x', expected"),
-        ("nobody 1 2", r"line 2: .* has no image 'nobody_0001' of 'nobody' in split 'val'"),
-        ("person_00003 1 2", r"line 2: .* has no image 'person_00003_0001'"),  # of training
+        ("nobody 1 2", r"line 2: .* has no images 'nobody_0001' of 'nobody' in split 'val'"),
+        ("person_00003 1 2", r"line 2: .* has no images 'person_00003_0001'"),  # of training
+        ("person_00016 2 2", r"line 2: 'person_00016 2 2' is an image beside itself"),
         ("person_00016 1 person_00018 1", r"fold 1 of 10 lacks pairs of one person"),
+        ("caf\udce9 1 2", r"line 2: b'caf\\xe9 1 2\\n' is no UTF-8"),
     ],
 )
 def test_files_of_pairs_that_cannot_be(
     people: ShardSet, tmp_path: Path, spoilt: str, line: str
 ) -> None:
     lines = pair_lines(people, "LFW's")
-    (tmp_path / "pairs.txt").write_text("\n".join([lines[0], spoilt, *lines[2:]]))
+    text = "\n".join([lines[0], spoilt, *lines[2:]])
+    (tmp_path / "pairs.txt").write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=line):
+        read_pairs(tmp_path / "pairs.txt", people.split("val"))
+    (tmp_path / "pairs.txt").write_text("5\t300\n")
+    with pytest.raises(ValueError, match="line 1: 5 folds, expected 10"):
         read_pairs(tmp_path / "pairs.txt", people.split("val"))
 
 
@@ -158,6 +173,11 @@ BAD = {
     "no file": (["data.pairs_file=/nowhere.txt"], r"data\.pairs_file /nowhere\.txt: no such file"),
     "no split": (["data.val_split=test"], r"no split 'test' of identities that are held out"),
     "same persons": (["data.val_split=train"], r"16 identities of split 'train' are in training"),
+    "expressions": (["task=expression"], r"'person_00016' of split 'val' has no training images"),
+    "pairs of expressions": (
+        ["task=expression", "data.pairs_file=x"],
+        r"data\.pairs_file: only task=identity takes it",
+    ),
 }
 
 
@@ -187,8 +207,7 @@ def test_a_backbone_from_training_to_dan(
     assert best["objective"]["network.classifier.weight"].shape == (16, 512)
 
     content = torch.load(tmp_path / "run" / BACKBONE, weights_only=True)
-    missing = torchvision.models.resnet18().load_state_dict(content["state_dict"], strict=False)
-    assert missing == (["fc.weight", "fc.bias"], [])
+    torchvision.models.resnet18().load_state_dict(content["state_dict"], strict=True)
     client = mlflow.MlflowClient(store)
     (logged,) = client.search_runs([client.get_experiment_by_name("dan_dist").experiment_id])
     said = content["provenance"]
@@ -210,7 +229,7 @@ def test_a_backbone_from_training_to_dan(
     caplog.set_level("INFO")
     start = f"model.backbone={tmp_path / 'run' / BACKBONE}"
     assert single(tiny("dan"), start, "train.max_steps=2").status == "finished"
-    assert f"of an identity training: run_id '{said['run_id']}'" in caplog.text
+    assert f"it says: run_id {said['run_id']}, accuracy 0." in caplog.text
 
     # Judged once more by itself, on any number of ranks
     script, reports = REPOSITORY / "launch" / "evaluate.py", []
@@ -233,3 +252,24 @@ def test_a_backbone_from_training_to_dan(
     by_file = evaluation.main(tmp_path / "run", str(people.root), pairs_file=str(path),
                               output=tmp_path / "by-file", tracked=False)  # fmt: skip
     assert by_file["pairs"] == 20
+
+
+@pytest.mark.parametrize("task", ["identity"], indirect=True)
+def test_a_run_has_not_finished_before_its_backbone_is_there(
+    tiny: Write, task: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoint.save
+
+    def full(path: Path, content: Mapping[str, Any]) -> None:
+        if path.name == BACKBONE:
+            raise OSError(f"{path} cannot be written: No space left on device")
+        save(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            single(tiny("run"), *task, "train.max_steps=2")
+    assert outcome(tmp_path / "run")["status"] == "failed"
+    assert single(tiny("run"), *task, "train.max_steps=2").status == "finished"
+    assert outcome(tmp_path / "run")["status"] == "finished"
+    assert (tmp_path / "run" / BACKBONE).is_file()
