@@ -105,6 +105,9 @@ def _ours(path: Path, content: dict[str, Any]) -> Trained:
                          ("tracking", "experiment"), ("loss", "fcn")):  # fmt: skip
         if not isinstance(value := content["config"][section][key], str):
             raise ValueError(f"{path}: {section}.{key} is {value!r}")
+    is_identity = content["config"].get("task") == "identity"
+    if is_identity and not _whole(pairs := content["config"]["data"]["pairs"]):
+        raise ValueError(f"{path}: data.pairs is {pairs!r}")
     own = {k.removeprefix(OWN): v for k, v in content["objective"].items() if k.startswith(OWN)}
     is_cosine = content["config"]["loss"].get("classification") == "arcface"
     network = _fill(len(names), heads, own, str, path, cosine=is_cosine)
