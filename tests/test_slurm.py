@@ -236,10 +236,9 @@ def test_cancelled_then_submitted_again_and_signalled_while_it_starts(
     """A backbone on two ranks, as Slurm gives two GPUs; shards by way of the node's storage."""
 
     def submit() -> str:
-        return cluster.submit("msceleb.sh", *IDENTITY, "train.max_steps=20",
-                              "tracking.enabled=false", sbatch=("--gpus-per-node=2",),
-                              DAN_NPROC="", DAN_DATA=str(people.root),
-                              DAN_CACHE=str(tmp_path / "cache"))  # fmt: skip
+        return cluster.submit("msceleb.sh", *IDENTITY, "tracking.enabled=false",
+                              sbatch=("--gpus-per-node=2",), DAN_NPROC="",
+                              DAN_DATA=str(people.root), DAN_CACHE=str(tmp_path / "cache"))  # fmt: skip
 
     def restarts(job: str) -> str:
         return query("scontrol", "show", "job", "-o", job).split("Restarts=")[1].split()[0]
@@ -251,7 +250,7 @@ def test_cancelled_then_submitted_again_and_signalled_while_it_starts(
     assert cluster.end(job) == "CANCELLED" and restarts(job) == "0"
     found = outcome(run)
     assert found["status"] == "preempted"
-    (saved,) = checkpoint.steps_saved(run)
+    saved, *_ = checkpoint.steps_saved(run)
     assert saved == checkpoint.step_path(run, found["step"])
     assert (tmp_path / "cache").is_dir() and "back into the queue" not in cluster.said()
 
