@@ -238,7 +238,8 @@ def test_cancelled_then_submitted_again_and_signalled_while_it_starts(
     def submit() -> str:
         return cluster.submit("msceleb.sh", *IDENTITY, "tracking.enabled=false",
                               sbatch=("--gpus-per-node=2",), DAN_NPROC="",
-                              DAN_DATA=str(people.root), DAN_CACHE=str(tmp_path / "cache"))  # fmt: skip
+                              DAN_CACHE=str(tmp_path / "cache"),
+                              DAN_DATA=str(people.root))  # fmt: skip
 
     def restarts(job: str) -> str:
         return query("scontrol", "show", "job", "-o", job).split("Restarts=")[1].split()[0]
