@@ -191,7 +191,6 @@ def verify(similarity: NDArray[np.float64], pairs: Pairs) -> Verification:
     Each fold's pairs are told by the threshold that tells the most of the others' (of several, the
     highest). The rate at FAR is the largest whose false accept rate is at most that: with fewer
     than 1 / FAR pairs of two persons, that of none.
-
     """
     from sklearn.metrics import roc_auc_score, roc_curve  # takes a second to import
 
