@@ -38,11 +38,11 @@ from dan_dist.world import World
 Write = Callable[[str], Path]
 
 
-@pytest.mark.parametrize("task", chaos.TASKS)
-def test_chaos_in_short(tmp_path: Path, task: str) -> None:
+@pytest.mark.parametrize(("task", "faults"), [("expression", 2), ("identity", 1)])
+def test_chaos_in_short(tmp_path: Path, task: str, faults: int) -> None:
     """Some of the kinds, and the comparison with the undisturbed run, bit for bit."""
     kinds = ["sigkill_rank", "sigkill_all", "sigusr1", "corrupt_checkpoint", "truncate_shard"]
-    tallies = chaos.run(tmp_path, 2, random.randrange(10**6), kinds, task)
+    tallies = chaos.run(tmp_path, faults, random.randrange(10**6), kinds, task)
     assert sum(t.injected for t in tallies.values()) >= 1
 
 
