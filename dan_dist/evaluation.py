@@ -93,16 +93,16 @@ def main(
         shards = world.together(lambda: open_shardset(cached))
         outputs = partial(predict, trained, shard_image_size=shards.image_size, world=world,
                           pulse=pulse, precision=precision)  # fmt: skip
+        name = usual_split(shards, split, trained)
+        title = f"{shards.dataset}, split '{name}'"
         if trained.task == "identity":
             found, chosen = world.together(
-                lambda: open_pairs(shards, split, trained, pairs, pairs_file)
+                lambda: open_pairs(shards.split(name), trained, pairs, pairs_file)
             )
-            title = f"{shards.dataset}, split '{found.name}'"
             findings = judge_pairs(outputs(found, keep=features), chosen, title)
             findings.report["pairs_file"] = pairs_file and Path(pairs_file).name
         else:
-            columns, found = world.together(lambda: open_split(shards, split, trained))
-            title = f"{shards.dataset}, split '{found.name}'"
+            columns, found = world.together(lambda: open_split(shards, name, trained))
             rows = outputs(found)[:, columns]  # in the shards' order of classes
             findings = judge_classes(rows, found, title)
         # Names from a manifest may hold anything, slashes too.
@@ -165,17 +165,16 @@ def open_split(shards: ShardSet, name: str | None, trained: Trained) -> tuple[li
 
 
 def open_pairs(
-    shards: ShardSet, name: str | None, trained: Trained, pairs: int | None, pairs_file: str | None
+    split: Split, trained: Trained, pairs: int | None, pairs_file: str | None
 ) -> tuple[Split, Pairs]:
     """The images by whose pairs a network that was trained on identities is judged, and those.
 
     Raises:
-        as `ShardSet.split` and `pairs_of`.
+        as `pairs_of`.
     """
-    split = shards.split(usual_split(shards, name, trained))
     count = trained.config["data"]["pairs"] if pairs is None else pairs
     found, chosen = pairs_of(split, pairs=count, pairs_file=pairs_file)
-    persons = {shards.class_names[k] for k in np.unique(found.index["label"]).tolist()}
+    persons = {split.class_names[k] for k in np.unique(found.index["label"]).tolist()}
     if known := persons.intersection(trained.class_names):
         log.warning("%d of %d persons have names that training knows as well: %s", len(known),
                     len(persons), listed(sorted(known)))  # fmt: skip

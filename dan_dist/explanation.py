@@ -157,7 +157,6 @@ def require_libraries() -> None:
     """
     try:
         import pytorch_grad_cam  # noqa: F401
-        import sklearn.manifold  # noqa: F401
     except ImportError as error:
         raise OSError(f"{error}: pip install -e '.[explain]' brings what explain needs") from error
 
