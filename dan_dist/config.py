@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# Keys of earlier versions, in the configurations that checkpoints hold
+RENAMED = {"loss.lambda_affinity": "lambda_fcn", "loss.lambda_partition": "lambda_afn"}
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -77,8 +80,8 @@ class Model(Section):
 class Loss(Section):
     fcn: Literal["affinity", "center", "none"] = "affinity"
     afn: Literal["partition", "partition_batch", "none"] = "partition"
-    lambda_affinity: Annotated[float, Field(ge=0)] = 1.0
-    lambda_partition: Annotated[float, Field(ge=0)] = 1.0
+    lambda_fcn: Annotated[float, Field(ge=0)] = 1.0
+    lambda_afn: Annotated[float, Field(ge=0)] = 1.0
     classification: Literal["softmax", "arcface"] = "softmax"  # "arcface" for identities alone
     arcface_s: Positive = 64.0  # scale of its cosines
     arcface_m: Annotated[float, Field(ge=0, lt=1.5)] = 0.5  # its margin, radians
@@ -222,8 +225,9 @@ def resolve(tree: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: it is none of ours; one line that names the key.
     """
+    loss = {RENAMED.get(f"loss.{k}", k): v for k, v in tree.get("loss", {}).items()}
     try:
-        return flatten(Config.model_validate(tree).model_dump())
+        return flatten(Config.model_validate({**tree, "loss": loss}).model_dump())
     except ValidationError as error:
         raise ValueError(_explain(error)) from error
 

@@ -3,7 +3,7 @@
 python launch/bench.py [PART …] [config.yaml] [section.key=value …] [--json FILE]
 torchrun --nproc-per-node=N launch/bench.py train [config.yaml] …
 
-Parts (without any: the first seven):
+Parts (without any, all):
 
 loader    beside its in-memory ceiling, the authors' way, webdataset's and DALI's own readers
 step      the training step beside its plainest form, what each optimisation adds, and the roofline
@@ -11,39 +11,38 @@ train     end to end, beside loader and step alone; the share of time spent wait
 scaling   1 … N ranks of this machine, and what a link's bandwidth allows beyond, by arithmetic
 start     from launch to the first step
 order     the sampler's time, and the memory of a rank, up to ten million images
-saving    what checkpoints and the journal cost
-pack      the packer beside webdataset.ShardWriter
-engines   the loss curves of DDP and DeepSpeed's stages
 
 Where the configuration's shards are not there, faces are drawn in their place, of 80,000 classes
 for configs/msceleb.yaml; networks start at random. Parts are of configs/affectnet8.yaml, of
-configs/demo.yaml for start, saving and engines.
+configs/demo.yaml for start.
 """
 
 import argparse
 import json
 import logging
+import sys
 import tempfile
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's code comes first
+
 import torch
 from nvidia import dali
 
-from benchmarks import engines, loader, order, pack, saving, scaling, start, step, training
+from benchmarks import loader, order, scaling, start, step, training
 from dan_dist.config import Config, load_config
-from dan_dist.entry import run
-from dan_dist.model import cost
-from dan_dist.shardset import MANIFEST, ShardSet, open_shardset
-from dan_dist.stop import StopRequest
-from dan_dist.world import World, close_world, core_count, init_world
-from shards import synthetic
+from dan_dist.distributed.world import World, close_world, core_count, init_world
+from dan_dist.model.dan import cost
+from dan_dist.run.cli import run
+from dan_dist.run.signals import StopRequest
+from shards.demo import ensure
+from shards.format import MANIFEST, ShardSet, open_shardset
+from shards.releases import synthetic
 
-USUAL = ("loader", "step", "train", "scaling", "start", "order", "saving")
-PARTS = (*USUAL, "pack", "engines")
-OF_DEMO = ("start", "saving", "engines")
+PARTS = ("loader", "step", "train", "scaling", "start", "order")
 SMALL_BATCH = 32  # images, of which a CPU makes a step in seconds
 DRAWN, DRAWN_VAL = 4096, 80  # faces for training and validation
 
@@ -56,13 +55,11 @@ def main(arguments: list[str], _: StopRequest) -> int:
     parser.add_argument("what", nargs="*", help="parts, a configuration, overrides of its keys")
     parser.add_argument("--repeats", type=_count, default=5, help="default 5; medians are printed")
     parser.add_argument("--images", type=_count, help="to draw (and three quarters to load in each "
-                        "repeat) or to pack; default 4096, 30000")  # fmt: skip
+                        "repeat); default 4096")  # fmt: skip
     parser.add_argument("--batch", type=_count, help="of a rank; default the recipe's, and "
                         f"{SMALL_BATCH} where a CPU computes the steps")  # fmt: skip
-    parser.add_argument("--steps", type=_count, help="default: a few; saving 120, engines 20")
-    parser.add_argument(
-        "--ranks", type=_count, nargs="+", help="default: scaling 1 … N, engines 1 2"
-    )
+    parser.add_argument("--steps", type=_count, help="default: a few")
+    parser.add_argument("--ranks", type=_count, nargs="+", help="scaling (default 1 … N)")
     parser.add_argument("--link-gb-s", type=float, default=50, help="of one node, to the others, "
                         "for scaling's arithmetic (default 50: 400 Gbit/s)")  # fmt: skip
     parser.add_argument("--tried", action="store_true", help="step: what was left out as well")
@@ -83,12 +80,12 @@ def main(arguments: list[str], _: StopRequest) -> int:
     logging.getLogger("dan_dist").setLevel(logging.WARNING)
     figures: dict[str, Any] = {"machine": _machine(world)}
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        folder = Path(world.once(lambda: scratch))
-        for name in chosen or USUAL:
-            default = "configs/demo.yaml" if name in OF_DEMO else "configs/affectnet8.yaml"
+        folder = Path(world.run_once(lambda: scratch))
+        for name in chosen or PARTS:
+            default = "configs/demo.yaml" if name == "start" else "configs/affectnet8.yaml"
             path = paths[0] if paths else default
             figures[name] = _part(name, path, overrides, options, world, folder)
-        world.once(lambda: None)  # rank 0's folder stays until all are here
+        world.run_once(lambda: None)  # rank 0's folder stays until all are here
     if options.json and world.is_main:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     close_world(world)
@@ -108,14 +105,8 @@ def _part(
     images = options.images or DRAWN
     if name == "order":
         return order.run(folder, repeats=repeats)
-    if name == "pack":
-        return pack.run(folder / "pack", images=options.images or 30_000, repeats=repeats)
     if name == "start":
         return start.run(path, overrides, folder / "start", repeats=repeats)
-    if name == "saving":
-        return saving.run(load_config(path, overrides), world, steps=steps or 120)
-    if name == "engines":
-        return engines.run(path, overrides, steps=steps or 20, ranks=options.ranks or [1, 2])
     small = not on_gpu and name != "loader"
     batch = options.batch or (SMALL_BATCH if small else None)
     config, shards = _of_recipe(path, overrides, world, folder, batch=batch, images=images)
@@ -134,7 +125,7 @@ def _part(
     network = cost(classes, config.model.heads, config.model.image_size)
     return scaling.run(
         path, [*overrides, f"data.shards={shards.root}"], world, ranks=options.ranks,
-        gradient_bytes=4 * int(network["model/parameters"]), classes=classes,
+        gradient_bytes=4 * int(network["model/parameters"]),
         batch=config.train.global_batch, steps=steps or (100 if on_gpu else 4), repeats=repeats,
         link_gb_s=options.link_gb_s,
     )  # fmt: skip
@@ -152,7 +143,7 @@ def _of_recipe(
         if config.task == "identity":  # as many classes, whoever the faces are
             names = tuple(f"person {k}" for k in range(order.IDENTITIES))
             drawn = replace(drawn, class_names=names, mixed=True)
-        world.once(lambda: synthetic.ensure(found, drawn, size=size))
+        world.run_once(lambda: ensure(found, drawn, size=size))
     batch = batch or config.train.global_batch
     own = [f"train.global_batch={batch * world.size}", f"data.shards={found}", "data.classes=null",
            "model.backbone=none", "model.weights=null", "model.weights_classes=null"]  # fmt: skip

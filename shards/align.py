@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dan_dist.shardset import write_atomically
+from shards.files import write_atomically
 from shards.images import decode
 from shards.release import LeftOut
-from shards.sfew import LANDMARKS
-from shards.source import read_file, walk
+from shards.releases.sfew import LANDMARKS
+from shards.releases.source import read_file, walk
 
 INPUT_SIDE = 640  # pixels to which an image is fitted for detection
 

@@ -10,13 +10,13 @@ import signal
 import sys
 from pathlib import Path
 
-from dan_dist.shardset import open_shardset
-from shards import affectnet, folder, identities, rafdb, sfew, synthetic
-from shards.claim import CONTACT_SHEET
+from shards.format import open_shardset
+from shards.packing.claim import CONTACT_SHEET
+from shards.packing.writer import SHARD_SIZE, merge, pack
 from shards.release import Release
+from shards.releases import affectnet, folder, identities, rafdb, sfew, synthetic
+from shards.releases.source import plain_name
 from shards.show import overview, table
-from shards.source import plain_name
-from shards.writer import SHARD_SIZE, merge, pack
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from dan_dist.shardset import ShardSet, Split, open_shardset, write_atomically
+from shards.files import write_atomically
+from shards.format import ShardSet, Split, open_shardset
 from shards.images import decode
-from shards.source import plain_name, safe_key
+from shards.releases.source import plain_name, safe_key
 
 CELL = 112  # pixels of a picture on a sheet, at most
 NAME_WIDTH, FONT_SIZE, LINE = 120, 16, 24

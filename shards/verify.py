@@ -19,19 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dan_dist.shardset import (
-    MANIFEST,
-    Shard,
-    ShardSet,
-    check_key,
-    copy_name,
-    open_index,
-    open_shardset,
-    sha256_of,
-)
+from shards.files import sha256_of
+from shards.format import MANIFEST, Shard, ShardSet, check_key, copy_name, open_index, open_shardset
 from shards.images import MAX_PIXELS, jpeg_fault, plain_jpeg_size
-from shards.pool import in_processes
-from shards.source import plain_name
+from shards.packing.pool import in_processes
+from shards.releases.source import plain_name
 
 Parts = dict[str, tuple[int, int]]  # of one sample: kind → offset and size in the tar
 

@@ -1,4 +1,4 @@
-"""Trainings that are killed, told to stop, robbed of data and of their tracking server, and the
+"""Trainings that are killed, format_metrics to stop, robbed of data and of their tracking server, and the
 proof that they end as if nothing had happened.
 
     python tests/chaos.py --faults 100 [--seed 7] [--kinds sigkill_rank,sigterm] [--task identity]
@@ -10,6 +10,7 @@ come and go (`resize`), to 1e-9 in float64. Ends with a table, and with exit cod
 comparison fails.
 """
 
+from dan_dist.run.folder import step_path, steps_saved
 import argparse
 import collections
 import os
@@ -32,10 +33,10 @@ from typing import Any
 import psutil
 import torch
 
-from dan_dist import checkpoint
-from dan_dist.stop import OUTCOME
-from shards import synthetic
-from shards.writer import pack
+from dan_dist.run import checkpoint
+from dan_dist.run.outcome import OUTCOME
+from shards.releases import synthetic
+from shards.packing.writer import pack
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOTAL = 60  # steps of a run: six epochs of ten
@@ -220,7 +221,7 @@ def sigusr1(campaign: Campaign, attempt: Attempt) -> None:
 def corrupt_checkpoint(campaign: Campaign, attempt: Attempt) -> None:
     attempt.reach(15)  # two are written by then: where none can be read, a run refuses to go on
     sigkill_all(campaign, attempt)
-    for path in checkpoint.steps_saved(campaign.output)[:1]:
+    for path in steps_saved(campaign.output)[:1]:
         at = campaign.dice.randrange(path.stat().st_size)
         if campaign.dice.random() < 0.3:
             os.truncate(path, at)
@@ -316,7 +317,7 @@ def finish(campaign: Campaign, tallies: dict[str, Tally]) -> None:
 
 def learned(folder: Path) -> dict[str, Any]:
     """All tensors of a run's last checkpoint, and its metrics."""
-    path = checkpoint.step_path(folder, TOTAL)
+    path = step_path(folder, TOTAL)
     content = checkpoint.load(path)
     moments = content["optimizer"]["state"]
     flat = {f"{i}.{k}": v for i, s in moments.items() for k, v in s.items()}
@@ -346,7 +347,7 @@ def points(campaign: Campaign) -> dict[str, list[tuple[int, float]]]:
     """What MLflow holds of the one run of this campaign."""
     import mlflow
 
-    from dan_dist.tracking import replay
+    from dan_dist.tracking.tracker import replay
 
     replay(campaign.output, campaign.uri)
     client = mlflow.MlflowClient(campaign.uri)

@@ -13,9 +13,9 @@ import pytest
 
 from dan_dist import train as story
 from dan_dist.config import load_config
-from dan_dist.shardset import ShardSet, open_shardset
-from shards import synthetic
-from shards.writer import pack
+from shards.format import ShardSet, open_shardset
+from shards.releases import synthetic
+from shards.packing.writer import pack
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = str(REPOSITORY / "launch" / "train.py")
@@ -122,7 +122,7 @@ def train(ranks: int, *arguments: str | Path, cwd: Path, timeout_s: float = 240)
     return done.stdout
 
 
-def single(config: Path, *overrides: str) -> story.Ended:
+def single(config: Path, *overrides: str) -> story.RunResult:
     return story.main(load_config(config, overrides))
 
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from dan_dist import parts
+from dan_dist import build as parts
 from dan_dist import train as story
-from dan_dist.checkpoint import to_cpu
+from dan_dist.run.checkpoint import to_cpu
 from dan_dist.config import load_config
-from dan_dist.data import Batch
-from dan_dist.engine import Engine, StepResult, Votes
-from dan_dist.losses import Objective
-from dan_dist.model import DAN
-from dan_dist.pulse import joined
-from dan_dist.stop import StopRequest
-from dan_dist.world import World
+from dan_dist.data.loader import Batch
+from dan_dist.engine.ddp import Engine, StepResult, StepFlags
+from dan_dist.model.losses import Objective
+from dan_dist.model.dan import DAN
+from dan_dist.distributed.heartbeat import session
+from dan_dist.run.signals import StopRequest
+from dan_dist.distributed.world import World
 
 GLOBAL_BATCH, CLASSES = 7, 7  # unequal shares, and weights that do not divide by two
 STAGES = (0, 1, 2, 3)
@@ -51,7 +51,7 @@ def build(world: World, stage: int | None, optimizer: str, **changes: Any) -> En
     }  # fmt: skip
     if stage is None:
         return ContiguousDDP(objective, world, **options)
-    from dan_dist.deepspeed_engine import DeepSpeedEngine
+    from dan_dist.engine.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(objective, world, zero_stage=stage, **{"extra": {}, **options})
 
@@ -65,7 +65,7 @@ def step(engine: Engine, number: int, *, poison: float = 0.0) -> StepResult:
     part = slice(own * GLOBAL_BATCH // ranks, (own + 1) * GLOBAL_BATCH // ranks)
     lr = engine.optimizer.param_groups[0]["lr"]
     batch = Batch(images[part], labels[part], torch.arange(GLOBAL_BATCH)[part])
-    return engine.train_step(batch, lr=lr, votes=Votes(False, False, 0))
+    return engine.train_step(batch, lr=lr, flags=StepFlags(False, False, 0))
 
 
 def distance(a: State, b: State) -> float:
@@ -97,13 +97,13 @@ def single_steps(world: World) -> dict[str, dict[str, float]]:
 def main(folder: Path, config: Path, overrides: list[str]) -> None:
     """Each engine from the start to step 3, then each from where another one stopped to step 5."""
     vars(parts)["Engine"] = ContiguousDDP
-    with joined("cpu", timeout_s=60, on_loss=print) as (world, pulse):
+    with session("cpu", timeout_s=60, on_loss=print) as (world, heart):
 
         def run(name: str, engine: str, steps: int) -> None:
             options = [*overrides, f"train.output={folder / name}", f"train.max_steps={steps}"]
             if engine != "ddp":
                 options += ["engine.name=deepspeed", f"engine.zero_stage={engine}"]
-            story.run(load_config(config, options), world, StopRequest(), pulse)
+            story.run(load_config(config, options), world, StopRequest(), heart)
 
         engines = ["ddp", *map(str, STAGES)]
         for engine in engines:

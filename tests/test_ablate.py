@@ -17,10 +17,12 @@ import pytest
 from chaos import Server
 
 from conftest import REPOSITORY
-from dan_dist import ablation, comparison
-from dan_dist.ablation import Child, Result
+from dan_dist.ablation import grid as ablation
+from dan_dist.ablation import comparison
+from dan_dist.ablation.grid import AblationRun
+from dan_dist.ablation.runs import Result
 from dan_dist.config import load_config
-from dan_dist.stop import StopRequest
+from dan_dist.run.signals import StopRequest
 
 Write = Callable[[str], Path]
 SCRIPT = str(REPOSITORY / "launch" / "ablate.py")
@@ -93,7 +95,7 @@ def test_a_folder_holds_one_ablation(tmp_path: Path) -> None:
 
 
 def result(heads: str, seed: int, right: list[bool], accuracy: float) -> Result:
-    child = Child(f"heads-{heads}-seed-{seed}", {"heads": heads}, seed, [])
+    child = AblationRun(f"heads-{heads}-seed-{seed}", {"heads": heads}, seed, [])
     metrics = {"accuracy": accuracy, "mean_recall": accuracy / 2}
     curves = {
         "model/parameters": [(0, 10.0)], "model/gflops": [(0, 0.5)],

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from conftest import run, train
-from dan_dist import cache
-from dan_dist.cache import localise
-from dan_dist.shardset import MANIFEST, ShardSet, open_shardset
+from dan_dist.data import cache
+from dan_dist.data.cache import localise
+from shards.format import MANIFEST, ShardSet, open_shardset
 from shards.verify import verify
 
 

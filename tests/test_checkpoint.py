@@ -1,5 +1,6 @@
 """Checkpoints: damaged, unreadable, on a full disk, of two trainings at once."""
 
+from dan_dist.run.folder import Writer, alone, step_path, steps_saved
 import errno
 import os
 import pickle
@@ -13,10 +14,10 @@ import pytest
 import torch
 
 from conftest import SCRIPT, history, outcome, run, single
-from dan_dist import checkpoint
+from dan_dist.run import checkpoint
 from dan_dist import train as story
 from dan_dist.config import load_config
-from dan_dist.journal import Journal
+from dan_dist.tracking.journal import Journal
 
 Write = Callable[[str], Path]
 
@@ -26,7 +27,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 ) -> None:
     whole = single(tiny("whole")).metrics
     single(tiny("run"), "train.max_steps=10", "train.checkpoint_every=5")
-    path = checkpoint.step_path(tmp_path / "run", 10)
+    path = step_path(tmp_path / "run", 10)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1  # torch.load would not notice
     path.write_bytes(content)
@@ -43,21 +44,21 @@ def test_checkpoints_that_cannot_be_read_are_kept(
     options = ["train.checkpoint_every=2", "train.keep_checkpoints=9"]
     single(tiny("run"), *options, "train.max_steps=6")
     (folder / "step-00000009.pt.partial").write_text("of a killed run")
-    lacking = checkpoint.load(checkpoint.step_path(folder, 6))
+    lacking = checkpoint.load(step_path(folder, 6))
     del lacking["config"]
-    torch.save(lacking, checkpoint.step_path(folder, 6))
-    checkpoint.step_path(folder, 8).mkdir()
+    torch.save(lacking, step_path(folder, 6))
+    step_path(folder, 8).mkdir()
     with pytest.raises(ValueError, match=r"not a readable checkpoint .it lacks config"):
-        checkpoint.load(checkpoint.step_path(folder, 6))
+        checkpoint.load(step_path(folder, 6))
     assert single(tiny("run"), *options, "train.max_steps=5").status == "finished"
     assert "step-00000008.pt cannot be read: Is a directory; trying the one before" in caplog.text
     names = {p.name for p in folder.iterdir()}
     assert {"step-00000006.pt.damaged", "step-00000008.pt.damaged"} <= names
     assert outcome(folder)["step"] == 5 and not list(folder.glob("*.partial"))
     assert not list(folder.glob("outcome.json.*"))
-    for path in checkpoint.steps_saved(folder)[1:]:
+    for path in steps_saved(folder)[1:]:
         path.unlink()
-    own = checkpoint.step_path(folder, 5)
+    own = step_path(folder, 5)
     foreign = {**checkpoint.load(own), "format": "dan_dist checkpoint, version 2"}
     torch.save(foreign, own)
     with pytest.raises(ValueError, match="not a checkpoint of this project, expected"):
@@ -72,7 +73,7 @@ def test_all_ranks_go_on_from_what_one_has_chosen(tiny: Write, tmp_path: Path) -
     """A node that sees other files, or older ones, must not go on from them."""
     config = load_config(tiny("run"), [])
     single(tiny("run"), "train.max_steps=10", "train.checkpoint_every=5")
-    newest, older = checkpoint.steps_saved(tmp_path / "run")
+    newest, older = steps_saved(tmp_path / "run")
     chosen = story.choose(config)
     assert chosen == str(newest)
     newest.unlink()
@@ -95,7 +96,7 @@ def test_the_best_checkpoint_is_there_whenever_another_says_so(
         written.append(f"{path.name} {content['best']}")
 
     monkeypatch.setattr(checkpoint, "save", dying)
-    writer = checkpoint.Writer(tmp_path, keep=2, stop_on_error=False)
+    writer = Writer(tmp_path, keep=2, stop_on_error=False)
     writer.write(5, {"step": 5, "best": 1, "optimizer": {}}, is_best=True)
     writer.write(10, {"step": 10, "best": 2, "optimizer": {}}, is_best=True)
     writer.wait()
@@ -114,7 +115,7 @@ def test_a_longer_run_can_be_ended_at_its_checkpoint(tiny: Write, tmp_path: Path
     """In mid-epoch, without evaluation: as one that was to end there from the start."""
     whole = single(tiny("whole"), "train.max_steps=7").metrics
     single(tiny("run"), "train.checkpoint_every=7", "train.keep_checkpoints=9")
-    for path in checkpoint.steps_saved(tmp_path / "run")[:-1]:
+    for path in steps_saved(tmp_path / "run")[:-1]:
         path.unlink()
     assert single(tiny("run"), "train.max_steps=7").metrics == whole
     assert outcome(tmp_path / "run")["step"] == 7
@@ -178,7 +179,7 @@ def test_two_trainings_do_not_write_into_one_folder(tiny: Write, tmp_path: Path)
         single(tiny("run"), "tracking.enabled=true", "train.max_steps=1")
     journal.close()
     with (
-        checkpoint.alone(tmp_path / "other"),
+        alone(tmp_path / "other"),
         pytest.raises(OSError, match="other is in use by another process"),
     ):
         single(tiny("other"), "train.max_steps=1")
@@ -187,5 +188,5 @@ def test_two_trainings_do_not_write_into_one_folder(tiny: Write, tmp_path: Path)
 
 def test_checkpoints_by_the_clock(tiny: Write, tmp_path: Path) -> None:
     single(tiny("run"), "train.checkpoint_minutes=1e-6", "train.keep_checkpoints=99")
-    steps = [int(p.stem[5:]) for p in checkpoint.steps_saved(tmp_path / "run")]
+    steps = [int(p.stem[5:]) for p in steps_saved(tmp_path / "run")]
     assert len(steps) > 8 and steps[0] == 20  # every other step: ranks agree one step late

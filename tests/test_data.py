@@ -14,35 +14,29 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from dan_dist import data
-from dan_dist.augment import ERASE_RATIO, UNIFORMS, Augment, place
-from dan_dist.data import (
-    ADVISED_AHEAD,
-    Batch,
-    Stream,
-    TrainOrder,
-    evaluation_stream,
-    train_stream,
-)
-from dan_dist.model import MEAN, STD
-from dan_dist.sampler import augmentation_uniforms
-from dan_dist.shardset import ShardSet, Split, open_shardset
+from dan_dist.data import loader as data
+from dan_dist.data.augment import ERASE_RATIO, UNIFORMS, Augment, placements
+from dan_dist.data.loader import ADVISED_AHEAD, Batch, Loader, evaluation_loader, train_loader
+from dan_dist.data.order import TrainOrder
+from dan_dist.data.augment import MEAN, STD
+from dan_dist.data.sampler import augmentation_uniforms
+from shards.format import ShardSet, Split, open_shardset
 
 CPU = torch.device("cpu")
 AUGMENT = Augment(0.5, 0.7, 20, (0.8, 1.0), 0.2, 0.5)
 
 
-def training(split: Split, *, rank: int = 0, world: int = 1, start: int = 0, **change) -> Stream:
+def training(split: Split, *, rank: int = 0, world: int = 1, start: int = 0, **change) -> Loader:
     options = {
         "global_batch": 12, "seed": 3, "balanced": True, "augment": AUGMENT, "max_bad": 0,
         "image_size": 32, "shard_image_size": 32, "device": CPU, "threads": 1,
     } | change  # fmt: skip
-    return train_stream(split, rank=rank, world_size=world, start=start, **options)
+    return train_loader(split, rank=rank, world_size=world, start=start, **options)
 
 
-def take(stream: Stream, steps: int) -> list[Batch]:
-    batches = [next(stream) for _ in range(steps)]
-    stream.close()
+def take(loader: Loader, steps: int) -> list[Batch]:
+    batches = [next(loader) for _ in range(steps)]
+    loader.close()
     return batches
 
 
@@ -82,11 +76,11 @@ def test_evaluation_gives_every_image_once(
     for repeat in range(2):  # two passes: nothing is left over from the first
         ids: list[int] = []
         for rank in range(world):
-            stream, steps = evaluation_stream(
+            loader, steps = evaluation_loader(
                 split, rank=rank, world_size=world, image_size=32, shard_image_size=32,
                 device=CPU, threads=1,
             )  # fmt: skip
-            batches = take(stream, steps * (repeat + 1))[steps * repeat :]
+            batches = take(loader, steps * (repeat + 1))[steps * repeat :]
             for batch in batches:
                 real = batch.labels >= 0
                 assert torch.equal(real, batch.ids >= 0)
@@ -106,11 +100,11 @@ def pillow(split: Split, sample: int) -> Image.Image:
 
 def test_evaluation_pixels_are_pillows_and_normalised(faces: ShardSet) -> None:
     split = faces.split("val")
-    stream, _ = evaluation_stream(
+    loader, _ = evaluation_loader(
         split, rank=0, world_size=1, image_size=32, shard_image_size=32,
         device=CPU, threads=1,
     )  # fmt: skip
-    (batch,) = take(stream, 1)
+    (batch,) = take(loader, 1)
     transform = v2.Compose(
         [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     )
@@ -143,7 +137,7 @@ def test_affine_warp_is_torchvisions(faces: ShardSet) -> None:
 
 def test_erased_boxes_follow_torchvisions_rule() -> None:
     uniforms = np.random.default_rng(0).random((20_000, UNIFORMS)).astype(np.float32)
-    placement = place(uniforms, Augment(erase_p=0.5, erase_area=(0.02, 0.33)), 224)
+    placement = placements(uniforms, Augment(erase_p=0.5, erase_area=(0.02, 0.33)), 224)
     height, width = placement.shape.T
     erased = height > 0
     assert erased.mean() == pytest.approx(0.5, abs=0.02)
@@ -212,17 +206,17 @@ def test_damaged_images_are_replaced_within_their_class(
 @pytest.mark.parametrize("kind", ["flipped", "undecodable"])
 def test_past_the_limit_the_image_is_named(faces: ShardSet, tmp_path: Path, kind: str) -> None:
     split = damage(faces, tmp_path / "damaged", kind, list(range(len(faces.split("train")))))
-    stream = training(split, max_bad=2)
+    loader = training(split, max_bad=2)
     with pytest.raises(OSError, match=r"train-\d\d-\d{5}\.tar/face_\d+.* at most 2 are tolerated"):
-        take(stream, 3)
+        take(loader, 3)
 
 
 def test_other_sizes_are_resized_in_one_linear_step(faces: ShardSet) -> None:
-    stream, _ = evaluation_stream(
+    loader, _ = evaluation_loader(
         faces.split("val"), rank=0, world_size=1, image_size=64,
         shard_image_size=faces.image_size, device=CPU, threads=1,
     )  # fmt: skip
-    (batch,) = take(stream, 1)
+    (batch,) = take(loader, 1)
     assert batch.images.shape == (16, 3, 64, 64)
     image = pillow(faces.split("val"), 0).resize((64, 64), Image.Resampling.BILINEAR)
     scale, mean = torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1)
@@ -233,7 +227,7 @@ def test_other_sizes_are_resized_in_one_linear_step(faces: ShardSet) -> None:
 def test_the_kernel_is_told_of_reads_well_ahead(
     faces: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split, told, lock = faces.split("train"), [], threading.Lock()
+    split, format_metrics, lock = faces.split("train"), [], threading.Lock()
 
     def note(file: int, offset: int, size: int, advice: int) -> None:
         assert advice == os.POSIX_FADV_WILLNEED
@@ -241,12 +235,12 @@ def test_the_kernel_is_told_of_reads_well_ahead(
             told.append((str(Path(f"/proc/self/fd/{file}").readlink()), offset, size))
 
     monkeypatch.setattr(data.os, "posix_fadvise", note)
-    stream = training(split)
-    next(stream)
+    loader = training(split)
+    next(loader)
     deadline = time.monotonic() + 10
     while len(told) < 12 * (ADVISED_AHEAD + 1) and time.monotonic() < deadline:
         time.sleep(0.01)
-    stream.close()
+    loader.close()
     order = TrainOrder(split, slice(None), global_batch=12, seed=3, balanced=True)
     for step in range(ADVISED_AHEAD + 1):
         for row in split.index[order(step).ids]:

@@ -4,6 +4,7 @@ Most is bit for bit, at real learning rates: on the baseline network (DAN itself
 makes much of a last bit), with DDP's weights laid out in memory as DeepSpeed lays them.
 """
 
+from dan_dist.run.folder import step_path
 import json
 import os
 import shutil
@@ -18,12 +19,13 @@ import torch
 from engines import STAGES, ContiguousDDP, build, distance, single_steps, step
 
 from conftest import REPOSITORY, TINY, run, train
-from dan_dist import checkpoint, parts
+from dan_dist.run import checkpoint
+from dan_dist import build as parts
 from dan_dist import train as story
-from dan_dist.checkpoint import to_cpu
+from dan_dist.run.checkpoint import to_cpu
 from dan_dist.config import load_config
-from dan_dist.shardset import ShardSet
-from dan_dist.world import World, init_world
+from shards.format import ShardSet
+from dan_dist.distributed.world import World, init_world
 
 Write = Callable[[str], Path]
 OPTIONS = ["optim.name=adam", "optim.lr=1e-3", "train.precision=float32"]
@@ -36,7 +38,7 @@ def deepspeed(stage: int) -> list[str]:
 
 def learned(folder: Path, steps: int) -> dict[str, Any]:
     """All that a checkpoint says of what was learned, and how good it is."""
-    content = checkpoint.load(checkpoint.step_path(folder, steps))
+    content = checkpoint.load(step_path(folder, steps))
     return {key: content[key] for key in ("objective", "optimizer", "metrics", "step")}
 
 
@@ -121,7 +123,7 @@ def test_both_launchers_lead_to_the_same_training(two: Path, tiny: Write, tmp_pa
                REPOSITORY / "launch" / "train.py", tiny("run"), *OPTIONS, "train.max_steps=3",
                cwd=tmp_path, timeout_s=120)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    content = checkpoint.load(checkpoint.step_path(tmp_path / "run", 3))
+    content = checkpoint.load(step_path(tmp_path / "run", 3))
     assert content["config"]["engine"]["name"] == "deepspeed"
     assert same(learned(tmp_path / "run", 3), learned(two / "ddp", 3))
     out = train(2, tiny("run"), *OPTIONS, *deepspeed(2), "train.max_steps=5", cwd=tmp_path)

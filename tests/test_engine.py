@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dan_dist.data import Batch
-from dan_dist.engine import Engine, Precision, Votes, resolve_precision
-from dan_dist.losses import Objective
-from dan_dist.model import DAN
-from dan_dist.world import World
+from dan_dist.data.loader import Batch
+from dan_dist.engine.ddp import Engine, Precision, StepFlags, resolve_precision
+from dan_dist.model.losses import Objective
+from dan_dist.model.dan import DAN
+from dan_dist.distributed.world import World
 
 CPU = torch.device("cpu")
 LR = 1e-3
@@ -59,7 +59,7 @@ def test_a_step_is_the_plain_one(
         weight_decay=0.0, precision=precision, sync_bn=True, compile=False, global_batch=BATCH,
         micro_batch=None, may_skip=False,
     )  # fmt: skip
-    result = engine.train_step(batch(), lr=LR, votes=Votes(False, False, 0))
+    result = engine.train_step(batch(), lr=LR, flags=StepFlags(False, False, 0))
     assert torch.allclose(result.losses.double(), parts, rtol=loss_within, atol=0)
     update = after - flat(start)
     distance = (flat(engine.objective) - after).norm() / update.norm()

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from sklearn import metrics as sklearn_metrics
 
 from conftest import DAN, REPOSITORY, run, single
-from dan_dist import checkpoint, evaluation
-from dan_dist.metrics import BINS, calibrate, class_scores, confusion, summarise
-from dan_dist.shardset import ShardSet
-from shards import synthetic
-from shards.writer import pack
+from dan_dist.run import checkpoint
+from dan_dist.evaluation import evaluate as evaluation
+from dan_dist.evaluation.metrics import BINS, calibrate, class_scores, confusion, summarise
+from shards.format import ShardSet
+from shards.releases import synthetic
+from shards.packing.writer import pack
 
 Write = Callable[[str], Path]
 NAMES = ("a", "b", "c", "d")

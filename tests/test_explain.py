@@ -20,15 +20,17 @@ from torch import Tensor, nn
 
 from conftest import DAN as TWO_HEADS
 from conftest import REPOSITORY, TINY, run
-from dan_dist import checkpoint, explanation, prediction
+from dan_dist.run import checkpoint
+from dan_dist.inference import explain as explanation
+from dan_dist.inference import predict as prediction
 from dan_dist import train as story
-from dan_dist.attention import attention_maps
+from dan_dist.inference.attention import attention_maps
 from dan_dist.config import load_config
-from dan_dist.metrics import class_separation, head_overlap
-from dan_dist.model import DAN
-from dan_dist.shardset import ShardSet
-from dan_dist.weights import load_trained
-from dan_dist.world import World
+from dan_dist.inference.metrics import class_separation, head_overlap
+from dan_dist.model.dan import DAN
+from shards.format import ShardSet
+from dan_dist.model.weights import load_trained
+from dan_dist.distributed.world import World
 
 
 def heat(*pixels: int, shape: tuple[int, int] = (2, 5)) -> NDArray[np.float32]:

@@ -1,5 +1,6 @@
 """What a run survives: signals, killed ranks, damaged shards, what is not finite."""
 
+from dan_dist.run.folder import newest, mark_damage, step_path
 import errno
 import json
 import logging
@@ -22,18 +23,21 @@ import pytest
 import torch
 
 from conftest import DAN, SCRIPT, outcome, single, start, until
-from dan_dist import checkpoint, engine
-from dan_dist import model as networks
+from dan_dist.run import checkpoint
+from dan_dist.engine import ddp as engine
+from dan_dist.model import dan as networks
 from dan_dist import train as story
-from dan_dist.augment import Augment
+from dan_dist.data.augment import Augment
 from dan_dist.config import load_config
-from dan_dist.data import Batch, Reader, TooMuchDamageError, TrainOrder, train_stream
-from dan_dist.engine import Engine
-from dan_dist.journal import read_records
-from dan_dist.losses import Objective
-from dan_dist.shardset import ShardSet, open_shardset
-from dan_dist.stop import Stopped, StopRequest
-from dan_dist.world import World
+from dan_dist.data.loader import Batch, train_loader
+from dan_dist.data.reader import Reader, TooMuchDamageError
+from dan_dist.data.order import TrainOrder
+from dan_dist.engine.ddp import Engine
+from dan_dist.tracking.journal import read_records
+from dan_dist.model.losses import Objective
+from shards.format import ShardSet, open_shardset
+from dan_dist.run.signals import Stopped, StopRequest
+from dan_dist.distributed.world import World
 
 Write = Callable[[str], Path]
 
@@ -55,7 +59,7 @@ def test_stopped_alone_it_says_so_by_its_exit_code(tiny: Write, tmp_path: Path) 
     found = outcome(tmp_path / "run")
     assert found["status"] == "preempted" and found["reason"].startswith("SIGTERM")
     assert f"of step {found['step']}; the same command goes on from there" in said
-    assert checkpoint.step_path(tmp_path / "run", found["step"]).exists()
+    assert step_path(tmp_path / "run", found["step"]).exists()
 
 
 def test_a_signal_before_training_ends_it_at_once(tiny: Write, tmp_path: Path) -> None:
@@ -203,8 +207,8 @@ def test_a_skipped_step_leaves_nothing_behind() -> None:
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     images[0, 0, 0, 0] = math.inf
     before = {k: v.clone() for k, v in own.objective.state_dict().items()}
-    votes = engine.Votes(False, False, 0)
-    assert own.train_step(Batch(images, labels, labels), lr=0.1, votes=votes).skipped
+    flags = engine.StepFlags(False, False, 0)
+    assert own.train_step(Batch(images, labels, labels), lr=0.1, flags=flags).skipped
     for name, value in own.objective.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -288,7 +292,7 @@ def test_damage_under_and_over_the_limit(tiny: Write, tmp_path: Path, faces: Sha
     reference = single(tiny("reference"), *options)
     single(tiny("run"), *options, "train.max_steps=13")
     assert single(tiny("run"), *options).metrics == reference.metrics
-    ended = [checkpoint.load(checkpoint.step_path(tmp_path / n, 20)) for n in ("reference", "run")]
+    ended = [checkpoint.load(step_path(tmp_path / n, 20)) for n in ("reference", "run")]
     assert ended[0]["replaced"] == ended[1]["replaced"] > 0
     weights = [e["objective"] for e in ended]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
@@ -313,18 +317,18 @@ def test_damage_under_and_over_the_limit(tiny: Write, tmp_path: Path, faces: Sha
 
 def test_a_checkpoint_from_before_the_damage_is_preferred(tiny: Write, tmp_path: Path) -> None:
     single(tiny("run"), "train.checkpoint_every=5", "train.keep_checkpoints=9")
-    found = checkpoint.newest(tmp_path / "run")
+    found = newest(tmp_path / "run")
     assert found and found[0].name == "step-00000020.pt"
-    checkpoint.note_damage(tmp_path / "run", 12)
-    found = checkpoint.newest(tmp_path / "run")
+    mark_damage(tmp_path / "run", 12)
+    found = newest(tmp_path / "run")
     assert found and found[0].name == "step-00000010.pt"
-    checkpoint.note_damage(tmp_path / "run", 2)  # none is from before: the newest
-    found = checkpoint.newest(tmp_path / "run")
+    mark_damage(tmp_path / "run", 2)  # none is from before: the newest
+    found = newest(tmp_path / "run")
     assert found and found[0].name == "step-00000020.pt"
 
 
 def test_memory_does_not_grow_over_ten_thousand_steps(faces: ShardSet) -> None:
-    stream = train_stream(
+    loader = train_loader(
         faces.split("train"), rank=0, world_size=1, global_batch=8, seed=0, balanced=True,
         augment=Augment(0.5, 0.7, 20, (0.8, 1.0), 0.2, 0.5), max_bad=0, start=0, image_size=32,
         shard_image_size=32, device=torch.device("cpu"), threads=1,
@@ -335,12 +339,12 @@ def test_memory_does_not_grow_over_ten_thousand_steps(faces: ShardSet) -> None:
         return pages * resource.getpagesize() / 2**20
 
     for _ in range(1000):
-        next(stream)
+        next(loader)
     before = resident_mib()
     for _ in range(10_000):
-        next(stream)
+        next(loader)
     grown = resident_mib() - before
-    stream.close()
+    loader.close()
     logging.getLogger(__name__).info("grown by %.1f MiB", grown)
     assert grown < 20
 

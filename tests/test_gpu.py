@@ -11,10 +11,10 @@ import torch
 
 from conftest import DAN
 from dan_dist import train as story
-from dan_dist.augment import Augment
+from dan_dist.data.augment import Augment
 from dan_dist.config import load_config
-from dan_dist.data import Batch, train_stream
-from dan_dist.shardset import ShardSet
+from dan_dist.data.loader import Batch, train_loader
+from shards.format import ShardSet
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,13 +24,13 @@ AUGMENT = Augment(flip_p=0.5, affine_p=0.7, degrees=20, scale=(0.8, 1.0), transl
 
 
 def batches(faces: ShardSet, device: str, augment: Augment) -> list[Batch]:
-    stream = train_stream(
+    loader = train_loader(
         faces.split("train"), rank=0, world_size=1, global_batch=16, seed=1, balanced=True,
         augment=augment, max_bad=0, start=0, image_size=32, shard_image_size=32,
         device=torch.device(device), threads=2,
     )  # fmt: skip
-    taken = [next(stream) for _ in range(8)]
-    stream.close()
+    taken = [next(loader) for _ in range(8)]
+    loader.close()
     return taken
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from conftest import history, run, single
-from dan_dist import tracking
-from dan_dist.journal import Journal, read_records, read_sent
-from dan_dist.sender import Sender
+from dan_dist.tracking import tracker as tracking
+from dan_dist.tracking.journal import Journal, read_records, read_sent
+from dan_dist.tracking.sender import Sender
 
 Write = Callable[[str], Path]
 
@@ -76,14 +76,14 @@ def test_what_is_told_does_not_depend_on_interruptions(tiny: Write, tmp_path: Pa
     single(tiny("parts"), *options, "train.max_steps=8", "train.checkpoint_every=4")
     single(tiny("parts"), *options)
 
-    def told(name: str) -> list[Any]:
+    def format_metrics(name: str) -> list[Any]:
         records = [r for r in read_records(tmp_path / name) if r["kind"] == "metrics"]
         kept = [(r["step"], r["values"]) for r in records]
         return [(step, v["train/loss"], v["train/gradient_norm"]) for step, v in kept
                 if "train/loss" in v]  # fmt: skip
 
-    assert [step for step, *_ in told("whole")] == [5, 10]
-    assert told("parts") == told("whole")
+    assert [step for step, *_ in format_metrics("whole")] == [5, 10]
+    assert format_metrics("parts") == format_metrics("whole")
 
 
 class FullDisk(FileIO):

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torchvision
 
-from dan_dist import checkpoint
-from dan_dist.losses import Objective
-from dan_dist.model import DAN
-from dan_dist.weights import load_backbone
+from dan_dist.run import checkpoint
+from dan_dist.model.losses import Objective
+from dan_dist.model.dan import DAN
+from dan_dist.model.backbone import load_backbone
 
 
 @pytest.mark.parametrize(

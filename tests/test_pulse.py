@@ -19,10 +19,11 @@ import torch
 from torch.distributed import HashStore
 
 from conftest import SCRIPT, outcome, run, start, until
-from dan_dist import pulse
-from dan_dist.pulse import Pulse
-from dan_dist.stop import Stopped
-from dan_dist.world import World, _meet
+from dan_dist.distributed import heartbeat as pulse
+from dan_dist.distributed.heartbeat import Heartbeat
+from dan_dist.run.signals import Stopped
+from dan_dist.distributed.world import World
+from dan_dist.distributed.rendezvous import _meet
 
 Write = Callable[[str], Path]
 
@@ -58,7 +59,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 def fail(): raise data.TooMuchDamageError("train-00.tar: broken")
 
-following, count = data.Stream.__next__, 0
+following, count = data.Loader.__next__, 0
 def faulty(self):
     global count
     count += self.augment is None
@@ -67,7 +68,7 @@ def faulty(self):
     return following(self)
 
 if os.environ["RANK"] == "1":
-    data.Stream.__next__ = faulty
+    data.Loader.__next__ = faulty
 sys.argv[:1] = [SCRIPT]
 runpy.run_path(SCRIPT, run_name="__main__")
 """
@@ -129,11 +130,13 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     PULSES.clear()
 
 
-PULSES: list[Pulse] = []  # those of the test that runs
+PULSES: list[Heartbeat] = []  # those of the test that runs
 
 
-def pulses_of(store: Any, size: int, ended: list[str], timeout_s: float = 1.0) -> list[Pulse]:
-    pulses = [Pulse(store, r, size, timeout_s=timeout_s, on_loss=ended.append) for r in range(size)]
+def pulses_of(store: Any, size: int, ended: list[str], timeout_s: float = 1.0) -> list[Heartbeat]:
+    pulses = [
+        Heartbeat(store, r, size, timeout_s=timeout_s, on_loss=ended.append) for r in range(size)
+    ]
     PULSES.extend(pulses)
     return pulses
 
@@ -264,7 +267,7 @@ def test_a_failure_of_one_rank_is_that_of_all() -> None:
             thread.join(20)
         assert len(found) == len(expected)
         assert all(found[r].startswith(text) for r, text in enumerate(expected)), found
-    assert [worlds[r].tally("damaged", i) for r, i in ((0, 5), (1, 5), (2, 6))] == [1, 1, 2]
+    assert [worlds[r].count_unique("damaged", i) for r, i in ((0, 5), (1, 5), (2, 6))] == [1, 1, 2]
 
 
 def test_ranks_meet_whatever_an_earlier_gathering_left(ended: list[str]) -> None:

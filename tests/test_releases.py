@@ -19,14 +19,18 @@ from PIL import Image
 
 from conftest import run
 from dan_dist.config import load_config
-from dan_dist.shardset import ShardSet, open_shardset
-from shards import affectnet, identities, layouts, rafdb, sfew
-from shards import source as source_files
-from shards.faces import CLASSES, face
+from shards.format import ShardSet, open_shardset
+from shards.releases import affectnet
+from shards.releases import identities
+import layouts
+from shards.releases import rafdb
+from shards.releases import sfew
+from shards.releases import source as source_files
+from shards.releases.faces import CLASSES, face
 from shards.release import Item, Release
-from shards.similarity import TEMPLATE, align, similarity
-from shards.source import Keys, read_file
-from shards.writer import pack
+from shards.releases.similarity import TEMPLATE, align, similarity
+from shards.releases.source import Keys, read_file
+from shards.packing.writer import pack
 
 
 def packed(source: Path, kind: str, *options: str | Path) -> tuple[ShardSet, str]:

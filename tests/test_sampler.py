@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dan_dist.sampler import (
+from dan_dist.data.sampler import (
     augmentation_uniforms,
     epoch_order,
     evaluation_order,

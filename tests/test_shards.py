@@ -25,12 +25,13 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
 from conftest import REPOSITORY, damaged_scans, run
-from dan_dist.shardset import INDEX_DTYPE, MANIFEST, open_shardset
-from shards import folder, writer
-from shards.claim import CONTACT_SHEET
+from shards.format import INDEX_DTYPE, MANIFEST, open_shardset
+from shards.releases import folder
+from shards.packing import writer
+from shards.packing.claim import CONTACT_SHEET
 from shards.images import plain_jpeg_size, to_jpeg
 from shards.release import Item
-from shards.writer import merge, pack
+from shards.packing.writer import merge, pack
 
 CLASSES = ("angry", "happy")
 

@@ -1,5 +1,6 @@
 """The shipped Slurm scripts, submitted to a real Slurm of two nodes on this machine."""
 
+from dan_dist.run.folder import step_path, steps_saved
 import json
 import os
 import re
@@ -20,9 +21,9 @@ from chaos import CONFIG, DAN, IDENTITY
 from test_train import largest_difference, weights
 
 from conftest import REPOSITORY, train
-from dan_dist import checkpoint
-from dan_dist.shardset import ShardSet, open_shardset
-from dan_dist.weights import BACKBONE
+from dan_dist.run import checkpoint
+from shards.format import ShardSet, open_shardset
+from dan_dist.model.backbone import BACKBONE
 
 NODES, CPUS, GPUS = 2, 64, 8
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -251,8 +252,8 @@ def test_cancelled_then_submitted_again_and_signalled_while_it_starts(
     assert cluster.end(job) == "CANCELLED" and restarts(job) == "0"
     found = outcome(run)
     assert found["status"] == "preempted"
-    saved, *_ = checkpoint.steps_saved(run)
-    assert saved == checkpoint.step_path(run, found["step"])
+    saved, *_ = steps_saved(run)
+    assert saved == step_path(run, found["step"])
     assert (tmp_path / "cache").is_dir() and "back into the queue" not in cluster.said()
 
     again = submit()
@@ -336,14 +337,14 @@ def test_failures_end_the_job_and_stay_out_of_the_queue(cluster: Cluster, tmp_pa
     assert re.search(r"error: node node[12] failed its check", cluster.said())
     for job in (wrong, sick):
         assert "Restarts=0" in query("scontrol", "show", "job", "-o", job)
-    assert not checkpoint.steps_saved(tmp_path / "runs" / "sfew")
+    assert not steps_saved(tmp_path / "runs" / "sfew")
 
 
 def test_packing_in_an_array_and_merging_after_it(cluster: Cluster, tmp_path: Path) -> None:
     bare = subprocess.run(["bash", REPOSITORY / "slurm" / "pack.sh"], capture_output=True)
     assert bare.returncode == 2 and bare.stderr.startswith(b"usage: sbatch slurm/pack.sh")
     source = tmp_path / "tree"
-    from shards import layouts
+    import layouts
 
     layouts.write_folder(source, {"train": 32, "val": 16}, size=32, seed=0)
     out = str(tmp_path / "packed")

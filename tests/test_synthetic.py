@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import folder, layouts, synthetic
-from shards.affectnet import TRAIN
-from shards.faces import CLASSES, face
+from shards.releases import folder
+import layouts
+from shards.releases import synthetic
+from shards.releases.affectnet import TRAIN
+from shards.releases.faces import CLASSES, face
 
 
 def pixels(*arguments: int, **options: int) -> np.ndarray:

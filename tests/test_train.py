@@ -1,5 +1,7 @@
 """Whole trainings of the real network at small size: the claims that users rely on."""
 
+from dan_dist.run.folder import newest, step_path, steps_saved
+from shards.demo import ensure
 import json
 import sys
 from collections.abc import Callable
@@ -9,21 +11,22 @@ import pytest
 import torch
 
 from conftest import DAN, REPOSITORY, run, single, train
-from dan_dist import checkpoint, tracking
-from dan_dist import model as networks
+from dan_dist.run import checkpoint
+from dan_dist.tracking import tracker as tracking
+from dan_dist.model import dan as networks
 from dan_dist.config import load_config
-from dan_dist.data import Batch
-from dan_dist.engine import Engine, Votes
-from dan_dist.losses import Objective
-from dan_dist.shardset import ShardSet
-from dan_dist.world import World
+from dan_dist.data.loader import Batch
+from dan_dist.engine.ddp import Engine, StepFlags
+from dan_dist.model.losses import Objective
+from shards.format import ShardSet
+from dan_dist.distributed.world import World
 
 Write = Callable[[str], Path]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Weights, centres, statistics and optimiser state of a run's newest checkpoint."""
-    found = checkpoint.newest(folder)
+    found = newest(folder)
     assert found is not None
     content = found[1]
     moments = content["optimizer"]["state"]
@@ -87,7 +90,7 @@ def test_accumulation_gives_the_same_gradient_where_no_batch_statistics_are_in_p
                 module.train = lambda mode=True, module=module: module  # stays in evaluation
                 module.training = False
         result = engine.train_step(
-            Batch(images, labels, labels), lr=0.0, votes=Votes(False, False, 0)
+            Batch(images, labels, labels), lr=0.0, flags=StepFlags(False, False, 0)
         )
         own = [p.grad.clone() for p in engine.objective.parameters()]
         gradients.append([*own, result.losses, result.grad_norm])
@@ -132,7 +135,7 @@ def test_a_checkpoint_that_does_not_know_all_keys_is_gone_on_with(
 ) -> None:
     """Those of earlier versions: what they lack has its default."""
     single(tiny("run"), "train.max_steps=3")
-    path = checkpoint.step_path(tmp_path / "run", 3)
+    path = step_path(tmp_path / "run", 3)
     content = checkpoint.read(path)
     del content["right"], content["config"]["task"], content["config"]["data"]["pairs"]
     checkpoint.save(path, content)
@@ -155,7 +158,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
 ) -> None:
     whole = single(tiny("whole"))
     single(tiny("run"), "train.checkpoint_every=4")
-    newest = checkpoint.steps_saved(tmp_path / "run")[0]
+    newest = steps_saved(tmp_path / "run")[0]
     newest.write_bytes(newest.read_bytes()[:1000])
     assert single(tiny("run")) == whole
     assert f"{newest}: not a readable checkpoint" in caplog.text
@@ -211,7 +214,7 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(tiny: Write, tmp_path: Pa
     options = ["train.precision=float64", "train.max_steps=5"]
     one = single(tiny("one"), *options).metrics
     train(3, tiny("three"), *options, cwd=tmp_path)
-    content = checkpoint.newest(tmp_path / "three")
+    content = newest(tmp_path / "three")
     assert content is not None and content[1]["metrics"] == one
     assert one["accuracy"] * 16 == round(one["accuracy"] * 16)
 
@@ -260,9 +263,9 @@ def test_a_checkpoint_of_something_else_is_refused(
         single(tiny("run"), "model.heads=4")
     with pytest.raises(ValueError, match=r"of an earlier run; train\.resume=auto goes on"):
         single(tiny("run"), "train.resume=never")
-    from shards import synthetic
+    from shards.releases import synthetic
 
-    synthetic.ensure(tmp_path / "other", synthetic.release(80, 16, size=32, seed=8), size=32)
+    ensure(tmp_path / "other", synthetic.release(80, 16, size=32, seed=8), size=32)
     with pytest.raises(ValueError, match="was trained on other images"):
         single(tiny("run"), f"data.shards={tmp_path / 'other'}")
 

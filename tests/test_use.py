@@ -19,13 +19,19 @@ from torch import nn
 
 from conftest import DAN as OPTIONS
 from conftest import REPOSITORY, run, single
-from dan_dist import crops, evaluation, export, logged_model, prediction, tracking
-from dan_dist.data import Reader
-from dan_dist.model import DAN, MEAN, STD, Output
-from dan_dist.pulse import joined
-from dan_dist.shardset import ShardSet
-from dan_dist.store import connect
-from dan_dist.weights import load_trained
+from dan_dist.data import crops
+from dan_dist.evaluation import evaluate as evaluation
+from dan_dist.inference import export
+from dan_dist.tracking import logged_model
+from dan_dist.inference import predict as prediction
+from dan_dist.tracking import tracker as tracking
+from dan_dist.data.reader import Reader
+from dan_dist.model.dan import DAN, Output
+from dan_dist.data.augment import MEAN, STD
+from dan_dist.distributed.heartbeat import session
+from shards.format import ShardSet
+from dan_dist.tracking.store import connect
+from dan_dist.model.weights import load_trained
 from shards.images import decode
 
 Write = Callable[[str], Path]
@@ -44,9 +50,9 @@ def crop_files(faces: ShardSet, folder: Path) -> list[Path]:
 
 
 def evaluated(folder: Path, faces: ShardSet) -> NDArray[np.float32]:
-    with joined("cpu", timeout_s=60, on_loss=print) as (world, pulse):
+    with session("cpu", timeout_s=60, on_loss=print) as (world, heart):
         split = faces.split("val")
-        return evaluation.predict(load_trained(folder), split, 32, world, pulse, "auto")
+        return evaluation.predict(load_trained(folder), split, 32, world, heart, "auto")
 
 
 def predict(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:

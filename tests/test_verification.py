@@ -14,10 +14,11 @@ import torchvision
 from sklearn.metrics import roc_auc_score
 
 from conftest import REPOSITORY, outcome, run, single, train
-from dan_dist import checkpoint, evaluation
-from dan_dist.model import DAN
-from dan_dist.shardset import ShardSet
-from dan_dist.verification import (
+from dan_dist.run import checkpoint
+from dan_dist.evaluation import evaluate as evaluation
+from dan_dist.model.dan import DAN
+from shards.format import ShardSet
+from dan_dist.evaluation.verification import (
     FAR,
     FOLDS,
     Pairs,
@@ -26,7 +27,8 @@ from dan_dist.verification import (
     similarities,
     verify,
 )
-from dan_dist.weights import BACKBONE, load_backbone, load_trained
+from dan_dist.model.backbone import BACKBONE, load_backbone
+from dan_dist.model.weights import load_trained
 
 Write = Callable[[str], Path]
 

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from conftest import damaged_scans, run
-from dan_dist.shardset import MANIFEST, Sample, ShardSet, open_shardset, sha256_of, write_shard
+from shards.format import MANIFEST, Sample, ShardSet, open_shardset, write_shard
+from shards.files import sha256_of
 from shards import show
 from shards.verify import verify
 

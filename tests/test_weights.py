@@ -11,12 +11,17 @@ from torch import Tensor
 
 from conftest import DAN as OPTIONS
 from conftest import single, train
-from dan_dist import checkpoint, evaluation
-from dan_dist.data import evaluation_stream
-from dan_dist.model import DAN
-from dan_dist.shardset import ShardSet
-from dan_dist.weights import class_order, columns_of, load_backbone, load_trained, load_weights
-from shards import affectnet, rafdb, sfew
+from dan_dist.run import checkpoint
+from dan_dist.evaluation import evaluate as evaluation
+from dan_dist.data.loader import evaluation_loader
+from dan_dist.model.dan import DAN
+from shards.format import ShardSet
+from dan_dist.model.authors import class_order, columns_of
+from dan_dist.model.backbone import load_backbone
+from dan_dist.model.weights import load_trained, load_weights
+from shards.releases import affectnet
+from shards.releases import rafdb
+from shards.releases import sfew
 
 Write = Callable[[str], Path]
 State = dict[str, Tensor]
@@ -131,12 +136,12 @@ class Reference:
 
 def batches(faces: ShardSet, split: str) -> Tensor:
     """Faces as the network gets them, (n, 3, 32, 32) in double precision."""
-    stream, steps = evaluation_stream(
+    loader, steps = evaluation_loader(
         faces.split(split), rank=0, world_size=1, image_size=32, shard_image_size=32,
         device=torch.device("cpu"), threads=1,
     )  # fmt: skip
-    found = [next(stream) for _ in range(steps)]
-    stream.close()
+    found = [next(loader) for _ in range(steps)]
+    loader.close()
     return torch.cat([b.images[b.ids >= 0] for b in found]).double()
 
 

@@ -21,13 +21,12 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from benchmarks.measure import Measure, Table, consume, in_turn, ratio, show
-from dan_dist.augment import ERASE_RATIO
+from dan_dist.build import open_train_loader
 from dan_dist.config import Augmentation, Config
-from dan_dist.data import Reader
-from dan_dist.model import MEAN, STD
-from dan_dist.parts import open_train_stream
-from dan_dist.shardset import ShardSet, Split
-from dan_dist.world import World
+from dan_dist.data.augment import ERASE_RATIO, MEAN, STD
+from dan_dist.data.reader import Reader
+from dan_dist.distributed.world import World
+from shards.format import ShardSet, Split
 
 RECORDED_STEPS = 8  # that the ceiling is fed with, over and over
 SHUFFLE = 1000  # images in webdataset's and DALI's buffers
@@ -45,11 +44,11 @@ def run(
     faces = _extract(split, folder / "faces")
     tars = [split.path(number) for number in range(len(split.shards))]
     size, batch, augment = config.model.image_size, config.train.global_batch, config.data.augment
-    stream = open_train_stream(config, world, shards, split, start=0)
+    loader = open_train_loader(config, world, split, start=0)
     transform = _transform(augment, size)
     move = partial(_moved, device=world.device)
     contenders: dict[str, tuple[Iterator[Tensor], list[Path]]] = {
-        OURS: ((next(stream).images for _ in count()), tars),
+        OURS: ((next(loader).images for _ in count()), tars),
         CEILING: (_from_memory(config, world, shards), []),
         AUTHORS: (move(_authors(faces, transform, batch, world.cores)), [*faces.glob("*/*")]),
         "webdataset, PIL": (move(_webdataset(tars, transform, batch, world.cores)), tars),
@@ -69,7 +68,7 @@ def run(
         if state == "warm":
             print(f"share of the ceiling: {100 * ratio(table, OURS, CEILING, 'images/s'):.1f} %")
         tables[state] = table
-    stream.close()
+    loader.close()
     return tables
 
 
@@ -103,10 +102,10 @@ def _moved(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
 
 def _from_memory(config: Config, world: World, shards: ShardSet) -> Iterator[Tensor]:
     """Our graph without reading, checking and ordering: the inputs of a few steps, over again."""
-    stream = open_train_stream(config, world, shards, shards.split("train"), start=0)
-    recorded = [stream.feed(step) for step in range(RECORDED_STEPS)]
-    pipeline = stream.pipeline(lambda step: recorded[step % RECORDED_STEPS])
-    stream.close()
+    loader = open_train_loader(config, world, shards.split("train"), start=0)
+    recorded = [loader.feed(step) for step in range(RECORDED_STEPS)]
+    pipeline = loader.pipeline(lambda step: recorded[step % RECORDED_STEPS])
+    loader.close()
     return _outputs(pipeline)
 
 

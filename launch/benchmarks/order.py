@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import Measure, Table, in_turn, show
-from dan_dist.data import TrainOrder
-from dan_dist.sampler import epoch_order, group_samples
-from dan_dist.shardset import INDEX_DTYPE, Shard, open_shardset, write_manifest
-from shards.affectnet import TRAIN
+from dan_dist.data.order import TrainOrder
+from dan_dist.data.sampler import epoch_order, group_samples
+from shards.format import INDEX_DTYPE, Shard, open_shardset, write_manifest
+from shards.releases.affectnet import TRAIN
 
 BATCH = 256
 SIZES = (290_000, 10_000_000)  # images: AffectNet's, and the largest set in the field, whose …

@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Measure, in_turn, middle, show, wait_for
+from dan_dist.build import build_engine, build_objective
 from dan_dist.config import Config
-from dan_dist.data import Batch
-from dan_dist.engine import Votes, resolve_precision
-from dan_dist.parts import build_engine, build_objective
-from dan_dist.shardset import ShardSet
-from dan_dist.world import World
+from dan_dist.data.loader import Batch
+from dan_dist.distributed.world import World
+from dan_dist.engine.ddp import StepFlags, resolve_precision
+from shards.format import ShardSet
 
 PLAIN, TRAINED = "plain: float32, contiguous", "as trained"
 
@@ -85,8 +85,8 @@ def _engine_step(
 ) -> Callable[[], Tensor]:
     """What training does with a batch."""
     engine = build_engine(config, world, build_objective(config, shards.class_names, is_new=True))
-    votes = Votes(stop=False, save=False, replaced=0)
-    return lambda: engine.train_step(batch, lr=config.optim.lr, votes=votes).losses
+    flags = StepFlags(stop=False, save=False, replaced=0)
+    return lambda: engine.train_step(batch, lr=config.optim.lr, flags=flags).losses
 
 
 def _measure(

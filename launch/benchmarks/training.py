@@ -1,7 +1,7 @@
 """Training end to end, beside the loader alone and the step alone."""
 
 from collections.abc import Callable
-from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -12,14 +12,17 @@ import torch.distributed as dist
 
 from benchmarks.measure import Measure, in_turn, middle, show, wait_for
 from benchmarks.step import resident_batch
+from dan_dist.build import build_engine, build_objective, open_train_loader
 from dan_dist.config import Config
-from dan_dist.data import Batch, Stream
-from dan_dist.engine import Votes, resolve_precision
-from dan_dist.parts import build_engine, build_objective, open_train_stream
-from dan_dist.progress import Progress
-from dan_dist.shardset import ShardSet
-from dan_dist.tracking import NullTracker
-from dan_dist.world import World
+from dan_dist.data.loader import Batch, Loader
+from dan_dist.distributed.world import World
+from dan_dist.engine.ddp import StepFlags, resolve_precision
+from dan_dist.monitor import Monitor
+from dan_dist.run.plan import make_plan
+from dan_dist.run.signals import StopRequest
+from dan_dist.run.state import TrainState
+from dan_dist.tracking.tracker import NullTracker
+from shards.format import ShardSet
 
 AFFECTNET8_IMAGES = 40 * 287_651  # of the paper's 40 epochs
 
@@ -33,27 +36,26 @@ def run(
     """
     engine = build_engine(config, world, build_objective(config, shards.class_names, is_new=True))
     resident = resident_batch(config, world, len(shards.class_names))
-    votes = Votes(stop=False, save=False, replaced=0)
-    with closing(
-        open_train_stream(config, world, shards, shards.split("train"), start=0)
-    ) as stream:
-        progress = _progress(config, stream)
+    flags = StepFlags(stop=False, save=False, replaced=0)
+    with (
+        open_train_loader(config, world, shards.split("train"), start=0) as loader,
+        _monitor(config, world, loader) as monitor,
+    ):
 
         def train(batch: Batch, done: int) -> None:
             """What the training loop does with a batch."""
-            result = engine.train_step(batch, lr=config.optim.lr, votes=votes)
-            progress.step(done, batch, result, config.optim.lr)
+            result = engine.train_step(batch, lr=config.optim.lr, flags=flags)
+            monitor.step(done, batch, result)
 
         measure = partial(_measure, config, world, steps)
         table = in_turn(
             {
-                "loader": lambda: measure(lambda done: next(stream)),
+                "loader": lambda: measure(lambda done: next(loader)),
                 "step": lambda: measure(lambda done: train(resident, done)),
-                "end to end": lambda: measure(lambda done: train(next(stream), done), stream),
+                "end to end": lambda: measure(lambda done: train(next(loader), done), loader),
             },
             repeats + 1, "train",
         )  # fmt: skip
-        progress.close()
     table = {name: rows[1:] for name, rows in table.items()}  # the first round warms up
     rows = zip(table["loader"], table["step"], table["end to end"], strict=True)
     shares = sorted(e["images/s"] / min(a["images/s"], b["images/s"]) for a, b, e in rows)
@@ -77,16 +79,16 @@ def _measure(
     world: World,
     steps: int,
     work: Callable[[int], object],
-    stream: Stream | None = None,
+    loader: Loader | None = None,
 ) -> Measure:
     """Images/s over all ranks of `steps` calls of work(step), which they start and end together."""
     _meet(world)
-    began_s, waited_s = perf_counter(), stream.wait_s if stream else 0.0
+    began_s, waited_s = perf_counter(), loader.wait_s if loader else 0.0
     for done in range(1, steps + 1):
         work(done)
     _meet(world)
     seconds = perf_counter() - began_s
-    waited_s = stream.wait_s - waited_s if stream else 0.0
+    waited_s = loader.wait_s - waited_s if loader else 0.0
     return {
         "images/s": steps * config.train.global_batch / seconds,
         "waiting, %": 100 * waited_s / seconds,
@@ -99,13 +101,11 @@ def _meet(world: World) -> None:
         dist.barrier()
 
 
-def _progress(config: Config, stream: Stream) -> Progress:
-    """What follows a training, its log lines included, but speaks to nobody."""
-    return Progress(
-        NullTracker(), stream, visible=False, start=0, total=1, epochs=1, steps_per_epoch=1,
-        global_batch=config.train.global_batch, log_every=config.train.log_every, replaced=0,
-        replaced_since=None, figures=[], max_skipped=0,
-    )  # fmt: skip
+def _monitor(config: Config, world: World, loader: Loader) -> Monitor:
+    """Follows the steps as in a training, log lines included; like any rank but 0 it is silent."""
+    plan = make_plan(config, images=len(loader.reader.split), start=0)
+    silent = replace(world, rank=world.size)
+    return Monitor(config.train, silent, plan, TrainState(), NullTracker(), loader, StopRequest())
 
 
 def _peak_bytes(world: World) -> int:

@@ -1,0 +1,12 @@
+"""The programs by name: python -m dan_dist {train,evaluate,predict,explain,export,ablate} …"""
+
+import sys
+
+from dan_dist import programs
+
+PROGRAMS = ("train", "evaluate", "predict", "explain", "export", "ablate")
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in PROGRAMS:
+        sys.exit(f"usage: python -m dan_dist {{{','.join(PROGRAMS)}}} …")
+    getattr(programs, sys.argv.pop(1))()

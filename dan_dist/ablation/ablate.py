@@ -1,0 +1,57 @@
+"""The story of an ablation: a grid, the training of what is missing of it, the comparison."""
+
+from pathlib import Path
+
+import torch
+
+from dan_dist.ablation import comparison, grid
+from dan_dist.ablation.runs import read, train_missing
+from dan_dist.config import load_config
+from dan_dist.options import AblateOptions
+from dan_dist.run.cli import FAILED
+from dan_dist.run.signals import PREEMPTED, StopRequest
+from dan_dist.tracking.store import store
+from shards.files import locked
+
+
+def main(options: AblateOptions, stop: StopRequest) -> int:
+    """Trains and compares; returns the exit code.
+
+    Raises:
+        ValueError, OSError: bad input, in one line.
+    """
+    name, axes, overrides = grid.parse(options.words)
+    folder = options.output or Path("runs") / name
+    runs = grid.children(options.config, axes, overrides, options.seeds, folder, name)
+    if options.child is not None:
+        if not 0 <= options.child < len(runs):
+            raise ValueError(f"--child is {options.child}, the grid has runs 0 to {len(runs) - 1}")
+        print("\n".join(runs[options.child].overrides))
+        return 0
+    if not (options.list or options.summary):
+        with locked(folder / "training.lock", f"another process works on {folder} (training)"):
+            ranks = options.nproc or max(1, torch.cuda.device_count())
+            train_missing(options.config, runs, folder, ranks, stop)
+            stop.wait_for_step = False
+    configs = [load_config(options.config, run.overrides) for run in runs]
+    results = [read(run, c) for run, c in zip(runs, configs, strict=True)]
+    if options.list:
+        for number, r in enumerate(results):
+            print(f"{number:4} {r.child.name:40} {r.status}{': ' + r.reason if r.reason else ''}")
+        return 0
+    if stop.signal:
+        print(f"{stop.signal}: stopped; the same command goes on")
+        if not any(r.status == "finished" for r in results):
+            return PREEMPTED
+    parent = grid.ablation_id(folder, name)
+    taken = f"another process works on {folder} (comparison)"
+    with locked(folder / "comparison.lock", taken, wait=True):  # the last of several sees all
+        results = [read(run, c) for run, c in zip(runs, configs, strict=True)]
+        page = comparison.summarise(name, parent, configs[0].tracking.experiment, results, folder)
+    print(f"tables and figures: {folder / comparison.FOLDER}")
+    if not (uri := store()[0]).startswith("http"):
+        print(f"mlflow ui --backend-store-uri {uri}")
+    print(f"compare in MLflow: {page}")
+    if stop.signal:
+        return PREEMPTED
+    return 0 if all(r.status == "finished" for r in results) else FAILED

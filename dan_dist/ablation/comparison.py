@@ -1,0 +1,250 @@
+"""How the runs of an ablation compare: tables, a paired test, figures, and MLflow's own pages."""
+
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from statsmodels.stats.contingency_tables import mcnemar
+
+from dan_dist.ablation.figures import accuracy_figure, curves_figure
+from dan_dist.ablation.runs import Result
+from dan_dist.tracking.figures import save
+from dan_dist.tracking.journal import read_sent
+from dan_dist.tracking.store import store
+from dan_dist.tracking.tracker import publish
+
+FOLDER = "comparison"  # of tables and figures, in the ablation's
+LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` serves a store that is a file
+
+Row = dict[str, Any]
+
+
+def table(results: Sequence[Result]) -> list[Row]:
+    """A row for each setting, in the grid's order: means and deviations over its finished runs.
+
+    Accuracies and the like are in per cent; a deviation is the sample's, 0 for a single run.
+    """
+    rows = []
+    for setting in dict.fromkeys(r.child.setting for r in results):
+        own = [r for r in results if r.child.setting == setting]
+        done = [r for r in own if r.status == "finished"]
+        row: Row = {**own[0].child.values, "runs": len(own), "finished": len(done)}
+        if done:
+            row |= _spread("last_accuracy", [100 * r.last["accuracy"] for r in done])
+            row |= _spread("best_accuracy", [100 * r.best["accuracy"] for r in done])
+            row["best_epoch"] = statistics.mean(r.best["epoch"] for r in done)
+            for name in _others(done):
+                row |= _spread(name, [100 * r.last[name] for r in done])
+            row["parameters"] = int(done[0].curves["model/parameters"][0][1])
+            row["gflops"] = done[0].curves["model/gflops"][0][1]
+            rates = [v for r in done for _, v in r.curves.get("train/images_per_s", [])]
+            row["images_per_s"] = statistics.median(rates) if rates else None
+            row["minutes"] = statistics.mean(r.minutes for r in done)
+        rows.append(row)
+    return rows
+
+
+def _others(done: Sequence[Result]) -> list[str]:
+    """What is told of a network beside its accuracy, for all classes together."""
+    return [name for name in done[0].last if "/" not in name and name != "accuracy"]
+
+
+def _spread(name: str, values: Sequence[float]) -> Row:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {name: statistics.mean(values), f"{name}_deviation": deviation}
+
+
+class Pair(NamedTuple):
+    """Two settings' last predictions on the same images, with the same seed."""
+
+    first: str
+    second: str
+    seed: int
+    difference: float  # accuracy of the first minus the second, in points
+    only_first: int  # images that it alone has right
+    only_second: int
+    p: float  # McNemar's exact test: as unequal or more by chance
+
+
+def pairs(results: Sequence[Result]) -> list[Pair]:
+    """Every two settings, for each seed that both have finished.
+
+    Pairs of images share persons and images: McNemar's test, which wants independent ones, is not
+    for them.
+
+    Raises:
+        ValueError: they were evaluated on other images.
+    """
+    found = []
+    for a, b in combinations(results, 2):
+        if a.child.seed != b.child.seed or a.right is None or b.right is None:
+            continue
+        if a.fingerprint != b.fingerprint:
+            raise ValueError(f"{a.child.name} and {b.child.name} were trained on other data")
+        only_first, only_second = int((a.right & ~b.right).sum()), int((b.right & ~a.right).sum())
+        p = mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue
+        difference = 100 * (only_first - only_second) / len(a.right)
+        found.append(Pair(
+            a.child.setting, b.child.setting, a.child.seed, difference, only_first, only_second,
+            float(min(p, 1.0)),
+        ))  # fmt: skip
+    return found
+
+
+def markdown(name: str, results: Sequence[Result], rows: Sequence[Row], found: Sequence[Pair],
+             judged: str) -> str:  # fmt: skip
+    """The comparison as people read it."""
+    axes = list(results[0].child.values)
+    others = _others([r for r in results if r.status == "finished"])
+    head = [*axes, "runs", "accuracy, last epoch", "accuracy, best epoch",
+            *(f"{name.replace('_', ' ')}, last" for name in others),
+            "parameters", "GFLOPs", "img/s", "minutes"]  # fmt: skip
+    lines = [f"# Ablation: {name}", "", _line(head), _line(["---"] * len(head))]
+    for row in rows:
+        cells = [row[axis] for axis in axes]
+        cells.append(f"{row['finished']} of {row['runs']}")
+        if row["finished"]:
+            cells += [
+                _mean(row, "last_accuracy"),
+                f"{_mean(row, 'best_accuracy')} (epoch {row['best_epoch']:.3g})",
+                *(_mean(row, other) for other in others),
+                f"{row['parameters']:,}", f"{row['gflops']:.2f}",
+                f"{row['images_per_s']:.0f}" if row["images_per_s"] else "–",
+                f"{row['minutes']:.1f}",
+            ]  # fmt: skip
+        lines.append(_line([*cells, *["–"] * (len(head) - len(cells))]))
+    seeds = {r.child.seed for r in results}
+    lines += [
+        "",
+        f"Per cent of {judged}"
+        + (
+            f", mean ± deviation over {len(seeds)} seeds."
+            if len(seeds) > 1
+            else "; one seed: a difference may be chance."
+        )
+        + " GFLOPs: one image's forward pass, 2 a multiply-add.",
+    ]
+    missing = [r for r in results if r.status != "finished"]
+    if missing:
+        lines += ["", "Not finished:", ""]
+        lines += [f"- {r.child.name}: {r.status}{': ' + r.reason if r.reason else ''}"
+                  for r in missing]  # fmt: skip
+    if found:
+        lines += ["", *_paired_lines(rows, axes, found)]
+    return "\n".join(lines) + "\n"
+
+
+def _paired_lines(rows: Sequence[Row], axes: list[str], found: Sequence[Pair]) -> list[str]:
+    """Each setting beside the best one, whose rows a reader looks at first."""
+    ranked = [row for row in rows if row["finished"]]
+    best = max(ranked, key=lambda row: row["last_accuracy"])
+    champion = ", ".join(f"{axis} {best[axis]}" for axis in axes)
+    lines = [
+        f"## Against {champion}, image by image", "",
+        _line(["setting", "points more than it", "it alone is right", "setting alone is right",
+               "p of each seed"]),
+        _line(["---"] * 5),
+    ]  # fmt: skip
+    for setting in dict.fromkeys(s for pair in found for s in pair[:2]):
+        own = [p for p in found if {p.first, p.second} == {setting, champion}]
+        if setting == champion or not own:
+            continue
+        turned = [p if p.first == champion else _turn(p) for p in own]
+        lines.append(_line([
+            setting, f"{statistics.mean(-p.difference for p in turned):+.2f}",
+            *(", ".join(str(getattr(p, key)) for p in turned)
+              for key in ("only_first", "only_second")),
+            ", ".join(f"{p.p:.2g}" for p in turned),
+        ]))  # fmt: skip
+    return [*lines, "", "McNemar's exact test on the last epoch's predictions; p is not corrected "
+            "for the number of comparisons."]  # fmt: skip
+
+
+def _turn(pair: Pair) -> Pair:
+    return Pair(pair.second, pair.first, pair.seed, -pair.difference, pair.only_second,
+                pair.only_first, pair.p)  # fmt: skip
+
+
+def _mean(row: Row, name: str) -> str:
+    deviation = f" ± {row[f'{name}_deviation']:.2f}" if row["finished"] > 1 else ""
+    return f"{row[name]:.2f}{deviation}"
+
+
+def _line(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows with a header; a cell that a row lacks is empty."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, keys)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def compare(name: str, results: Sequence[Result], folder: Path) -> str:
+    """Writes tables and figures of the finished children into `folder`; returns the Markdown.
+
+    Raises:
+        ValueError: no child has finished, or they were evaluated on other images.
+    """
+    done = [r for r in results if r.status == "finished"]
+    if not done:
+        states = ", ".join(f"{r.child.name} {r.status}" for r in results)
+        raise ValueError(f"no run has finished, there is nothing to compare: {states}")
+    rows, found = table(results), pairs([r for r in done if r.judged != "pairs"])
+    judged = f"{0 if done[0].right is None else len(done[0].right)} {done[0].judged}"
+    text = markdown(name, results, rows, found, judged)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.md").write_text(text)
+    write_csv(folder / "comparison.csv", rows)
+    write_csv(folder / "pairs.csv", [pair._asdict() for pair in found])
+    runs = [{**r.child._asdict(), "status": r.status, "reason": r.reason, "run_id": r.run_id,
+             "last": r.last, "best": r.best, "minutes": r.minutes} for r in results]  # fmt: skip
+    content = {"settings": rows, "runs": runs, "pairs": [pair._asdict() for pair in found]}
+    (folder / "comparison.json").write_text(json.dumps(content, indent=1) + "\n")
+    axes = list(results[0].child.values)
+    save(accuracy_figure(rows, axes, name, judged), folder / "accuracy.png")
+    save(curves_figure([(r.child.setting, r.curves) for r in done], name), folder / "curves.png")
+    return text
+
+
+def summarise(
+    name: str, parent: str, experiment: str, results: Sequence[Result], folder: Path
+) -> str:
+    """Compares what there is, on disk and in MLflow; returns the address of MLflow's own page.
+
+    Raises:
+        ValueError: nothing to compare. OSError: MLflow cannot be reached; the files are there.
+    """
+    ended = [folder / r.child.name for r in results if r.status != "missing"]
+    states = {r.status for r in results}
+    status = "RUNNING" if "missing" in states else "FINISHED"
+    text = compare(name, results, folder / FOLDER)
+    print(text)
+    number = publish(
+        folder / FOLDER,
+        experiment=experiment,
+        parent=parent,
+        note=text,
+        status="FAILED" if "failed" in states else status,
+        journals=ended,
+    )
+    runs = [run_id for child in ended if (run_id := read_sent(child)[1])]
+    return address(runs, number)
+
+
+def address(run_ids: Sequence[str], experiment: str) -> str:
+    """The page on which MLflow compares runs; where no server is named, of one started here."""
+    uri, _ = store()
+    server = uri.rstrip("/") if uri.startswith("http") else LOCAL
+    runs, experiments = (
+        quote(json.dumps(v, separators=(",", ":"))) for v in (list(run_ids), [experiment])
+    )
+    return f"{server}/#/compare-runs?runs={runs}&experiments={experiments}"

@@ -1,0 +1,145 @@
+"""The grid of an ablation: its axes, and a training run for each of its points and seeds.
+
+A run of the grid has a folder of its own in the ablation's, and a run of its own in MLflow under the
+ablation's.
+"""
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from itertools import combinations, product
+from pathlib import Path
+from typing import NamedTuple
+
+from dan_dist.config import load_config
+from shards.files import write_atomically
+
+IDENTITY = "ablation.json"
+
+# The paper's own: figure 5, table 1, table 2. An axis is a name, and the overrides of each point.
+PRESETS: dict[str, dict[str, list[str]]] = {
+    "heads": {"0": ["model.heads=0", "loss.fcn=none", "loss.afn=none"]}
+    | {str(k): [f"model.heads={k}"] for k in range(1, 9)},
+    "fcn-loss": {name: [f"loss.fcn={name}"] for name in ("none", "center", "affinity")},
+    "afn-loss": {
+        name: [f"loss.afn={name}"] for name in ("none", "partition", "partition_batch")
+    },
+}  # fmt: skip
+
+
+class Axis(NamedTuple):
+    """What is varied."""
+
+    name: str
+    points: dict[str, list[str]]  # value → overrides
+
+
+class AblationRun(NamedTuple):
+    """One run of the grid."""
+
+    name: str  # of its folder and of its MLflow run
+    values: dict[str, str]  # axis → value
+    seed: int
+    overrides: list[str]  # of the configuration, its folder and its place in MLflow among them
+
+    @property
+    def setting(self) -> str:
+        """The values alone: runs that differ by their seed share it."""
+        return ", ".join(f"{axis} {value}" for axis, value in self.values.items()) or "as it stands"
+
+
+def parse(words: Sequence[str]) -> tuple[str, list[Axis], list[str]]:
+    """Name, axes and further overrides of a command line: `heads`, `loss.fcn=none,center`, `k=v`.
+
+    Raises:
+        ValueError: an unknown word, nothing varied, a key set by two axes, a value given twice.
+    """
+    axes: list[Axis] = []
+    overrides: list[str] = []
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            if key not in PRESETS:
+                raise ValueError(
+                    f"'{word}': expected {', '.join(PRESETS)}, or section.key=value,value …"
+                )
+            axes.append(Axis(key, PRESETS[key]))
+        elif "," in text and not text.startswith(("[", "{", "'", '"')):
+            values = [value.strip() for value in text.split(",")]
+            if "" in values or len(set(values)) < len(values):
+                raise ValueError(f"'{word}': a value is empty or stands there twice")
+            axes.append(Axis(key, {value: [f"{key}={value}"] for value in values}))
+        else:
+            overrides.append(word)
+    if not axes:
+        raise ValueError(
+            f"nothing is varied: name {', '.join(PRESETS)}, or section.key=value,value"
+        )
+    keys = [{o.partition("=")[0] for point in a.points.values() for o in point} for a in axes]
+    for (a, own), (b, other) in combinations(zip(axes, keys, strict=True), 2):
+        if both := own & other:
+            raise ValueError(f"'{a.name}' and '{b.name}' both set {', '.join(sorted(both))}")
+    short = [axis.name.rsplit(".", 1)[-1] for axis in axes]
+    if len(set(short)) == len(axes):
+        axes = [Axis(name, axis.points) for name, axis in zip(short, axes, strict=True)]
+    return "-".join(axis.name for axis in axes), axes, overrides
+
+
+def children(
+    config: str, axes: Sequence[Axis], overrides: Sequence[str], seeds: int, folder: Path, name: str
+) -> list[AblationRun]:
+    """All runs of the grid, the first seed's before the second's.
+
+    Raises:
+        ValueError: a configuration that cannot be; names the key.
+    """
+    first = load_config(config, overrides)
+    if not first.tracking.enabled:
+        raise ValueError("tracking.enabled=false: an ablation is compared in MLflow")
+    parent = ablation_id(folder, name)
+    found = []
+    for seed in range(first.train.seed, first.train.seed + seeds):
+        for point in product(*(axis.points for axis in axes)):
+            values = dict(zip((axis.name for axis in axes), point, strict=True))
+            chosen = [
+                o for axis, value in zip(axes, point, strict=True) for o in axis.points[value]
+            ]
+            words = [word for pair in values.items() for word in pair]
+            own = re.sub(r"[^\w.-]", "_", "-".join([*words, "seed", str(seed)]))
+            child = AblationRun(own, values, seed, [
+                *overrides, *chosen, f"train.seed={seed}", f"train.output={folder / own}",
+                f"tracking.run_name={own}", f"tracking.parent={parent}",
+                f"tracking.tags.ablation={name}",
+            ])  # fmt: skip
+            child.overrides.append(f"tracking.tags.setting={json.dumps(child.setting)}")
+            load_config(config, child.overrides)
+            found.append(child)
+    return found
+
+
+def ablation_id(folder: Path, name: str) -> str:
+    """What tells this ablation from others of its name: written once into its folder, then kept.
+
+    Raises:
+        ValueError: the folder is another ablation's. OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / IDENTITY
+    draft = folder / f"{IDENTITY}.{uuid.uuid4().hex}"
+    write_atomically(draft, json.dumps({"name": name, "id": uuid.uuid4().hex[:8]}) + "\n")
+    try:
+        os.link(draft, path)  # fails where another was first
+    except FileExistsError:
+        pass
+    finally:
+        draft.unlink()
+    try:
+        found = json.loads(path.read_text())
+        own_name, number = found["name"], found["id"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the identity of an ablation ({error})") from error
+    if own_name != name:
+        raise ValueError(f"{folder} holds the ablation '{own_name}'; give another --output")
+    return f"{name}-{number}"

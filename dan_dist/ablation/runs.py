@@ -1,0 +1,155 @@
+"""The runs of an ablation: their training under torchrun, and what became of each."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dan_dist.ablation.grid import AblationRun
+from dan_dist.config import Config, flatten, load_config, resolve
+from dan_dist.run.folder import check_continues, newest_checkpoint
+from dan_dist.run.outcome import OUTCOME, write_outcome
+from dan_dist.run.signals import StopRequest, end_with_parent
+from dan_dist.tracking.journal import read_records, read_sent
+from dan_dist.tracking.tracker import record_failure
+
+log = logging.getLogger(__name__)
+
+CODE = Path(__file__).resolve().parent.parent.parent  # where dan_dist and shards lie
+STOP_POLL_S = 0.2
+LENGTH_KEYS = ("train.epochs", "train.max_steps")  # a run of another length is not this child
+
+
+class Result(NamedTuple):
+    """What became of a child; the figures are empty unless it has finished."""
+
+    child: AblationRun
+    status: str  # finished, preempted, failed, or missing: never started, or killed
+    reason: str
+    run_id: str | None
+    last: dict[str, float]  # the last evaluation's metrics
+    best: dict[str, float]  # the best one's, and its epoch
+    right: NDArray[np.bool_] | None  # (what was judged,): which the last evaluation had right
+    fingerprint: str  # of the data
+    curves: dict[str, list[tuple[int, float]]]  # metric → (step, value), in order
+    minutes: float  # of training, all its attempts together
+    judged: str  # "validation images", or "pairs" of them
+
+
+def read(child: AblationRun, config: Config) -> Result:
+    """What became of a child; one that finished with another length counts as missing.
+
+    Raises:
+        ValueError: its folder holds a run of another configuration.
+    """
+    folder = Path(config.train.output)
+    outcome = folder / OUTCOME
+    found = json.loads(outcome.read_text()) if outcome.is_file() else {}
+    status, reason = found.get("status", "missing"), found.get("reason", "")
+    judged = "pairs" if config.task == "identity" else "validation images"
+    empty = Result(child, status, reason, read_sent(folder)[1], {}, {}, None, "", {}, 0.0, judged)
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        return empty if status != "finished" else empty._replace(status="missing")
+    path, content = newest
+    saved, wanted = resolve(content["config"]), flatten(config.model_dump())
+    check_continues(path, saved, wanted, same_data=True)
+    if status != "finished":
+        return empty
+    if content["step"] != found["step"] or any(saved[k] != wanted[k] for k in LENGTH_KEYS):
+        return empty._replace(status="missing", reason="")
+    records, right = read_records(folder), content.get("right")
+    return empty._replace(
+        last=content["metrics"],
+        best=content["best"],
+        right=None if right is None else right.numpy(),
+        fingerprint=content["fingerprint"],
+        curves=_curves(records),
+        minutes=_minutes(records),
+    )
+
+
+def train_missing(
+    config: str, grid: Sequence[AblationRun], folder: Path, ranks: int, stop: StopRequest
+) -> None:
+    """Trains the children that have not finished, one after another, each under torchrun.
+
+    One that fails does not keep the others from being trained. A stop signal is passed on to the
+    one that is under way, which writes a checkpoint, and ends this.
+
+    Raises:
+        ValueError: a child's folder holds a run of another configuration; nothing was started.
+    """
+    results = [read(child, load_config(config, child.overrides)) for child in grid]
+    stop.wait_for_step = True
+    for number, result in enumerate(results, 1):
+        name = f"{number} of {len(grid)}: {result.child.name}"
+        if result.status == "finished":
+            log.info("%s has finished", name)
+            continue
+        log.info("%s", name)
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            f"--nproc-per-node={ranks}", "-m", "dan_dist", "train", config,
+            *result.child.overrides,
+        ]  # fmt: skip
+        code = _run(command, stop)
+        if stop.signal:
+            return
+        if code:
+            log.warning("%s failed", result.child.name)
+            record_end(folder / result.child.name, code)
+
+
+def _run(command: Sequence[str], stop: StopRequest) -> int:
+    """Runs a training, to which a stop signal is passed on; returns its exit code."""
+    path = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
+    # In a session of its own, so that Ctrl-C comes from here alone; killed along with this.
+    process = subprocess.Popen(
+        command, start_new_session=True, preexec_fn=end_with_parent,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    asked = False
+    while True:
+        if stop.signal and not asked:
+            process.terminate()
+            asked = True
+        try:
+            return process.wait(STOP_POLL_S)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def record_end(folder: Path, code: int) -> None:
+    """Writes for a run that was killed what it could not write itself."""
+    if not (folder / OUTCOME).is_file():
+        reason = f"it ended with exit code {code}, and said nothing"
+        write_outcome(folder, "failed", step=None, reason=reason)
+        record_failure(folder)
+
+
+def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        if record["kind"] == "metrics":
+            for key, value in record["values"].items():
+                curves.setdefault(key, []).append((record["step"], value))
+    return curves
+
+
+def _minutes(records: Sequence[Mapping[str, Any]]) -> float:
+    """From each start to the last sign of that attempt, all attempts together."""
+    attempts: list[list[int]] = []
+    for record in records:
+        if record["kind"] == "status" and record["status"] == "RUNNING":
+            attempts.append([])
+        if attempts and "time_ms" in record:
+            attempts[-1].append(record["time_ms"])
+    return sum(times[-1] - times[0] for times in attempts) / 60_000

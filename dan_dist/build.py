@@ -1,0 +1,247 @@
+"""The parts of a training, made from its configuration: data, engine, loaders, tracker, writer."""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dan_dist.config import Augmentation, Config, flatten
+from dan_dist.data.augment import Augment
+from dan_dist.data.cache import is_remote, localise
+from dan_dist.data.loader import Loader, evaluation_loader
+from dan_dist.data.order import TrainOrder
+from dan_dist.data.reader import Reader
+from dan_dist.data.sampler import rank_columns
+from dan_dist.distributed.world import World
+from dan_dist.engine.ddp import Engine, StepOptions, check_split, resolve_precision
+from dan_dist.evaluation.task import Task, expressions, identities
+from dan_dist.model.backbone import load_backbone
+from dan_dist.model.classes import join_names
+from dan_dist.model.dan import DAN, cost
+from dan_dist.model.losses import Margin, Objective
+from dan_dist.model.weights import load_weights
+from dan_dist.run.folder import CheckpointWriter, check_writable, damaged_since
+from dan_dist.run.state import TrainState
+from dan_dist.tracking.tracker import MlflowTracker, NullTracker, RunRecord
+from shards import demo
+from shards.format import ShardSet, Split, open_shardset
+from shards.releases import synthetic
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images that a run trains on, and the task that they are for."""
+
+    shards: ShardSet
+    train: Split
+    task: Task
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The network's classes, in label order."""
+        return self.shards.class_names[: self.task.classes]
+
+    def describe(self, config: Config) -> dict[str, Any]:
+        """What a checkpoint holds of its origin, as plain values."""
+        return {
+            "config": config.model_dump(),
+            "class_names": list(self.class_names),
+            "fingerprint": self.shards.fingerprint,
+        }
+
+
+def open_data(config: Config, world: World) -> TrainingData:
+    """The data of a run: drawn first where it is the demo's, copied where there is a cache.
+
+    Raises:
+        OSError, ValueError: whatever would stop or spoil the training later.
+    """
+    world.run_once(lambda: make_synthetic(config))
+    folder = world.run_once(lambda: localise(config.data.shards, config.data.cache), per_node=True)
+    return world.run_on_all(lambda: check_data(config, world, folder))
+
+
+def make_synthetic(config: Config) -> None:
+    """Packs the drawn faces of the configuration where they are not yet."""
+    faces = config.data.synthetic
+    if faces is None:
+        return
+    if is_remote(config.data.shards):
+        raise ValueError(f"data.synthetic: faces cannot be packed into {config.data.shards}")
+    if faces.by == "identity":
+        wanted = synthetic.identity_release(
+            faces.train, faces.val, identities=faces.identities, held_out=faces.held_out,
+            size=faces.size, seed=faces.seed,
+        )  # fmt: skip
+    else:
+        wanted = synthetic.release(faces.train, faces.val, size=faces.size, seed=faces.seed)
+    demo.ensure(config.data.shards, wanted, size=faces.size)
+
+
+def check_data(config: Config, world: World, folder: str) -> TrainingData:
+    """The shards in `folder` and the task, checked against the configuration and the ranks.
+
+    Raises:
+        FileNotFoundError, ValueError: classes, splits or the global batch do not fit, or
+            `train.output` cannot be written.
+    """
+    shards = open_shardset(folder)
+    expected = config.data.classes
+    if expected is not None and tuple(expected) != shards.class_names:
+        raise ValueError(
+            f"data.classes has {len(expected)} classes ({join_names(expected)}), {shards.root} has "
+            f"{len(shards.class_names)} ({join_names(shards.class_names)})"
+        )
+    if len(shards.class_names) < 2:
+        raise ValueError(f"{shards.root}: {len(shards.class_names)} class, at least 2 are needed")
+    train, data = shards.split("train"), config.data
+    global_batch = config.train.global_batch
+    if len(train) < global_batch:
+        raise ValueError(
+            f"{shards.root}: {len(train)} training images, fewer than train.global_batch "
+            f"({global_batch})"
+        )
+    if config.task == "identity":
+        task = identities(
+            shards, train, data.val_split, pairs=data.pairs, pairs_file=data.pairs_file
+        )
+    else:
+        task = expressions(shards, train, data.val_split)
+    check_split(global_batch, config.train.micro_batch, world.size, config.model.sync_bn)
+    check_writable(Path(config.train.output))
+    return TrainingData(shards, train, task)
+
+
+def build_objective(config: Config, class_names: tuple[str, ...], *, is_new: bool) -> Objective:
+    """Network and losses at their start: 1. the seed, 2. a file of weights, later a checkpoint.
+
+    is_new: there is no checkpoint to come, which would make the file of weights pointless.
+    """
+    torch.manual_seed(config.train.seed)
+    classes, margin = len(class_names), None
+    if config.loss.classification == "arcface":
+        margin = Margin(config.loss.arcface_s, config.loss.arcface_m)
+    network = DAN(classes, config.model.heads, cosine=margin is not None)
+    if is_new and (source := config.model.weights) is not None:
+        order = config.model.weights_classes
+        log.info(load_weights(network, class_names, source, order))
+    elif is_new:
+        log.info(load_backbone(network, config.model.backbone))
+    return Objective(
+        network,
+        classes,
+        fcn=config.loss.fcn,
+        afn=config.loss.afn,
+        lambda_fcn=config.loss.lambda_fcn,
+        lambda_afn=config.loss.lambda_afn,
+        margin=margin,
+    )
+
+
+def build_engine(config: Config, world: World, objective: Objective) -> Engine:
+    """The objective on this rank's device, with its optimiser, under DDP or DeepSpeed."""
+    options = StepOptions(
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        precision=resolve_precision(config.train.precision, world.device),
+        sync_bn=config.model.sync_bn,
+        compile=config.train.compile,
+        may_skip=config.train.max_skipped_steps > 0,
+    )
+    if config.engine.name == "deepspeed":
+        from dan_dist.engine.deepspeed import DeepSpeedEngine  # takes seconds to import
+
+        return DeepSpeedEngine(objective, world, config.optim, options, config.engine)
+    return Engine(objective, world, config.optim, options)
+
+
+def open_train_loader(config: Config, world: World, split: Split, *, start: int) -> Loader:
+    """The augmented batches of this rank from step `start` on."""
+    train = config.train
+    order = TrainOrder(
+        split,
+        rank_columns(train.global_batch, world.rank, world.size),
+        global_batch=train.global_batch,
+        seed=train.seed,
+        balanced=config.data.sampling == "balanced",
+    )
+    count_unique = partial(world.count_unique, "damaged") if world.store else None
+    return Loader(
+        Reader(split, config.data.max_bad_images, count_unique),
+        order,
+        image_size=config.model.image_size,
+        augment=make_augment(config.data.augment),
+        device=world.device,
+        threads=config.data.threads or world.cores,
+        start=start,
+    )
+
+
+def make_augment(options: Augmentation) -> Augment:
+    """The augmentation that a configuration describes."""
+    values: dict[str, Any] = options.model_dump()
+    for name in ("scale", "erase_area"):
+        values[name] = tuple(values[name])
+    return Augment(**values)
+
+
+def open_val_loader(config: Config, world: World, split: Split) -> Loader:
+    """This rank's part of the validation passes."""
+    return evaluation_loader(
+        split,
+        rank=world.rank,
+        world_size=world.size,
+        image_size=config.model.image_size,
+        device=world.device,
+        threads=config.data.threads or world.cores,
+    )
+
+
+def open_writer(config: Config, world: World) -> CheckpointWriter:
+    """Writes the run's checkpoints on rank 0; elsewhere, nothing."""
+    return CheckpointWriter(
+        Path(config.train.output),
+        keep=config.train.keep_checkpoints,
+        stop_on_error=config.train.checkpoint_errors == "stop",
+        is_active=world.is_main,
+    )
+
+
+def open_tracker(
+    config: Config, world: World, data: TrainingData, state: TrainState
+) -> NullTracker:
+    """MLflow on rank 0; elsewhere, and where it is switched off, a tracker that records nothing."""
+    if not world.is_main or not config.tracking.enabled:
+        return NullTracker()
+    folder, shards = Path(config.train.output), data.shards
+    tracker = MlflowTracker(
+        folder,
+        RunRecord(
+            experiment=config.tracking.experiment,
+            name=config.tracking.run_name or folder.name,
+            parent=config.tracking.parent,
+            params=flatten(config.model_dump()),
+            config=config.model_dump(),
+            tags={
+                **config.tracking.tags,
+                "dataset": shards.dataset,
+                "release": shards.release,
+                "fingerprint": shards.fingerprint,
+                "world_size": str(world.size),
+                "device": world.device.type,
+                "precision": resolve_precision(config.train.precision, world.device),
+            },
+        ),
+        run_id=state.run_id,
+        # After damage, what was recorded of later steps does not stand
+        rollback_to=None if damaged_since(folder) is None else state.step,
+    )
+    is_cosine = config.loss.classification == "arcface"
+    heads, size = config.model.heads, config.model.image_size
+    tracker.metrics(cost(data.task.classes, heads, size, cosine=is_cosine), 0)
+    return tracker

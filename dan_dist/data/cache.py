@@ -1,0 +1,215 @@
+"""Shards near the GPU: a node's own copy of a set that lies on slow or remote storage.
+
+The copy's folder is named by the manifest's checksum, so that a set packed anew is copied anew and
+jobs of several sets share one cache. Every file that training reads is verified by sha256 as it is
+copied; the manifest comes last. What is already there is kept, whoever copied it and however that
+ended.
+"""
+
+import errno
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+from tqdm import tqdm
+
+from shards.files import locked, sha256_of, write_atomically
+from shards.format import INDEX_DTYPE, MANIFEST, ShardSet, copy_name, parse_manifest
+
+# What fsspec may open. It knows others that chain protocols or reach other machines' shells.
+PROTOCOLS = ("http", "https", "s3", "gs", "az", "abfs", "hf")
+THREADS = 8  # files copied at once
+ATTEMPTS = 3  # of each file
+RETRY_S = 1.0
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+log = logging.getLogger(__name__)
+
+
+class FileEntry(NamedTuple):
+    """One file of a set."""
+
+    name: str
+    size_bytes: int  # of an index without its header
+    sha256: str
+
+
+class Source(NamedTuple):
+    """Where a set is copied from; errors name the file."""
+
+    read: Callable[[str], bytes]  # a file's name → its bytes
+    fetch: Callable[[str, Path], None]  # a file's name, where to copy it
+
+
+def is_remote(source: str) -> bool:
+    """Whether `source` is a URL rather than a folder."""
+    return ":" in source.split("/", 1)[0]
+
+
+def localise(source: str, cache: str | None) -> str:
+    """The folder to read the set `source` from: itself, or its copy in `cache`, made if need be.
+
+    One process of a node copies, others that call this wait for it.
+
+    Raises:
+        ValueError: a URL of no known protocol or without a cache, or no manifest of shards.
+        OSError: the source cannot be read, a file is not what its manifest says, the disk is full.
+    """
+    if cache is None:
+        if is_remote(source):
+            raise ValueError(f"data.shards {source} is remote: set data.cache to a local folder")
+        return source
+    origin, home = _origin(source), Path(cache)
+    content = origin.read(MANIFEST)  # into memory: a full disk is to say what is needed
+    folder = home / copy_name(content)
+    files = _files(parse_manifest(folder, content))
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock, taken = folder.with_suffix(".lock"), f"another process fills {folder}"
+        with locked(lock, taken, wait=True):
+            folder.mkdir(exist_ok=True)
+            if todo := _missing(folder, files):
+                _check_space(folder, todo)
+                _copy(origin.fetch, folder, todo, source)
+            if not (folder / MANIFEST).exists():
+                write_atomically(folder / MANIFEST, content)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise OSError(f"data.cache {cache}: the disk is full; {_megabytes(files)} are needed for "
+                      f"{source}") from error  # fmt: skip
+    return str(folder)
+
+
+def _origin(source: str) -> Source:
+    """How the files of a folder or URL are read."""
+    protocol = source.split(":", 1)[0] if is_remote(source) else "file"
+    if is_remote(source) and (protocol not in PROTOCOLS or "::" in source):
+        known = ", ".join(f"{name}://" for name in PROTOCOLS)
+        raise ValueError(f"data.shards {source}: expected a folder, or a URL of {known}")
+    try:
+        files, root = fsspec.core.url_to_fs(source)
+    except ImportError as error:
+        raise OSError(f"{source}: {error}; pip install -e '.[remote]' brings most of them") from (
+            error
+        )
+
+    def read(name: str) -> bytes:
+        with _naming(f"{source}/{name}"):
+            content: bytes = files.cat_file(f"{root.rstrip('/')}/{name}")
+            return content
+
+    def fetch(name: str, target: Path) -> None:
+        with _naming(f"{source}/{name}"):
+            files.get_file(f"{root.rstrip('/')}/{name}", str(target))
+
+    return Source(read, fetch)
+
+
+@contextmanager
+def _naming(file: str) -> Iterator[None]:
+    """Errors say of what file; each protocol's library has errors of its own."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file} not found") from error
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise
+        raise OSError(f"{file}: {error}") from error
+    except Exception as error:
+        raise OSError(f"{file}: {type(error).__name__}: {error}") from error
+
+
+def _files(shards: ShardSet) -> list[FileEntry]:
+    files = []
+    for split, own in shards.shards.items():
+        samples = sum(shard.samples for shard in own)
+        name, sha256 = shards.index_names[split], shards.index_sha256[split]
+        files.append(FileEntry(name, samples * INDEX_DTYPE.itemsize, sha256))
+        files += [FileEntry(shard.name, shard.size_bytes, shard.sha256) for shard in own]
+    return files
+
+
+def _missing(folder: Path, files: list[FileEntry]) -> list[FileEntry]:
+    """What is still to be copied.
+
+    Once there is a manifest, a tar's size tells. Before, the machine may have failed meanwhile, and
+    a file of the right size need not hold what was written: it is read again.
+    """
+    is_whole = (folder / MANIFEST).exists()
+
+    def is_there(file: FileEntry) -> bool:
+        path = folder / file.name
+        if not path.is_file():
+            return False
+        if is_whole and path.suffix == ".tar":
+            return path.stat().st_size == file.size_bytes
+        return sha256_of(path) == file.sha256
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(is_there, files))
+    return [file for file, is_found in zip(files, found, strict=True) if not is_found]
+
+
+def _check_space(folder: Path, todo: list[FileEntry]) -> None:
+    free = shutil.disk_usage(folder).free
+    if sum(file.size_bytes for file in todo) > free:
+        raise OSError(
+            f"data.cache {folder.parent}: {_megabytes(todo)} are needed, {free / 1e6:,.1f} MB are "
+            "free"
+        )
+
+
+def _megabytes(files: list[FileEntry]) -> str:
+    return f"{sum(file.size_bytes for file in files) / 1e6:,.1f} MB"
+
+
+def _copy(
+    fetch: Callable[[str, Path], None], folder: Path, todo: list[FileEntry], source: str
+) -> None:
+    total = sum(file.size_bytes for file in todo)
+    log.info("copying %d files, %s, from %s to %s", len(todo), _megabytes(todo), source, folder)
+    bar = tqdm(desc="copying shards", total=total, unit="B", unit_scale=True, disable=None)
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        copies = {pool.submit(_copy_one, fetch, folder, file): file for file in todo}
+        try:
+            for done in as_completed(copies):
+                done.result()
+                bar.update(copies[done].size_bytes)
+        except OSError:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _copy_one(fetch: Callable[[str, Path], None], folder: Path, file: FileEntry) -> None:
+    partial = folder / f"{file.name}.partial"
+    fault: Any = None
+    for attempt in range(ATTEMPTS):
+        if fault:
+            log.warning("%s; trying again", fault)
+            time.sleep(RETRY_S * attempt)
+        try:
+            fetch(file.name, partial)
+            if (found := sha256_of(partial)) == file.sha256:
+                with partial.open("rb+") as written:
+                    os.fsync(written.fileno())
+                partial.replace(folder / file.name)
+                return
+            fault = OSError(f"{file.name}: its sha256 is {found}, the manifest says {file.sha256}")
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                raise
+            fault = error
+        finally:
+            partial.unlink(missing_ok=True)
+    raise fault

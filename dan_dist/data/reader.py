@@ -1,0 +1,123 @@
+"""Image bytes from shards, checked; a damaged image is replaced by another of its class."""
+
+import logging
+import os
+import resource
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.format import Split
+
+log = logging.getLogger(__name__)
+
+
+class TooMuchDamageError(OSError):
+    """More damaged images than the configuration tolerates."""
+
+
+def readable_key(split: Split, sample: int) -> str:
+    """`<shard>/<key>` of a sample, or `<shard>/#<sample>` where the tar header is not readable."""
+    with suppress(OSError):
+        key = split.key(sample)
+        if not key.endswith("/") and key.isprintable():
+            return key
+    return f"{split.shards[split.index[sample]['shard']].name}/#{sample}"
+
+
+class Reader:
+    """Image bytes by sample number, checked; a damaged image is replaced by one of its class.
+
+    The substitute is the next intact sample of the same class in index order, whatever the world
+    size. Each damaged image is named once in the log; more than `max_bad` raise TooMuchDamageError.
+
+    count_unique: given a damaged sample, the number of different ones that all ranks have found.
+    """
+
+    def __init__(
+        self, split: Split, max_bad: int, count_unique: Callable[[int], int] | None = None
+    ) -> None:
+        self.split, self.max_bad, self._tally = split, max_bad, count_unique
+        self.bad: dict[int, str] = {}  # sample → reason
+        self._lock = threading.Lock()
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a descriptor per shard
+        self._files = [os.open(split.path(k), os.O_RDONLY) for k in range(len(split.shards))]
+
+    def read_all(self, samples: list[int]) -> list[NDArray[np.uint8]]:
+        """The JPEG bytes of each sample, or of its substitute; see `read`."""
+        images = []
+        for sample, row in zip(samples, self._rows(samples), strict=True):
+            data, fault = self._fetch(*row)
+            is_intact = not fault and sample not in self.bad
+            images.append(np.frombuffer(data, np.uint8) if is_intact else self.read(sample))
+        return images
+
+    def read(self, sample: int) -> NDArray[np.uint8]:
+        """The JPEG bytes of `sample`, or of its substitute.
+
+        Raises:
+            TooMuchDamageError: more than `max_bad` images are damaged, or a whole class is.
+        """
+        for candidate in self._candidates(sample):
+            if candidate in self.bad:
+                continue
+            (row,) = self._rows([candidate])
+            data, fault = self._fetch(*row)
+            if not fault:
+                return np.frombuffer(data, np.uint8)
+            self.report(candidate, fault)
+        raise TooMuchDamageError(
+            f"no intact image is left of the class of {readable_key(self.split, sample)}"
+        )
+
+    def advise(self, ids: list[int]) -> None:
+        """Tells the kernel that these images are wanted soon; it reads them while others go on."""
+        for shard, offset, size, _ in self._rows(ids):
+            os.posix_fadvise(self._files[shard], offset, size, os.POSIX_FADV_WILLNEED)
+
+    def report(self, sample: int, fault: str) -> None:
+        """Notes that `sample` is damaged, so that it is never read again."""
+        with self._lock:
+            if sample in self.bad:
+                return
+            self.bad[sample] = fault
+            name = readable_key(self.split, sample)
+            count = self._tally(sample) if self._tally else len(self.bad)
+        if count > self.max_bad:
+            raise TooMuchDamageError(
+                f"{self.split.root / name}: {fault}; {count} images of split "
+                f"'{self.split.name}' are damaged, at most {self.max_bad} are tolerated"
+            )
+        log.warning("damaged image %s (%s): replaced by another of its class", name, fault)
+
+    def close(self) -> None:
+        for file in self._files:
+            os.close(file)
+
+    def _rows(self, samples: list[int]) -> Iterator[tuple[int, int, int, int]]:
+        """Shard, offset, size and checksum of each sample: plain numbers, read all at once."""
+        rows = self.split.index[samples]
+        columns = (rows[name].tolist() for name in ("shard", "offset", "size", "crc32"))
+        return zip(*columns, strict=True)
+
+    def _fetch(self, shard: int, offset: int, size: int, crc32: int) -> tuple[bytes, str]:
+        try:
+            data = os.pread(self._files[shard], size, offset)
+        except OSError as error:
+            return b"", error.strerror or str(error)
+        if len(data) < size:
+            return data, f"{len(data)} of {size} bytes are there"
+        if zlib.crc32(data) != crc32:
+            return data, "its checksum differs from the index"
+        return data, ""
+
+    def _candidates(self, sample: int) -> Iterator[int]:
+        yield sample
+        labels = self.split.index["label"]
+        same = np.flatnonzero(labels == labels[sample])
+        yield from np.roll(same, -int(np.searchsorted(same, sample, side="right"))).tolist()

@@ -1,0 +1,275 @@
+"""A heartbeat of every rank, and the end of the job when one stops.
+
+A collective does not say for whom it waits, and on a GPU it cannot be interrupted. So every rank
+writes once a second what it is doing into the store that all share, and looks at the others.
+"""
+
+import math
+import os
+import socket
+import sys
+import threading
+import time
+from _thread import interrupt_main
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal, NamedTuple, cast
+
+from torch.distributed.distributed_c10d import Store
+
+from dan_dist.distributed.world import World, close_world, init_world
+from dan_dist.run.signals import SIGNALS, Stopped
+
+BEAT_S = 1.0
+SILENT_S = 10.0  # without a beat, a process is stopped or its machine gone
+YIELD_S = 5.0  # the rank that speaks goes first, and the main thread before this one
+PATIENT_S = 1800.0  # where compiling, or a slow disk, may take its time
+
+# What a rank does: prepare, work with the others, the same with patience, nothing that the others
+# wait for any more; or it has left.
+State = Literal["starts", "works", "patient", "rests", "failed", "stopped"]
+Kind = Literal["reading", "step", "evaluation", "checkpoint"]
+DOING: dict[Kind, str] = {
+    "reading": "step {}, reading",
+    "step": "step {}",
+    "evaluation": "evaluation step {}",
+    "checkpoint": "checkpoint of step {}",
+}
+
+
+class Beat(NamedTuple):
+    """A rank's last heartbeat."""
+
+    number: int
+    progress: int  # how often `beat` was called: in step with the other ranks
+    state: State
+    host: str
+    doing: str  # where it has left: why
+
+
+class Heartbeat:
+    """One rank's heartbeat; `beat` is to be called at every step of work done together.
+
+    on_loss is called with the line that names a lost rank, on one rank, before the process ends.
+    """
+
+    def __init__(
+        self,
+        store: Store | None,
+        rank: int,
+        size: int,
+        *,
+        timeout_s: float,
+        on_loss: Callable[[str], None],
+    ) -> None:
+        self._store, self._rank, self._size = store, rank, size
+        self._timeout_s, self._on_loss = timeout_s, on_loss
+        self._silent_s = min(SILENT_S, timeout_s / 2)
+        self._number = self._progress = 0
+        self._state: State = "starts"
+        self._doing, self._kinds = "starting", set[Kind]()
+        # since any rank last went on; since the store last answered; since a rank has left
+        self._moved_s = self._beaten_s = time.monotonic()
+        self._left_s: float | None = None
+        self._seen: dict[int, tuple[Beat, float]] = {}  # rank → its last beat, since when
+        self._ended = threading.Event()
+        # Two threads: the store may hang along with rank 0, whose process can be what holds it.
+        self._threads = [
+            threading.Thread(target=work, name="heartbeat", daemon=True)
+            for work in (self._beat_on, self._watch_on)
+        ]
+        for thread in self._threads if store is not None else ():
+            thread.start()
+
+    def beat(self, kind: Kind, number: int) -> None:
+        """This rank goes on, with work of this kind, at step `number`.
+
+        The first beat of a kind is patient, as it may compile, and so is each checkpoint's, as the
+        disk may be slow.
+        """
+        is_patient = kind == "checkpoint" or kind not in self._kinds
+        self._kinds.add(kind)
+        self._progress += 1
+        self._state, self._doing = "patient" if is_patient else "works", DOING[kind].format(number)
+        self._moved_s = time.monotonic()
+
+    def finish(self) -> None:
+        """Nothing more is done together: no deadline from here on."""
+        self._state, self._doing = "rests", "ending"
+
+    def abort(self, state: Literal["failed", "stopped"], why: str) -> None:
+        """This rank ends before the others, who are to end as well."""
+        self._state, self._doing = state, " ".join(why.split())
+        self.close()
+
+    def close(self) -> None:
+        if self._state not in ("failed", "stopped"):
+            self.finish()
+        self._ended.set()
+        for thread in self._threads if self._store is not None else ():
+            thread.join(self._silent_s)
+
+    def check(self) -> None:
+        """Looks at the other ranks before more is done together.
+
+        Raises:
+            Stopped: one was told to stop. ConnectionError: one has failed, or fallen silent.
+        """
+        self._raise_if_left(self._timeout_s)
+
+    def find_lost(self) -> None:
+        """After a failed collective: raises as `check` does, once the others can be told apart."""
+        deadline_s = time.monotonic() + self._silent_s + 2 * BEAT_S
+        while self._size > 1 and time.monotonic() < deadline_s:
+            self._raise_if_left(self._silent_s)
+            time.sleep(BEAT_S / 2)
+
+    def _raise_if_left(self, silent_s: float) -> None:
+        if (left := self._left()) is not None:
+            raise Stopped(left.doing) if left.state == "stopped" else ConnectionError(left.doing)
+        if silent := self._silent(silent_s):
+            raise ConnectionError(self._name(silent, "has ended or hangs"))
+
+    def _beat_on(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._ended.wait(BEAT_S)
+            try:
+                self._beat()
+            except Exception:  # the store has gone, with rank 0 or its launcher
+                continue
+            self._beaten_s = time.monotonic()
+
+    def _beat(self) -> None:
+        assert self._store is not None
+        self._number += 1
+        own = Beat(self._number, self._progress, self._state, socket.gethostname(), self._doing)
+        self._store.set(f"beat/{self._rank}", " ".join(map(str, own)))
+        for rank in range(self._size):
+            if rank == self._rank or not self._store.check([f"beat/{rank}"]):
+                continue
+            text = self._store.get(f"beat/{rank}").decode()
+            number, progress, state, host, doing = text.split(" ", 4)
+            beat = Beat(int(number), int(progress), cast(State, state), host, doing)
+            last, _ = self._seen.get(rank, (None, 0.0))
+            if last is None or last[1:] != beat[1:]:
+                self._moved_s = time.monotonic()
+            if last != beat:
+                self._seen[rank] = beat, time.monotonic()
+
+    def _watch_on(self) -> None:
+        last_s = time.monotonic()
+        while not self._ended.wait(BEAT_S):
+            now = time.monotonic()
+            if now - last_s > self._silent_s:  # it was this process that was stopped
+                self._moved_s = self._beaten_s = now
+                self._seen = {rank: (beat, now) for rank, (beat, _) in list(self._seen.items())}
+            last_s = now
+            self._watch(now)
+
+    def _watch(self, now: float) -> None:
+        """Ends this process where the others will not let it go on."""
+        seen = list(self._seen.items())
+        if self._state == "rests":
+            return
+        stands = now - self._moved_s > self._patience_s()
+        if now - self._beaten_s > (self._silent_s if stands else self._timeout_s):
+            if now - self._moved_s > self._timeout_s:  # what is known of the others is old
+                self._end("the store of the job, on rank 0's node, does not answer", True)
+        elif (left := self._left()) is not None:
+            self._left_s = self._left_s or now
+            if left.state == "stopped" and now - self._left_s < YIELD_S:
+                if BEAT_S < now - self._left_s < 3 * BEAT_S:
+                    interrupt_main(SIGNALS[0])  # it may be at something long of its own
+            elif now - self._left_s > 2 * BEAT_S:
+                self._end(left.doing, self._rank == 0, code=int(left.state == "failed"))
+        elif silent := self._silent(self._silent_s if stands else self._timeout_s):
+            self._give_up(silent, "is silent")
+        elif stands:
+            least = min([beat.progress for _, (beat, _) in seen] + [self._progress])
+            behind = [rank for rank, (beat, _) in seen if beat.progress == least]
+            self._give_up(behind + [self._rank] * (self._progress == least), "does not go on")
+
+    def _patience_s(self) -> float:
+        """How long all may stand still: as long as the most patient of them asks for."""
+        states = {self._state, *(beat.state for beat, _ in list(self._seen.values()))}
+        if states & {"starts", "rests"}:
+            return math.inf
+        return max(PATIENT_S, self._timeout_s) if "patient" in states else self._timeout_s
+
+    def _left(self) -> Beat | None:
+        """The word of a rank that has left; a stop before a failure, which may follow from it."""
+        left = [b for b, _ in list(self._seen.values()) if b.state in ("failed", "stopped")]
+        return max(left, key=lambda beat: beat.state, default=None)
+
+    def _silent(self, silent_s: float) -> list[int]:
+        now, seen = time.monotonic(), list(self._seen.items())
+        return [
+            rank for rank, (beat, since_s) in seen
+            if now - since_s > silent_s and beat.state != "rests"
+        ]  # fmt: skip
+
+    def _give_up(self, culprits: list[int], what: str) -> None:
+        """No step for too long: says which rank the others wait for, and ends this process."""
+        others = set(range(self._size)) - set(culprits)
+        line = self._name(sorted(culprits), f"{what} for {self._timeout_s:.0f} s")
+        self._end(
+            f"{line}; train.timeout_s is {self._timeout_s:.0f}",
+            self._rank == min(others or culprits),
+        )
+
+    def _name(self, ranks: list[int], what: str) -> str:
+        names = []
+        for rank in ranks:
+            host, doing = socket.gethostname(), self._doing
+            if rank in self._seen:
+                _, _, _, host, doing = self._seen[rank][0]
+            names.append(f"rank {rank} on {host} ({doing})")
+        return f"{', '.join(names)} {what}"
+
+    def _end(self, line: str, speaks: bool, *, code: int = 1) -> None:
+        """The main thread may stand in a collective that cannot be interrupted."""
+        try:
+            if speaks and code:
+                word = threading.Thread(target=self._on_loss, args=(line,), daemon=True)
+                word.start()  # its disk, too, may fail or hang
+                word.join(SILENT_S)
+                print(f"error: {line}", file=sys.stderr, flush=True)
+            elif code:
+                time.sleep(YIELD_S)
+        finally:
+            os._exit(code)
+
+
+@contextmanager
+def session(
+    device: str, *, timeout_s: float, on_loss: Callable[[str], None]
+) -> Iterator[tuple[World, Heartbeat]]:
+    """The ranks' world and this rank's heartbeat, for work done together; both end with it.
+
+    device, timeout_s, on_loss: see `init_world` and `Heartbeat`.
+
+    Raises:
+        ConnectionError: a rank was lost, or has failed; names it. Stopped: one was told to stop.
+    """
+    world = init_world(device)
+    heart = Heartbeat(world.store, world.rank, world.size, timeout_s=timeout_s, on_loss=on_loss)
+    try:
+        try:
+            yield replace(world, check=heart.check), heart
+        except RuntimeError:
+            heart.find_lost()
+            raise
+    except Stopped as stopped:
+        heart.abort("stopped", str(stopped))
+        raise
+    except Exception as error:
+        line = str(error).split("\n")[0]
+        named = isinstance(error, ConnectionError)
+        where = f"rank {world.rank} on {socket.gethostname()}: "
+        heart.abort("failed", line if named else where + line)
+        raise
+    finally:
+        heart.close()
+        close_world(world)

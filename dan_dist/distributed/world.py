@@ -1,0 +1,175 @@
+"""This process among the ranks: its rank and device, work that one rank does for all, sums."""
+
+import itertools
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from dan_dist.distributed.rendezvous import meet
+from dan_dist.run.environment import read_launch
+
+T = TypeVar("T")
+POLL_S = 0.05
+COLLECTIVE_S = 3600.0  # a hanging rank is found by its heartbeat, long before
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank, sizes and device of this process; passed to whoever needs to know."""
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    device: torch.device
+    store: Store | None = None  # where ranks leave word for each other; None when alone
+    check: Callable[[], None] = lambda: None  # raises where another rank has left the job
+    _calls: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def cores(self) -> int:
+        """This rank's share of the node's cores."""
+        return max(1, core_count() // self.local_size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor`, summed over ranks in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def run_on_all(self, task: Callable[[], T]) -> T:
+        """Runs `task` on every rank; if it fails on any, all raise the first rank's error.
+
+        So bad input that one node alone sees ends the job with one line that names the rank.
+        """
+        if self.store is None:
+            return task()
+        name, results, failure = f"all/{next(self._calls)}", list[T](), None
+        try:
+            results.append(task())
+        except (ValueError, OSError) as error:
+            failure = error
+            report = [isinstance(error, ValueError), str(error), socket.gethostname()]
+            self.store.set(f"{name}/{self.rank}", json.dumps(report))
+        self.store.add(f"{name}/{'failed' if failure else 'done'}", 1)
+        while self.store.add(f"{name}/done", 0) + self.store.add(f"{name}/failed", 0) < self.size:
+            self.check()
+            time.sleep(POLL_S)
+        if not self.store.add(f"{name}/failed", 0):
+            return results[0]
+        rank = next(r for r in range(self.size) if self.store.check([f"{name}/{r}"]))
+        is_value, text, host = json.loads(self.store.get(f"{name}/{rank}"))
+        where = f"rank {rank} on {host}: " if self.store.add(f"{name}/done", 0) else ""
+        raise (ValueError if is_value else OSError)(where + text) from failure
+
+    def run_once(self, task: Callable[[], str | None], *, per_node: bool = False) -> str:
+        """Runs `task` on rank 0, or on one rank of each node, and gives all ranks its result.
+
+        The others wait however long it takes: they poll the store instead of standing in a
+        collective, which would time out, and look whether the rank is still there. If `task` fails
+        anywhere, every rank raises.
+        """
+        if self.store is None:
+            return task() or ""
+        name, leads, ranks = f"once/{next(self._calls)}", self.is_main, self.size
+        place = f"{name}/result"
+        if per_node:
+            leads, ranks = self.local_rank == 0, self.local_size
+            place = f"{name}/result/{socket.gethostname()}"
+        if leads:
+            try:
+                result = task()
+            except (ValueError, OSError) as error:
+                self.store.set(f"{name}/failed", f"rank {self.rank}: {error}")
+                raise
+            self.store.set(place, result or "")
+            self.store.add(f"{name}/done", ranks)
+        while self.store.add(f"{name}/done", 0) < self.size:
+            if self.store.check([f"{name}/failed"]):
+                raise ValueError(self.store.get(f"{name}/failed").decode())
+            self.check()
+            time.sleep(POLL_S)
+        return self.store.get(place).decode()
+
+    def count_unique(self, name: str, item: int) -> int:
+        """How many items the ranks have named, `item` now among them, each counted once."""
+        assert self.store is not None
+        is_new = self.store.add(f"{name}/{item}", 1) == 1
+        return int(self.store.add(name, int(is_new)))
+
+
+def init_world(device: str = "auto") -> World:
+    """Reads torchrun's environment (alone: world size 1) and joins the process group.
+
+    device: "auto" (a GPU where there is one), "cpu" or "cuda". nccl on GPUs, gloo on CPUs.
+
+    Raises:
+        ValueError: "cuda" without a usable GPU, or more ranks on this node than GPUs.
+    """
+    rank, local_rank, size, local_size = read_launch()
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and not gpus:
+        raise ValueError("train.device is cuda, but torch finds no GPU on this machine")
+    if gpus and local_size > gpus:
+        raise ValueError(f"{local_size} ranks on a node of {gpus} GPUs; start one rank per GPU")
+    if gpus:
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    else:
+        place = torch.device("cpu")
+        # torchrun gives each of several ranks one thread; share the cores instead.
+        if local_size > 1:
+            torch.set_num_threads(max(1, core_count() // local_size))
+    os.environ["DS_ACCELERATOR"] = place.type  # DeepSpeed reads it when it is imported
+    store = None
+    if size > 1:
+        # On one node nobody else needs to reach what ranks listen on.
+        if size == local_size and "lo" in [name for _, name in socket.if_nameindex()]:
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(name, "lo")
+        shared, _, _ = next(rendezvous("env://"))
+        store = PrefixStore(meet(shared, rank, size), shared)
+        dist.init_process_group(
+            "nccl" if gpus else "gloo",
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=COLLECTIVE_S),
+            device_id=place if gpus else None,
+        )
+    return World(rank, local_rank, size, local_size, place, store)
+
+
+def core_count() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def group_of_one(world: World) -> None:
+    """Gives one rank alone what launchers give many: DeepSpeed would ask MPI who it is."""
+    if not dist.is_initialized():
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
+
+
+def close_world(world: World) -> None:
+    """Leaves the process group; that of one rank alone, which DeepSpeed holds on to, stays."""
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()

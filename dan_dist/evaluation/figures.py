@@ -1,0 +1,129 @@
+"""The figures of a training and of its evaluations."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from dan_dist.data.augment import MEAN, STD
+from dan_dist.evaluation.metrics import BINS, Calibration
+from dan_dist.evaluation.verification import FAR, Pairs, Verification
+
+
+def confusion_figure(
+    matrix: NDArray[np.int64], class_names: tuple[str, ...], title: str = "Validation"
+) -> Figure:
+    """A confusion matrix: colour is the share of the true class, text the images."""
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = 2.5 + 0.6 * len(class_names)
+    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, label="share of the true class", shrink=0.8)
+    axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
+    axes.set_yticks(range(len(class_names)), class_names)
+    accuracy = matrix.trace() / matrix.sum()
+    axes.set(xlabel="predicted", ylabel="true", title=f"{title}, accuracy {accuracy:.2%}")
+    for (row, column), count in np.ndenumerate(matrix):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=color)
+    return figure
+
+
+def verification_figure(
+    found: Verification, similarity: NDArray[np.float64], pairs: Pairs, title: str = "Verification"
+) -> Figure:
+    """The ROC over false accept rates in powers of ten, beside the pairs' similarities."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    impostors = int((~pairs.same).sum())
+    # A rate of 0 has no place on this axis: it is drawn where less than one pair would stand
+    left.step(np.maximum(found.false_accepts, 0.5 / impostors), found.true_accepts, where="post")
+    left.axvline(FAR, color="gray", linestyle=":", label=f"false accept rate {FAR:g}")
+    left.set(
+        xscale="log", xlim=(0.5 / impostors, 1), ylim=(0, 1.01),
+        xlabel=f"false accept rate, of {impostors} pairs of two persons",
+        ylabel=f"true accept rate, of {int(pairs.same.sum())} pairs of one",
+        title=f"ROC, area {found.metrics['auc']:.2%}",
+    )  # fmt: skip
+    left.grid(alpha=0.3)
+    left.legend(loc="lower right")
+    bins = np.linspace(similarity.min(), similarity.max(), 51)
+    for name, own in (("one person", pairs.same), ("two persons", ~pairs.same)):
+        right.hist(similarity[own], bins, alpha=0.6, label=name)
+    right.set(
+        xlabel="cosine of the features", ylabel="pairs",
+        title=f"accuracy {found.metrics['accuracy']:.2%}, mean over folds",
+    )  # fmt: skip
+    right.legend()
+    figure.suptitle(title)
+    return figure
+
+
+def images_figure(images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> Figure:
+    """Up to 32 training images (n, 3, S, S) as the network sees them, under their class names."""
+    count = min(len(images), 32)
+    columns = min(count, 8)
+    rows = -(-count // columns)
+    pixels = images[:count].permute(0, 2, 3, 1).float().cpu().numpy() * STD + MEAN
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.4 * columns, 1.6 * rows + 0.4), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for k, axis in enumerate(axes.flat):
+        axis.axis("off")
+        if k < count:
+            axis.imshow(pixels[k].clip(0, 1))
+            axis.set_title(class_names[int(labels[k])], fontsize=9)
+    figure.suptitle("Training images, augmented")
+    return figure
+
+
+def reliability_figure(calibration: Calibration, title: str) -> Figure:
+    """Accuracy against confidence (Guo et al. 2017), above the number of images in each bin."""
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(5.5, 6), height_ratios=[3, 1], sharex=True, layout="constrained"
+    )
+    centres = (np.arange(BINS) + 0.5) / BINS
+    filled = calibration.images > 0
+    above.plot([0, 1], [0, 1], "--", color="gray", label="calibrated")
+    above.bar(
+        centres[filled], calibration.accuracy[filled], 1 / BINS, edgecolor="white",
+        label="accuracy of the bin's images",
+    )  # fmt: skip
+    above.plot(
+        calibration.confidence[filled], calibration.accuracy[filled], "o", color="black",
+        markersize=4, label="at their mean confidence",
+    )  # fmt: skip
+    error = f"expected calibration error {calibration.error:.2%}"
+    above.set(ylabel="accuracy", ylim=(0, 1), title=f"{title}\n{error}")
+    above.legend(loc="upper left")
+    below.bar(centres, calibration.images, 1 / BINS, edgecolor="white", color="gray")
+    below.set(xlabel="confidence of the predicted class", ylabel="images", xlim=(0, 1))
+    return figure
+
+
+def mistakes_figure(images: Sequence[Image.Image], mistakes: Sequence[Any], title: str) -> Figure:
+    """Wrongly classified images under their true and predicted class and the confidence.
+
+    mistakes: as `evaluation.Mistake`, one an image.
+    """
+    columns = 6
+    rows = max(1, -(-len(images) // columns))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.9 * columns, 2.3 * rows + 0.5), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, mistake in zip(axes.flat, images, mistakes, strict=False):
+        axis.imshow(image)
+        axis.set_title(
+            f"{mistake.true}\ntaken for {mistake.predicted}\n{mistake.confidence:.1%} sure",
+            fontsize=9,
+        )
+    figure.suptitle(f"{title}: {'the surest mistakes' if images else 'no mistakes'}")
+    return figure

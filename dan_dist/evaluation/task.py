@@ -1,0 +1,150 @@
+"""What is learned and how it is judged: a value that training takes. Expressions, or identities."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dan_dist.evaluation.figures import confusion_figure, verification_figure
+from dan_dist.evaluation.metrics import confusion, summarise
+from dan_dist.evaluation.verification import (
+    FAR,
+    Pairs,
+    draw_pairs,
+    read_pairs,
+    similarities,
+    verify,
+)
+from dan_dist.model.dan import Output, features, probabilities
+from shards.format import ShardSet, Split
+
+log = logging.getLogger(__name__)
+
+Rows = NDArray[np.float32]  # (images, D): what an evaluation keeps of the network's output
+
+
+class LazyFigure(NamedTuple):
+    """A figure that is not drawn yet."""
+
+    name: str  # of its file
+    draw: Callable[..., Figure]
+    values: tuple[Any, ...]  # of which it is drawn
+
+
+class EvaluationResult(NamedTuple):
+    """What an evaluation says of a network."""
+
+    metrics: dict[str, float]  # "accuracy" chooses the best
+    right: NDArray[np.bool_]  # of each image, or pair
+    figure: LazyFigure
+
+
+class Task(NamedTuple):
+    """What training needs to know of what is learned, beside the objective."""
+
+    classes: int  # of the network: the first ones of the shards
+    val: Split  # the images that are looked at in an evaluation
+    select: Callable[[Output], Tensor]  # see `engine.evaluate`
+    judge: Callable[[Rows], EvaluationResult]
+    chance: float  # the accuracy of guessing
+    is_backbone: bool  # a finished run leaves a backbone file, not a model in MLflow
+
+
+def expressions(shards: ShardSet, train: Split, val_split: str) -> Task:
+    """Each image's class.
+
+    Raises:
+        ValueError: no such split, it is empty, or holds a class that is not in training.
+    """
+    val, classes = shards.split(val_split), len(shards.class_names)
+    if not len(val):
+        raise ValueError(f"{shards.root}: split '{val_split}' is empty")
+    unknown = np.setdiff1d(_present(val), _present(train))
+    if len(unknown):
+        raise ValueError(
+            f"{shards.root}: '{shards.class_names[unknown[0]]}' of split '{val_split}' has no "
+            "training images; task=identity is judged by persons whom training does not know"
+        )
+    return Task(classes, val, probabilities, partial(_judge_classes, val), 1 / classes, False)
+
+
+def _judge_classes(val: Split, rows: Rows) -> EvaluationResult:
+    labels = val.index["label"]
+    matrix = confusion(rows, labels)
+    figure = LazyFigure("confusion_matrix.png", confusion_figure, (matrix, val.class_names))
+    return EvaluationResult(
+        summarise(matrix, val.class_names), rows.argmax(axis=1) == labels, figure
+    )
+
+
+def identities(
+    shards: ShardSet, train: Split, val_split: str, *, pairs: int, pairs_file: str | None
+) -> Task:
+    """Who an image shows; judged by pairs of images of persons whom training does not know.
+
+    pairs, pairs_file: how many are drawn, or the file that lists them.
+
+    Raises:
+        FileNotFoundError, ValueError: no such split or file, a person of it is in training as well,
+            or no such pairs.
+    """
+    if val_split not in shards.splits:
+        raise ValueError(
+            f"{shards.root}: no split '{val_split}' of identities that are held out of training; "
+            "python -m shards.pack identities --held-out N makes one"
+        )
+    val = shards.split(val_split)
+    trained = _present(train)
+    both = np.intersect1d(trained, _present(val))
+    if len(both):
+        raise ValueError(
+            f"{shards.root}: {len(both)} identities of split '{val_split}' are in training as "
+            f"well, '{shards.class_names[both[0]]}' for one"
+        )
+    own, chosen = pairs_of(val, pairs=pairs, pairs_file=pairs_file)
+    classes = int(trained[-1]) + 1
+    return Task(classes, own, features, partial(judge_pairs, chosen), 0.5, True)
+
+
+def _present(split: Split) -> NDArray[np.intp]:
+    """The labels that images of a split have, in order: counted, as sorting them takes longer."""
+    return np.flatnonzero(np.bincount(split.index["label"]))
+
+
+def pairs_of(split: Split, *, pairs: int, pairs_file: str | None) -> tuple[Split, Pairs]:
+    """The images of a split that are in pairs, as a split of its own, and the pairs in it.
+
+    Raises:
+        as `read_pairs` and `draw_pairs`.
+    """
+    if pairs_file is not None:
+        found = read_pairs(Path(pairs_file), split)
+    else:
+        try:
+            found = draw_pairs(split.index["label"], pairs)
+        except ValueError as error:
+            raise ValueError(f"{split.root}: split '{split.name}': {error}") from error
+    ids = np.union1d(found.first, found.second)
+    own = replace(split, index=split.index[ids])
+    persons = len(_present(own))
+    log.info("judged by %d pairs of %d images of %d persons", len(found.same), len(ids), persons)
+    if (impostors := int((~found.same).sum())) < 1 / FAR:
+        log.warning("%d pairs are of two persons: of fewer than %.0f, a false accept rate of %g is "
+                    "none at all", impostors, 1 / FAR, FAR)  # fmt: skip
+    first, second = (np.searchsorted(ids, samples) for samples in (found.first, found.second))
+    return own, found._replace(first=first, second=second)
+
+
+def judge_pairs(pairs: Pairs, rows: Rows, title: str = "Verification") -> EvaluationResult:
+    """How well pairs of one person are told from pairs of two, by (images, D) features."""
+    similarity = similarities(rows, pairs)
+    found = verify(similarity, pairs)
+    figure = LazyFigure("roc.png", verification_figure, (found, similarity, pairs, title))
+    return EvaluationResult(found.metrics, found.right, figure)

@@ -1,0 +1,217 @@
+"""A trained network for use elsewhere: merged into fewer operations, as ONNX and `torch.export`."""
+
+import copy
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from dan_dist.data.augment import MEAN, STD
+from dan_dist.model.dan import DAN, SpatialAttention
+from dan_dist.model.weights import Trained, load_trained
+from dan_dist.options import ExportOptions
+from dan_dist.run.folder import check_writable
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4  # of the largest logit
+TIMED_BATCH, REPEATS = 8, 9
+
+
+class MergedSpatialAttention(nn.Module):
+    """`SpatialAttention` in evaluation: its parallel convolutions and BatchNorms as one 3×3."""
+
+    def __init__(self, attention: SpatialAttention) -> None:
+        super().__init__()
+        self.reduce = fuse_conv_bn_eval(*attention.reduce)
+        square, wide, tall = (
+            fuse_conv_bn_eval(*branch)
+            for branch in (attention.square, attention.wide, attention.tall)
+        )
+        with torch.no_grad():  # convolution is linear: the kernels add up where they lie
+            square.weight[:, :, 1:2, :] += wide.weight
+            square.weight[:, :, :, 1:2] += tall.weight
+            square.bias += wide.bias + tall.bias
+        self.mixed = square
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.mixed(self.reduce(x)))
+        return x * y.sum(dim=1, keepdim=True)
+
+
+def merge(network: DAN) -> DAN:
+    """A copy of a network in evaluation mode with the same output and fewer operations.
+
+    BatchNorms are folded into what stands before them, each head's parallel convolutions become
+    one: exact but for rounding. It cannot be trained.
+    """
+    merged = copy.deepcopy(network).eval()
+    trunk: Any = merged.backbone  # torchvision's modules are not typed
+    _fold(trunk, "conv1", "bn1")
+    for stage in (trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4):
+        for block in stage:
+            _fold(block, "conv1", "bn1")
+            _fold(block, "conv2", "bn2")
+            if block.downsample is not None:
+                block.downsample = fuse_conv_bn_eval(*block.downsample)
+    head: Any
+    for head in merged.heads:
+        head.spatial = MergedSpatialAttention(head.spatial)
+        linear, norm, *rest = head.channel.gate
+        head.channel.gate = nn.Sequential(fuse_linear_bn_eval(linear, norm), *rest)
+    if isinstance(merged.logit_norm, nn.BatchNorm1d):
+        merged.classifier = fuse_linear_bn_eval(merged.classifier, merged.logit_norm)
+        merged.logit_norm = nn.Identity()
+    return merged.requires_grad_(False)
+
+
+def _fold(module: nn.Module, conv: str, norm: str) -> None:
+    fused = fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
+    setattr(module, conv, fused)
+    setattr(module, norm, nn.Identity())
+
+
+class Classifier(nn.Module):
+    """What is exported: pixels (B,3,S,S) float32, RGB 0 … 255 → logits, probabilities (B,C)."""
+
+    def __init__(self, network: DAN) -> None:
+        super().__init__()
+        self.network = network
+        self.mean = nn.Buffer(255 * torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.std = nn.Buffer(255 * torch.tensor(STD).view(1, 3, 1, 1))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.network((pixels - self.mean) / self.std).logits
+        return logits, logits.softmax(dim=1)
+
+
+def main(options: ExportOptions) -> list[Path]:
+    """Exports a checkpoint as ONNX and as `torch.export`, and checks both against it.
+
+    Returns the files, `<checkpoint>.onnx` and `<checkpoint>.pt2`: any number of images at once,
+    normalisation within; class names and sizes stand in their metadata.
+
+    Raises:
+        ValueError, OSError: bad input, an export that does not give the network's logits, or the
+            packages that it needs are not installed.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  # torch's exporter needs it
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error.name} is missing: exporting needs the packages of pip install -e '.[export]'"
+        ) from error
+    trained = load_trained(options.checkpoint, options.classes)
+    output = options.output or trained.path.parent
+    check_writable(output, "--output")
+    size, plain = trained.image_size, Classifier(trained.network.float()).eval()
+    merged = Classifier(merge(plain.network)).eval()
+    example = torch.rand(2, 3, size, size) * 255
+    batch = torch.export.Dim("batch", min=1)
+    log.info("exporting %s: %d px, %d classes", trained.path, size, len(trained.class_names))
+    program = torch.export.export(merged, (example,), dynamic_shapes=({0: batch},))
+    files = [output / f"{trained.path.stem}.{kind}" for kind in ("onnx", "pt2")]
+    partial = [file.with_name(f"{file.stem}.partial{file.suffix}") for file in files]
+    facts = describe(trained)
+    try:
+        try:
+            write_onnx(program, partial[0], facts)
+            torch.export.save(program, partial[1], extra_files={"metadata.json": json.dumps(facts)})
+        except (OSError, RuntimeError) as error:  # torch's writer makes ENOSPC a RuntimeError
+            raise OSError(f"{output} cannot be written: {error}") from error
+        session = onnxruntime.InferenceSession(partial[0], providers=["CPUExecutionProvider"])
+        module = torch.export.load(partial[1]).module()
+        forms: dict[str, Callable[[Tensor], Tensor]] = {
+            "network": lambda x: plain(x)[0],
+            "merged": lambda x: merged(x)[0],
+            "torch.export": lambda x: module(x)[0],
+            "ONNX Runtime": lambda x: torch.from_numpy(
+                session.run(["logits"], {"pixels": x.numpy()})[0]
+            ),
+        }
+        check(forms, size)
+        for before, after in zip(partial, files, strict=True):
+            before.replace(after)
+    finally:
+        for file in partial:
+            file.unlink(missing_ok=True)
+    compare_speed(forms, size)
+    for file in files:
+        log.info("%s: %.1f MB", file, file.stat().st_size / 1e6)
+    return files
+
+
+def describe(trained: Trained) -> dict[str, Any]:
+    """What goes into the files beside the graph."""
+    return {
+        "class_names": list(trained.class_names),
+        "input": "pixels: (batch, 3, size, size) float32, RGB face crops, 0 to 255",
+        "size": trained.image_size,
+        "mean": MEAN,
+        "std": STD,
+        "normalization": "(pixels / 255 - mean) / std, inside the graph",
+        "output": "logits, probabilities: (batch, classes) float32",
+        "checkpoint": trained.path.name,
+        "step": trained.step,
+        "run_id": trained.run_id or "",
+    }
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path, facts: dict[str, Any]) -> None:
+    """One self-contained ONNX file; `facts` are its metadata, lists as JSON."""
+    exported = torch.onnx.export(
+        program, input_names=["pixels"], output_names=["logits", "probabilities"], verbose=False
+    )
+    assert exported is not None
+    for key, value in facts.items():
+        exported.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
+    exported.save(path, external_data=False)
+
+
+@torch.no_grad()
+def check(forms: dict[str, Callable[[Tensor], Tensor]], size: int) -> None:
+    """Compares each form's logits with the first's on noise, for one image and for several.
+
+    Raises:
+        ValueError: they are further apart than TOLERANCE of the largest logit.
+    """
+    random = torch.Generator().manual_seed(0)
+    (_, network), *others = forms.items()
+    for images in (1, 3):
+        pixels = torch.rand(images, 3, size, size, generator=random) * 255
+        expected = network(pixels)
+        for name, form in others:
+            error = float((form(pixels) - expected).abs().max() / expected.abs().max())
+            if not error < TOLERANCE:
+                raise ValueError(
+                    f"{name}: logits are {error:.1e} of the largest off, at most {TOLERANCE} is "
+                    "tolerated; nothing was written"
+                )
+            log.info("%s: %d images, largest difference %.1e of the largest logit",
+                     name, images, error)  # fmt: skip
+
+
+@torch.no_grad()
+def compare_speed(forms: dict[str, Callable[[Tensor], Tensor]], size: int) -> None:
+    """Tells each form's time on the CPU, and how it compares with the first; repeats interleave."""
+    pixels = torch.rand(TIMED_BATCH, 3, size, size) * 255
+    times_ms: dict[str, list[float]] = {name: [] for name in forms}
+    for repeat in range(REPEATS + 1):
+        for name, form in forms.items():
+            began = time.perf_counter()
+            form(pixels)
+            if repeat:  # the first warms up
+                times_ms[name].append(1e3 * (time.perf_counter() - began))
+    medians = {name: statistics.median(values) for name, values in times_ms.items()}
+    first = next(iter(medians.values()))
+    for name, median in medians.items():
+        log.info("%-12s %7.1f ms for %d images on this CPU, %.2f times as fast as the network",
+                 name, median, TIMED_BATCH, first / median)  # fmt: skip

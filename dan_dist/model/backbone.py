@@ -1,0 +1,109 @@
+"""ResNet-18 backbones: read from files of many kinds, written by a training on identities."""
+
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+
+from dan_dist.model.authors import authors_name
+from dan_dist.model.dan import CHANNELS, DAN
+from dan_dist.model.state_dict import named_tensors
+from dan_dist.run.checkpoint import NETWORK, load, read, save
+
+BACKBONE = "backbone.pth"
+
+
+def load_backbone(network: DAN, source: str) -> str:
+    """Starts the backbone from `source`: "none", "imagenet" (torchvision's weights) or a file.
+
+    A file holds a ResNet-18 in torchvision's names, bare or under 'state_dict', 'model_state_dict'
+    or 'model', with or without a 'module.' prefix; its classifier is left out. Or it is one of our
+    own checkpoints, or of the authors', of which the backbone is taken. Only tensors are read.
+    Returns one line that says what was loaded.
+
+    Raises:
+        FileNotFoundError: the file does not exist (the message names the choices).
+        ValueError: not a readable weights file, or keys or shapes are not ResNet-18's.
+    """
+    if source == "none":
+        return "backbone: random start"
+    origin = ""
+    if source == "imagenet":
+        weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    else:
+        state, origin = _read_backbone(Path(source))
+    own = network.backbone.state_dict()
+    found = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    wanted = [k for k in own if not k.endswith("num_batches_tracked")]
+    missing = [k for k in wanted if k not in found]
+    if missing:
+        raise ValueError(
+            f"model.backbone {source}: {len(wanted) - len(missing)} of {len(wanted)} ResNet-18 "
+            f"tensors match; missing or of another shape: {', '.join(missing[:3])} …"
+        )
+    extra = [k for k in state if k not in own and not k.startswith("fc.")]
+    if extra:
+        raise ValueError(
+            f"model.backbone {source}: more than a ResNet-18: {', '.join(extra[:3])} …"
+        )
+    network.backbone.load_state_dict(found, strict=False)
+    return f"backbone: {len(wanted)} tensors from {source}{origin}"
+
+
+def _read_backbone(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors, and what the file says of the training that they come from."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"model.backbone {path}: no such file; give the path of a ResNet-18 weights file "
+            "(resnet18_msceleb.pth in the paper's recipes), 'imagenet', or 'none': a random start"
+        )
+    try:
+        content = read(path)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"model.backbone {error}") from error
+    if isinstance(own := content.get("objective"), dict):  # one of our checkpoints
+        return _own_backbone(own), ""
+    tensors, origin = named_tensors(content), ""
+    if isinstance(said := content.get("provenance"), dict):
+        wanted = ("run_id", "accuracy", "fingerprint")
+        known = {k: ascii(said[k]).strip("'")[:64] for k in wanted if said.get(k) is not None}
+        origin = f" (it says: {', '.join(f'{name} {value}' for name, value in known.items())})"
+    if not any(key.startswith("features.0.") for key in tensors):
+        return tensors, origin
+    names = DAN(1, 0).backbone.state_dict()
+    theirs = {name: authors_name(f"backbone.{name}") for name in names}
+    return {name: tensors[key] for name, key in theirs.items() if key in tensors}, origin
+
+
+def _own_backbone(objective: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = NETWORK + "backbone."
+    return {k.removeprefix(prefix): v for k, v in objective.items() if k.startswith(prefix)}
+
+
+def write_backbone(best: Path, *, run_id: str | None) -> Path:
+    """Writes the backbone of a checkpoint of ours beside it, in the field's form; returns the file.
+
+    `{'state_dict': …}` in torchvision's names, and `provenance`: MLflow's run, the data's
+    fingerprint, what was measured. The classifier is of persons whom nobody else knows: in its
+    place stands torchvision's, of 1,000 classes, all zero, for programs that want all names.
+
+    Raises:
+        ValueError, OSError: the checkpoint cannot be read, or the file not be written.
+    """
+    content = load(best)
+    own = _own_backbone(content["objective"])
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in own.items()}
+    tensors |= {"fc.weight": torch.zeros(1000, CHANNELS), "fc.bias": torch.zeros(1000)}
+    provenance = {
+        "run_id": run_id or content.get("run_id"),
+        "fingerprint": content["fingerprint"],
+        "identities": len(content["class_names"]),
+        "image_size": content["config"]["model"]["image_size"],
+        "step": content["step"],
+        **content["best"],
+    }
+    path = best.with_name(BACKBONE)
+    save(path, {"state_dict": tensors, "provenance": provenance})
+    return path

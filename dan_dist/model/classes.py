@@ -1,0 +1,59 @@
+"""The classes of data sets by name: their orders, and how one set's stand among another's."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from shards.releases import affectnet, rafdb, sfew
+
+# Label orders by the name of the recipe whose data set has them
+ORDERS = {
+    "affectnet8": affectnet.CLASSES,
+    "affectnet7": affectnet.CLASSES[:7],
+    "rafdb": rafdb.CLASSES,
+    "sfew": tuple(sfew.CLASSES.values()),
+}
+SYNONYMS = {"happiness": "happy", "sadness": "sad", "angry": "anger"}  # as data sets call them
+
+
+def class_order(classes: str) -> tuple[str, ...]:
+    """Class names in label order: those of a recipe in ORDERS, or names with commas.
+
+    Raises:
+        ValueError: neither, or a name stands there twice.
+    """
+    if "," in classes:
+        given = [name.strip() for name in classes.split(",")]
+        check_names(given, classes)
+        return tuple(given)
+    if classes not in ORDERS:
+        raise ValueError(f"classes '{classes}': expected {', '.join(ORDERS)}, or names with commas")
+    return ORDERS[classes]
+
+
+def columns_of(class_names: tuple[str, ...], wanted: tuple[str, ...]) -> list[int] | None:
+    """Where each of the `wanted` classes stands in `class_names`; None where the sets differ.
+
+    Data sets order their classes differently, and call some of them differently (SYNONYMS).
+    """
+    own, other = list(class_names), list(wanted)
+    if set(own) != set(other):
+        own, other = ([SYNONYMS.get(n, n) for n in names] for names in (own, other))
+    if len(set(own)) < len(own) or sorted(own) != sorted(other):
+        return None
+    return [own.index(name) for name in other]
+
+
+def check_names(names: Any, where: str) -> None:
+    """Raises ValueError for what is not a list of different names."""
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise ValueError(f"{where}: classes {names!r}, expected names")
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(
+            f"{where}: classes {join_names(names)}: a name stands there twice, or none"
+        )
+
+
+def join_names(names: Sequence[str], most: int = 10) -> str:
+    """Names as text, the first `most` of them and the number of the others."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + rest

@@ -1,0 +1,151 @@
+"""The DAN network: backbone, k cross-attention heads, attention fusion (arXiv 2109.07270, §3)."""
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+CHANNELS = 512  # of ResNet-18's last stage
+
+
+class Output(NamedTuple):
+    """What the network gives for B images."""
+
+    logits: Tensor  # (B, classes); cosines where the classifier gives those
+    features: Tensor  # (B, 512) pooled backbone features, which the FCN losses cluster
+    heads: Tensor | None  # (B, k, 512) attended vectors, log-softmax over k; None for the baseline
+
+
+def probabilities(output: Output) -> Tensor:
+    """(B, classes) float32 of each class."""
+    return output.logits.softmax(dim=1, dtype=torch.float32)
+
+
+def features(output: Output) -> Tensor:
+    """(B, 512) float32, pooled from the backbone."""
+    return output.features.float()
+
+
+class SpatialAttention(nn.Module):
+    """Equation 3: (B,512,h,w) scaled by one map (B,1,h,w) from three parallel convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce = _conv(CHANNELS, 256, 1)
+        self.square = _conv(256, CHANNELS, 3)
+        self.wide = _conv(256, CHANNELS, (1, 3))
+        self.tall = _conv(256, CHANNELS, (3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.reduce(x)
+        y = torch.relu(self.square(y) + self.wide(y) + self.tall(y))
+        return x * y.sum(dim=1, keepdim=True)
+
+
+class ChannelAttention(nn.Module):
+    """Equation 4: pooled maps (B,512) times a gate in (0, 1) per channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(
+            nn.Linear(CHANNELS, 32),
+            nn.BatchNorm1d(32),
+            nn.ReLU(inplace=True),
+            nn.Linear(32, CHANNELS),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = _pool(x)
+        gate: Tensor = self.gate(pooled)
+        return pooled * gate
+
+
+class CosineClassifier(nn.Linear):
+    """(B, D) features → (B, classes) cosines of the angles to each class's weights, in float32.
+
+    bfloat16, in which autocast would multiply, tells no angles below 5° apart.
+    """
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__(inputs, classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            # DeepSpeed's third stage gathers weights in what it thinks autocast multiplies in
+            return F.linear(F.normalize(x), F.normalize(self.weight.to(x.dtype)))
+
+
+class DAN(nn.Module):
+    """Distract-your-attention network with `heads` cross-attention heads.
+
+    `heads=0` is the paper's baseline: ResNet-18, pooling, one linear layer; with `cosine` that
+    gives cosines, as ArcFace wants them.
+    Input (B,3,S,S), S divisible by 32, normalised by MEAN and STD.
+    """
+
+    def __init__(self, classes: int, heads: int = 4, *, cosine: bool = False) -> None:
+        super().__init__()
+        resnet = torchvision.models.resnet18(weights=None)
+        trunk = [(n, m) for n, m in resnet.named_children() if n not in ("avgpool", "fc")]
+        self.backbone = nn.Sequential(OrderedDict(trunk))  # keeps torchvision's parameter names
+        self.heads = nn.ModuleList(
+            nn.Sequential(OrderedDict(spatial=SpatialAttention(), channel=ChannelAttention()))
+            for _ in range(heads)
+        )
+        self.heads.apply(_initialise)
+        self.classifier = (CosineClassifier if cosine else nn.Linear)(CHANNELS, classes)
+        # The authors' release normalises the logits; the paper's text does not mention it.
+        self.logit_norm = nn.BatchNorm1d(classes) if heads else nn.Identity()
+
+    def forward(self, images: Tensor) -> Output:
+        x = self.backbone(images)
+        features = _pool(x)
+        if not self.heads:
+            return Output(self.classifier(features), features, None)
+        attended = torch.stack([head(x) for head in self.heads], dim=1)
+        if len(self.heads) > 1:  # equation 5; over a single head the log-softmax would be all zero
+            attended = attended.log_softmax(dim=1)
+        logits = self.logit_norm(self.classifier(attended.sum(dim=1)))
+        return Output(logits, features, attended)
+
+
+def _pool(x: Tensor) -> Tensor:
+    """(B,C) means over the places of (B,C,h,w), in float32 where autocast has made x bfloat16.
+
+    What the losses compare, heads and images, differs by less than bfloat16 could tell.
+    """
+    return x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _conv(inputs: int, outputs: int, kernel: int | tuple[int, int]) -> nn.Sequential:
+    size = (kernel, kernel) if isinstance(kernel, int) else kernel
+    padding = (size[0] // 2, size[1] // 2)
+    return nn.Sequential(nn.Conv2d(inputs, outputs, size, padding=padding), nn.BatchNorm2d(outputs))
+
+
+def _initialise(module: nn.Module) -> None:
+    """The authors' release: Kaiming fan-out convolutions, near-zero linear layers, zero biases."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.001)
+        nn.init.zeros_(module.bias)
+
+
+def cost(classes: int, heads: int, image_size: int, *, cosine: bool = False) -> dict[str, float]:
+    """The network's parameters, and the GFLOPs of one image's forward pass (2 a multiply-add)."""
+    with torch.device("meta"):  # shapes alone, no memory; and no autocast, which cosines ask for
+        network = DAN(classes, heads).eval()
+        image = torch.empty(1, 3, image_size, image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image)
+    bias = classes if cosine else 0  # a classifier of cosines has none
+    parameters = sum(p.numel() for p in network.parameters()) - bias
+    return {"model/parameters": parameters, "model/gflops": counter.get_total_flops() / 1e9}

@@ -1,0 +1,133 @@
+"""Trained networks from files: our checkpoints, and the authors' DAN. No code in them is run."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dan_dist.model.authors import AUTHORS_SIZE, read_authors
+from dan_dist.model.classes import check_names, class_order, columns_of, join_names
+from dan_dist.model.dan import DAN
+from dan_dist.model.state_dict import fill_network, is_count
+from dan_dist.run.checkpoint import BEST, FORMAT, NETWORK, read
+
+
+class Trained(NamedTuple):
+    """A network with its weights, and what its file says of it."""
+
+    path: Path
+    network: DAN  # on the CPU, in evaluation mode, float64 where the file is, else float32
+    class_names: tuple[str, ...]
+    image_size: int  # pixels
+    step: int  # optimiser steps; in the authors' files, epochs
+    config: dict[str, Any]  # of the training; empty in the authors' files
+    run_id: str | None  # MLflow's, of the training
+
+    @property
+    def name(self) -> str:
+        """What the training was called; of the authors' files, theirs."""
+        return Path(self.config["train"]["output"]).name if self.config else self.path.stem
+
+    @property
+    def task(self) -> str:
+        """What it was trained on: "expression" or "identity"."""
+        return str(self.config.get("task", "expression"))
+
+    @property
+    def experiment(self) -> str:
+        """MLflow's, of the training."""
+        return str(self.config["tracking"]["experiment"]) if self.config else "dan_dist"
+
+
+def load_trained(
+    path: Path, classes: str | None = None, *, task: str | None = "expression"
+) -> Trained:
+    """The network of one of our checkpoints, of a run's folder (its best), or of the authors' file.
+
+    task: what it must have been trained on, "expression" or "identity"; None takes both.
+
+    classes: the authors' files do not name theirs; see `class_order`. Theirs of eight classes are
+    AffectNet's.
+
+    Raises:
+        FileNotFoundError: no such file. OSError: it cannot be read.
+        ValueError: damaged, neither of the two, too few of its keys match, or its classes are not
+            known.
+    """
+    path = path / BEST if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    content = read(path)
+    if content.get("format") != FORMAT:
+        network, names, epochs = read_authors(path, content, classes)
+        return Trained(path, network, names, AUTHORS_SIZE, epochs, {}, None)
+    try:
+        trained = _ours(path, content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({error!r})") from error
+    if task not in (None, trained.task):
+        raise ValueError(
+            f"{path} was trained on task {trained.task}, expected {task}; evaluate judges it, and "
+            f"model.backbone={path} starts a training from it"
+        )
+    if classes is not None and class_order(classes) != trained.class_names:
+        raise ValueError(
+            f"{path} has the classes {join_names(trained.class_names)}, not those of '{classes}'"
+        )
+    return trained
+
+
+def _ours(path: Path, content: dict[str, Any]) -> Trained:
+    """A checkpoint of ours, which may have been made elsewhere: what is used of it is looked at."""
+    names, model, step = content["class_names"], content["config"]["model"], content["step"]
+    check_names(names, str(path))
+    size, heads = model["image_size"], model["heads"]
+    if not (is_count(size) and size and size % 32 == 0 and is_count(heads) and is_count(step)) or (
+        heads > len(content["objective"])  # a number alone is to make no network of any size
+    ):
+        raise ValueError(f"{path}: image_size {size!r}, heads {heads!r}, step {step!r}")
+    for section, key in (("data", "val_split"), ("train", "precision"), ("train", "output"),
+                         ("tracking", "experiment"), ("loss", "fcn")):  # fmt: skip
+        if not isinstance(value := content["config"][section][key], str):
+            raise ValueError(f"{path}: {section}.{key} is {value!r}")
+    is_identity = content["config"].get("task") == "identity"
+    if is_identity and not is_count(pairs := content["config"]["data"]["pairs"]):
+        raise ValueError(f"{path}: data.pairs is {pairs!r}")
+    own = {
+        k.removeprefix(NETWORK): v for k, v in content["objective"].items() if k.startswith(NETWORK)
+    }
+    is_cosine = content["config"]["loss"].get("classification") == "arcface"
+    network = fill_network(len(names), heads, own, str, path, cosine=is_cosine)
+    return Trained(
+        path, network, tuple(names), size, step, content["config"], content.get("run_id")
+    )
+
+
+def load_weights(network: DAN, class_names: tuple[str, ...], source: str,
+                 classes: str | None = None) -> str:  # fmt: skip
+    """Starts the whole network from a file that `load_trained` reads; returns a line on it.
+
+    The classifier follows the classes by name, wherever they stand; where the file knows other
+    classes, it stays as it is.
+
+    Raises:
+        as `load_trained`; ValueError: another number of heads.
+    """
+    try:
+        trained = load_trained(Path(source), classes)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"model.weights {error}") from error
+    if len(trained.network.heads) != len(network.heads):
+        raise ValueError(
+            f"model.weights {source} has {len(trained.network.heads)} heads, model.heads is "
+            f"{len(network.heads)}"
+        )
+    state = trained.network.state_dict()
+    ending = [k for k in state if k.startswith(("classifier.", "logit_norm."))]
+    columns = columns_of(trained.class_names, class_names)
+    if columns is None:
+        state = {k: v for k, v in state.items() if k not in ending}
+        end = f"classifier: fresh, as the file's classes are {join_names(trained.class_names)}"
+    else:
+        state |= {k: state[k][columns] for k in ending if state[k].ndim}
+        end = "classifier and all"
+    network.load_state_dict(state, strict=False)
+    return f"network: from {trained.path}, {end}"

@@ -1,0 +1,216 @@
+"""Follows a run step by step: progress bar, log lines, metrics; the ranks' flags; finite losses."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dan_dist.config import Config, Train
+from dan_dist.data.loader import Batch, Loader
+from dan_dist.data.reader import TooMuchDamageError, readable_key
+from dan_dist.distributed.world import World
+from dan_dist.engine.ddp import StepFlags, StepResult
+from dan_dist.evaluation.figures import images_figure
+from dan_dist.evaluation.metrics import format_metrics
+from dan_dist.evaluation.task import EvaluationResult
+from dan_dist.run.folder import mark_damage
+from dan_dist.run.plan import Plan
+from dan_dist.run.signals import StopRequest
+from dan_dist.run.state import TrainState
+from dan_dist.tracking.tracker import NullTracker
+from shards.files import write_atomically
+from shards.format import Split
+
+log = logging.getLogger(__name__)
+
+PARTS = ("loss", "loss_classification", "loss_fcn", "loss_afn")
+
+
+class NotFiniteError(FloatingPointError):
+    """The loss or the gradient of a step is not finite."""
+
+    def __init__(self, step: int, batch: Batch, line: str) -> None:
+        super().__init__(line)
+        self.step, self.batch = step, batch
+
+
+class Monitor:
+    """Rank 0's bar, log lines and metrics, and all ranks' agreement on when to save or stop.
+
+    All ranks have one. `stop` and `save` are set once any rank has asked for it, one step late. It
+    keeps `state` up to date: metrics, replaced images, the figures of the next log line.
+    """
+
+    def __init__(
+        self, options: Train, world: World, plan: Plan, state: TrainState, tracker: NullTracker,
+        loader: Loader, stop: StopRequest,
+    ) -> None:  # fmt: skip
+        self.stop = self.save = False
+        self.skipped = 0
+        self._options, self._plan, self._state = options, plan, state
+        self._tracker, self._loader, self._request = tracker, loader, stop
+        self._is_main = world.is_main
+        self._unchecked: tuple[int, Batch, StepResult] | None = None
+        self._bar = tqdm(
+            total=plan.total,
+            initial=plan.start,
+            unit="step",
+            disable=None if self._is_main else True,
+        )
+        self.saved()
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    @property
+    def asks(self) -> bool:
+        """Whether any rank has asked for a checkpoint, be it the last one."""
+        return self.stop or self.save
+
+    def flags(self) -> StepFlags:
+        """This rank's part of the next step's flags: a signal, the clock, damaged images."""
+        minutes = self._options.checkpoint_minutes
+        is_late = minutes is not None and time.monotonic() - self._saved_s > 60 * minutes
+        asked = self._request.signal is not None
+        return StepFlags(asked, self._is_main and is_late, self._loader.replaced)
+
+    def step(self, step: int, batch: Batch, result: StepResult) -> None:
+        """Takes the result of a step; a log line each interval.
+
+        Raises:
+            NotFiniteError: the previous step's loss or gradient is not finite. It is looked at one
+                step late, when a GPU has finished it, so that looking makes the GPU wait for log
+                lines alone.
+        """
+        self.check()
+        self._unchecked = step, batch, result
+        self._timed_steps += 1
+        self._bar.update()
+        if step == 1:
+            names = self._loader.reader.split.class_names
+            shown = (batch.images, batch.labels, names)
+            self._tracker.figure("training_images.png", images_figure, *shown)
+        if step % self._options.log_every == 0:
+            self.check()
+            self._log(step)
+
+    def check(self) -> None:
+        """Looks at the last step's result; called before its weights are evaluated or saved.
+
+        Raises:
+            NotFiniteError: names the step, the parts of the loss and the gradient's norm.
+        """
+        if self._unchecked is None:
+            return
+        (step, batch, result), self._unchecked = self._unchecked, None
+        found = torch.cat([result.losses, result.grad_norm[None], result.flags]).tolist()
+        losses, norm, flags = found[:4], found[4], StepFlags(*found[5:])
+        self.stop |= flags.stop > 0
+        self.save |= flags.save > 0
+        self._state.replaced += int(flags.replaced)
+        if flags.replaced and self._state.replaced_since is None:
+            self._state.replaced_since = step
+        if math.isfinite(losses[0]) and math.isfinite(norm):
+            self._state.figures.append(found[:5])
+            return
+        values = zip((*PARTS, "gradient norm"), (*losses, norm), strict=True)
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in values)
+        what = "gradient" if math.isfinite(losses[0]) else "loss"
+        line = f"the {what} is not finite at step {step} ({parts})"
+        self.skipped += result.skipped
+        most = self._options.max_skipped_steps
+        if not result.skipped or self.skipped > most:
+            raise NotFiniteError(step, batch, line)
+        log.warning("%s: skipped, the %d. of at most %d", line, self.skipped, most)
+
+    def evaluated(self, result: EvaluationResult) -> bool:
+        """Records an evaluation of the weights after `state.step`; returns whether it is the best."""
+        state, metrics = self._state, result.metrics
+        epoch = self._plan.epoch(state.step)
+        is_best = metrics["accuracy"] > state.best.get("accuracy", -1.0)
+        if is_best:
+            state.best = {**metrics, "epoch": epoch}
+            self._tracker.figure(result.figure.name, result.figure.draw, *result.figure.values)
+        state.metrics, state.evaluated = metrics, state.step
+        state.right = torch.from_numpy(result.right)
+        log.info("epoch %d/%d evaluated: %s", epoch, self._plan.epochs, format_metrics(metrics))
+        values = {f"val/{name}": value for name, value in metrics.items()}
+        self._tracker.metrics({**values, "val/best_accuracy": state.best["accuracy"]}, state.step)
+        return is_best
+
+    def saved(self) -> None:
+        """A checkpoint is under way: the clock to the next one, and of the throughput, restarts."""
+        self.save, self._saved_s = False, time.monotonic()
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        """Evaluation and saving stay out of the throughput."""
+        self._began_s, self._waited_s = time.perf_counter(), self._loader.wait_s
+        self._timed_steps = 0
+
+    def _log(self, step: int) -> None:
+        figures = self._state.figures
+        if not figures:  # every step of the interval was skipped
+            return
+        *means, norm = (sum(column) / len(column) for column in zip(*figures, strict=True))
+        elapsed_s = time.perf_counter() - self._began_s
+        rate = self._timed_steps * self._options.global_batch / elapsed_s
+        wait, lr = (self._loader.wait_s - self._waited_s) / elapsed_s, self._plan.lr(step)
+        log.info(
+            "epoch %d/%d step %d loss %.4f (classification %.4f, fcn %.4f, afn %.4f) lr %.2g, "
+            "%.0f img/s, waiting for data %.1f %%",
+            self._plan.epoch(step), self._plan.epochs, step, *means, lr, rate, 100 * wait,
+        )  # fmt: skip
+        values = {f"train/{name}": value for name, value in zip(PARTS, means, strict=True)}
+        others = {
+            "train/images_per_s": rate,
+            "train/wait_share": wait,
+            "train/lr": lr,
+            "train/epoch": step / self._plan.steps_per_epoch,
+            "train/gradient_norm": norm,
+            "train/replaced_images": self._state.replaced,
+        }
+        self._tracker.metrics({**values, **others}, step)
+        figures.clear()
+        self._restart_clock()
+
+
+@contextmanager
+def save_evidence(config: Config, world: World, split: Split, state: TrainState) -> Iterator[None]:
+    """Leaves in the run's folder what is needed to look into a failure of the block.
+
+    Of a step that is not finite `not-finite-rank<r>.json`; of too many damaged images the mark that
+    makes the next run go on from a checkpoint before them.
+    """
+    folder = Path(config.train.output)
+    try:
+        yield
+    except TooMuchDamageError:
+        if state.replaced_since is not None:
+            with suppress(OSError):
+                mark_damage(folder, state.replaced_since)
+        raise
+    except NotFiniteError as error:
+        ids = [i for i in error.batch.ids.tolist() if i >= 0]
+        content = {
+            "step": error.step,
+            "seed": config.train.seed,
+            "rank": world.rank,
+            "world_size": world.size,
+            "fault": str(error),
+            "ids": ids,
+            "keys": [readable_key(split, i) for i in ids],
+        }
+        with suppress(OSError):
+            path = folder / f"not-finite-rank{world.rank}.json"
+            write_atomically(path, json.dumps(content, indent=1) + "\n")
+        raise

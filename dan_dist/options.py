@@ -1,0 +1,138 @@
+"""The options of the programs, a frozen value each; `dan_dist.run.cli` makes the parsers of them."""
+
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["auto", "float32", "bf16", "float64"]
+
+
+def argument(text: str, *, default: Any = MISSING) -> Any:
+    """A positional argument with its help; one with a default may be left out, or stand often."""
+    return field(default=default, metadata={"help": text, "positional": True})
+
+
+def option(text: str, default: Any = MISSING) -> Any:
+    """A `--named` option with its help; required without a default."""
+    return field(default=default, metadata={"help": text})
+
+
+CHECKPOINT = "a checkpoint, or a run's folder (its best)"
+CLASSES = (
+    "of a file in the authors' format, which does not name them: affectnet8, affectnet7, rafdb, "
+    "sfew, or the names in label order with commas"
+)
+SPLIT = "default: that of the training's own evaluations"
+FOLDER = "default: a folder beside the checkpoint"
+EXPERIMENT = "MLflow's; default: that of the training"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Evaluates a checkpoint: [torchrun] launch/evaluate.py CHECKPOINT --data SHARDS [--split val]
+
+    Every image of the split is counted once on any number of ranks. Accuracy, mean recall, each
+    class's precision, recall and F1, the confusion matrix, calibration and the surest mistakes go
+    into evaluation.json and figures beside the checkpoint, and into MLflow. A network trained on
+    identities is judged by pairs of images instead: how well its features tell whether they show
+    one person.
+    """
+
+    checkpoint: Path = argument(CHECKPOINT)
+    data: str = option("folder or URL of the shards")
+    split: str | None = option(SPLIT, None)
+    classes: str | None = option(CLASSES, None)
+    cache: str | None = option("folder on each node into which the shards are copied", None)
+    output: Path | None = option(FOLDER, None)
+    device: Device = option("where the network computes", "auto")
+    precision: Precision = option("auto: that of the training", "auto")
+    pairs: int | None = option(
+        "of images, drawn to judge a network trained on identities (default: as many as in the "
+        "training's own evaluations)",
+        None,
+    )
+    pairs_file: str | None = option("a file that lists them, LFW's pairs.txt for one", None)
+    experiment: str | None = option(EXPERIMENT, None)
+    no_tracking: bool = option("leave MLflow out", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """Says what faces express: launch/predict.py CHECKPOINT IMAGE|FOLDER… [--json]
+
+    Each image is taken for the crop of one face, as training's are; in a whole photograph, find and
+    cut out the faces first. Prints each image's class and all classes' probabilities.
+    """
+
+    checkpoint: Path = argument(CHECKPOINT)
+    images: tuple[Path, ...] = argument("images, or folders of them")
+    classes: str | None = option(CLASSES, None)
+    json: bool = option("a line of JSON an image", False)
+    device: Device = option("where the network computes", "auto")
+    precision: Precision = option("auto: that of the training", "auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions:
+    """Looks inside: launch/explain.py CHECKPOINT [IMAGE|FOLDER…] [--data SHARDS] [--against OTHER]
+
+    Where each attention head looks (Grad-CAM++), on the faces of a split or on images that are
+    given, and how much the heads overlap; with shards, also how the features of their classes lie
+    (t-SNE). Figures and explanation.json go into a folder beside the checkpoint, and into MLflow.
+    """
+
+    checkpoint: Path = argument(CHECKPOINT)
+    images: tuple[Path, ...] = argument("crops of one face each, or folders of them", default=())
+    data: str | None = option("folder or URL of shards", None)
+    split: str | None = option(SPLIT, None)
+    cache: str | None = option("folder into which the shards are copied", None)
+    against: Path | None = option("another checkpoint, to be set beside it", None)
+    classes: str | None = option(CLASSES, None)
+    count: int = option("faces in the figure", 8)
+    output: Path | None = option(FOLDER, None)
+    device: Device = option("where the network computes", "auto")
+    experiment: str | None = option(EXPERIMENT, None)
+    no_tracking: bool = option("leave MLflow out", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Exports a checkpoint for use elsewhere: launch/export.py CHECKPOINT [--output FOLDER]
+
+    Writes CHECKPOINT.onnx and CHECKPOINT.pt2 (torch.export): BatchNorms folded, each head's
+    parallel convolutions merged into one, any number of images at once, normalisation within, class
+    names in the metadata. Both are checked against the network, and timed beside it on the CPU.
+    """
+
+    checkpoint: Path = argument(CHECKPOINT)
+    output: Path | None = option("folder; default: the checkpoint's", None)
+    classes: str | None = option(CLASSES, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions:
+    """Trains a grid of settings and compares them:
+
+        python launch/ablate.py heads --config configs/demo.yaml --seeds 3
+        python launch/ablate.py model.heads=1,2,4 loss.fcn=center,affinity train.epochs=10
+
+    `heads` (0 to 8; the paper's figure 5), `fcn-loss` (its table 1) and `afn-loss` (table 2) are
+    grids that come along; any `section.key=value,value` adds an axis, any `section.key=value` holds
+    for all. Each run is trained under torchrun, one after another; the same command goes on where
+    it was stopped and trains what is missing. MLflow holds the runs under one parent, with the
+    tables and figures.
+    """
+
+    words: tuple[str, ...] = argument(
+        "a grid's name, an axis section.key=a,b, or section.key=value"
+    )
+    config: str = option("the configuration of all runs", "configs/demo.yaml")
+    seeds: int = option("runs of each setting", 1)
+    output: Path | None = option("default: runs/NAME, after the axes", None)
+    nproc: int | None = option("ranks of a run (default: the GPUs, or one)", None)
+    summary: bool = option("compare what there is, train nothing", False)
+    list: bool = option("say what became of each run", False)
+    child: int | None = option(
+        "print run N's overrides, one a line, for whoever trains it elsewhere (from 0)", None
+    )

@@ -1,0 +1,50 @@
+"""What torchrun and DeepSpeed's launcher say in the environment: the one place that reads it."""
+
+import os
+from typing import NamedTuple
+
+# What each launcher leaves in the environment of its workers
+_TORCHRUN, _DEEPSPEED = "TORCHELASTIC_RUN_ID", "CROSS_RANK"
+
+
+class Launch(NamedTuple):
+    """How this process was started; alone, it is rank 0 of 1."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+
+def read_launch() -> Launch:
+    """The launch of this process.
+
+    Raises:
+        ValueError: a variable is not a whole number, or a rank is not below the number of ranks.
+    """
+    rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
+    size = _number("WORLD_SIZE", 1)
+    # torchrun's name, and that of DeepSpeed's launcher
+    local_size = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", 1))
+    for name, value, total in (("RANK", rank, size), ("LOCAL_RANK", local_rank, local_size)):
+        if not 0 <= value < total:
+            raise ValueError(f"{name} is {value} in the environment, expected 0 to {total - 1}")
+    return Launch(rank, local_rank, size, local_size)
+
+
+def has_launcher() -> bool:
+    """Whether torchrun, or DeepSpeed's launcher, started this process."""
+    return _TORCHRUN in os.environ or is_deepspeed_launched()
+
+
+def is_deepspeed_launched() -> bool:
+    """Whether DeepSpeed's launcher started this process."""
+    return _DEEPSPEED in os.environ
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    try:
+        return int(text) if text else default
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r} in the environment, expected a number") from error

@@ -1,0 +1,225 @@
+"""A run's folder: which checkpoints lie in it, which of them a run goes on from, who may write."""
+
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dan_dist.run.checkpoint import BEST, FORMAT, RESUMED, ForeignError, load, save, to_cpu
+from shards.files import locked
+
+log = logging.getLogger(__name__)
+
+_STEP = re.compile(r"step-(\d+)\.pt")
+DAMAGE = "damaged-since-step"
+
+# Keys of the configuration that may change when a run goes on: they say how long, where and how
+# quickly it computes, not what.
+FREE_KEYS = (
+    "data.shards", "data.cache", "data.synthetic", "data.threads", "data.max_bad_images",
+    "data.classes", "train.epochs", "train.max_steps", "train.device", "train.compile",
+    "train.output", "train.resume", "train.keep_checkpoints", "train.checkpoint_",
+    "train.log_every", "train.timeout_s", "tracking.", "engine.", "model.backbone",
+    "model.weights",
+)  # fmt: skip
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread while training goes on.
+
+    Each is copied to the CPU's memory first. A disk that is full, or gone, costs that checkpoint
+    only: the former ones stay. `stop_on_error` makes it an error of the run instead. One that is
+    not active, off rank 0, writes nothing.
+    """
+
+    def __init__(
+        self, folder: Path, *, keep: int, stop_on_error: bool, is_active: bool = True
+    ) -> None:
+        self._folder, self._keep, self._stop_on_error = folder, keep, stop_on_error
+        self._is_active = is_active
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[None] | None = None
+        self._best: dict[str, Any] | None = None  # the best one, until it has been written
+        self.saved: int | None = None  # the last step whose checkpoint is on the disk
+
+    def write(self, step: int, content: Mapping[str, Any], *, is_best: bool) -> None:
+        """Starts writing the checkpoint of a step, and the best one, which has no optimiser state.
+
+        Raises:
+            OSError: the one before could not be written, and `stop_on_error`.
+        """
+        if not self._is_active:
+            return
+        self.wait()
+        copied = {"format": FORMAT, **to_cpu(content)}
+        self._running = self._pool.submit(self._write, step, copied, is_best)
+
+    def wait(self) -> None:
+        """Waits for the checkpoint under way; raises as `write` does."""
+        if self._running is None:
+            return
+        running, self._running = self._running, None
+        try:
+            running.result()
+        except OSError as error:
+            line = f"no checkpoint could be written into {self._folder}: {error}"
+            if self._stop_on_error:
+                raise OSError(line) from error
+            log.warning("%s; the one before stays, training goes on", line)
+
+    @property
+    def is_writing(self) -> bool:
+        return self._running is not None and not self._running.done()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the thread when it has written the checkpoint under way."""
+        self._pool.shutdown()
+
+    def _write(self, step: int, content: dict[str, Any], is_best: bool) -> None:
+        if is_best:
+            self._best = {k: v for k, v in content.items() if k != "optimizer"}
+        if self._best is not None:  # before any checkpoint that says that there was a best one
+            save(self._folder / BEST, self._best)
+            self._best = None
+        save(step_path(self._folder, step), content)
+        self.saved = step
+        prune(self._folder, self._keep)
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimiser steps lies."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def steps_saved(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    names = [p for p in folder.glob("step-*.pt") if _STEP.fullmatch(p.name)]
+    return sorted(names, reverse=True)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints; the best one is another file and stays."""
+    for path in filter(Path.is_file, steps_saved(folder)[keep:]):
+        path.unlink()
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run that can be read; damaged ones are named and passed over.
+
+    After a run that ended for damaged images, one from before the first of them is preferred.
+
+    Raises:
+        ForeignError: it is not one of our checkpoints. ValueError: there are some, but none that
+            can be read.
+    """
+    paths = steps_saved(folder)
+    if (since := damaged_since(folder)) is not None:
+        paths.sort(key=lambda path: path >= step_path(folder, since))  # keeps the order otherwise
+    for path in paths:
+        try:
+            return path, load(path, keys=RESUMED)
+        except ForeignError:
+            raise
+        except (ValueError, OSError) as error:
+            log.warning("%s; trying the one before", error)
+    if paths:
+        names = ", ".join(path.name for path in paths)
+        raise ValueError(
+            f"{folder}: none of its checkpoints can be read ({names}); give another train.output "
+            "to start anew"
+        )
+    return None
+
+
+def checkpoint_to_resume(folder: Path, resume: str) -> str:
+    """The path of the checkpoint that a run goes on from; "" where it starts anew.
+
+    resume: the policy `train.resume`, "auto" or "never".
+
+    Raises:
+        ValueError: none can be read, or the policy is "never" and there is one.
+    """
+    if resume == "never" and (paths := steps_saved(folder)):
+        raise ValueError(
+            f"train.output {folder} holds {paths[0].name} of an earlier run; train.resume=auto "
+            "goes on with it, another train.output starts anew"
+        )
+    found = newest_checkpoint(folder)
+    return str(found[0]) if found else ""
+
+
+def mark_damage(folder: Path, since: int) -> None:
+    """Marks that images were replaced from step `since` on, until they were too many."""
+    (folder / DAMAGE).write_text(f"{since}\n")
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Renames the checkpoints after `step`, from which a run goes on, and removes the damage mark.
+
+    They are damaged, or hold what damaged images have taught; nobody has looked into all of them,
+    so they are renamed, not removed. Files that a killed run was writing are removed.
+    """
+    for path in steps_saved(folder):
+        if path > step_path(folder, step):
+            path.rename(path.with_name(path.name + ".damaged"))
+    for path in folder.glob("*.partial"):
+        path.unlink(missing_ok=True)
+    (folder / DAMAGE).unlink(missing_ok=True)
+
+
+@contextmanager
+def run_folder(folder: Path) -> Iterator[None]:
+    """Makes a run's folder, where need be, and holds its lock: one training at a time has it.
+
+    Raises:
+        OSError: another training has it, or it cannot be written.
+    """
+    check_writable(folder)
+    with locked(folder, f"{folder} is in use by another process"):
+        yield
+
+
+def damaged_since(folder: Path) -> int | None:
+    """The first step of a run that ended for damaged images at which one was replaced."""
+    path = folder / DAMAGE
+    return int(path.read_text()) if path.is_file() else None
+
+
+def check_continues(
+    path: Path, saved: Mapping[str, Any], config: Mapping[str, Any], *, same_data: bool
+) -> None:
+    """Refuses a checkpoint of another data set or another (flattened) configuration.
+
+    Raises:
+        ValueError: names the first difference and the way on.
+    """
+    if not same_data:
+        raise ValueError(
+            f"{path} was trained on other images than data.shards holds; give another train.output"
+        )
+    for key in sorted({*saved, *config}):
+        if not key.startswith(FREE_KEYS) and saved.get(key) != config.get(key):
+            raise ValueError(
+                f"{path} is of another configuration: {key} was {saved.get(key)!r}, "
+                f"is {config.get(key)!r}; give another train.output"
+            )
+
+
+def check_writable(folder: Path, name: str = "train.output") -> None:
+    """Creates `folder`, and a file in it that goes at once; `name`: what says which it is.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{name} {folder} cannot be written: {error.strerror}") from error

@@ -1,0 +1,269 @@
+"""The run's record in MLflow, written by rank 0; a tracker that records nothing elsewhere.
+
+Everything goes into a journal first; a thread sends it on. So training never waits for a tracking
+server, and records that a server missed arrive when it is back, or by
+
+    python -m dan_dist.tracking replay RUN_FOLDER
+"""
+
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from matplotlib.figure import Figure
+
+from dan_dist.tracking.figures import save
+from dan_dist.tracking.journal import Journal, remove_journal
+from dan_dist.tracking.sender import Sender
+from dan_dist.tracking.store import connect, experiment_number, parent_run, store
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 60.0  # at the end of a run, as long as the server takes what it is sent
+RETRY_S = 10.0  # and in spite of failures: many runs may be opening a new store at once
+SHORT_DRAIN_S = 5.0
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What MLflow holds of a run from its start."""
+
+    experiment: str
+    name: str
+    params: Mapping[str, Any]
+    config: Mapping[str, Any]  # the artifact config.yaml
+    tags: Mapping[str, str] = field(default_factory=dict)
+    parent: str | None = None  # the name of a run that holds this one and others
+
+
+class NullTracker:
+    """Records nothing: for all ranks but the first, and where tracking is off."""
+
+    run_id: str | None = None  # MLflow's, for the checkpoint
+    where = ""  # the address of the store, for people
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def figure(self, name: str, draw: Callable[..., Figure], *values: Any) -> None: ...
+
+    def artifact(self, path: Path, folder: str) -> None: ...
+
+    def conclude(self, status: str, model: Path | None = None) -> None: ...
+
+
+class MlflowTracker(NullTracker):
+    """One MLflow run, opened or, where the journal in `folder` holds one, continued.
+
+    The store is MLFLOW_TRACKING_URI, or `mlflow.db` in the working folder. As a context, the run
+    ends with the block: as `conclude` has said, or as failed.
+
+    run_id: of the run that is continued where the journal was lost. rollback_to: the step after
+    which records do not stand, as they were computed from damaged images.
+
+    Raises:
+        OSError: another training has `folder` open.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        record: RunRecord,
+        *,
+        run_id: str | None = None,
+        rollback_to: int | None = None,
+    ) -> None:
+        self._journal, self._folder = Journal(folder), folder
+        self._status = "FAILED"
+        self._model: Path | None = None
+        uri, _ = store()
+        if not self._journal.opened:
+            self._journal.append(
+                "run", experiment=record.experiment, name=record.name, parent=record.parent,
+                uri=uri, time_ms=_now_ms(), config=dict(record.config), run_id=run_id,
+                params={key: str(value) for key, value in record.params.items()},
+            )  # fmt: skip
+        tags = {**record.tags, "commit": commit()}
+        self._journal.append("status", status="RUNNING", tags=tags, time_ms=_now_ms())
+        if rollback_to is not None:
+            self._journal.append("rollback", step=rollback_to)
+        self.where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+        self._sender = Sender(self._journal, uri)
+        self._sender.start()
+
+    @property
+    def run_id(self) -> str | None:  # type: ignore[override]
+        return self._journal.run_id
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Records `values` at the given optimiser step, unless they were recorded for it before."""
+        if new := self._journal.new_metrics(values, step):
+            self._journal.append("metrics", values=new, step=step, time_ms=_now_ms())
+
+    def figure(self, name: str, draw: Callable[..., Figure], *values: Any) -> None:
+        """Records the figure `draw(*values)` as the artifact `name`."""
+        path = self._folder / "figures" / name
+        drawn = draw(*values)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save(drawn, path)
+        except OSError as error:
+            log.warning("no figure %s: %s", path, error.strerror)
+        else:
+            self.artifact(path, "")
+
+    def artifact(self, path: Path, folder: str) -> None:
+        """Records a file to be copied among the run's artifacts as it is when it is sent."""
+        relative = os.path.relpath(path, self._folder)
+        self._journal.append("artifact", path=relative, folder=folder)
+
+    def conclude(self, status: str, model: Path | None = None) -> None:
+        """How the run ends with the block: FINISHED, FAILED or KILLED.
+
+        model: a checkpoint that becomes the run's model.
+        """
+        self._status, self._model = status, model
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the run and waits while the server takes the records that are left.
+
+        Only a finished run waits for long: one that was told to stop has little time. Whatever
+        becomes of the model, the run has ended.
+        """
+        self._journal.append("status", status=self._status, tags={}, time_ms=_now_ms())
+        if self._model is not None:
+            self._journal.append("model", path=os.path.relpath(self._model, self._folder))
+        finished = self._status == "FINISHED"
+        self._sender.drain(
+            DRAIN_S if finished else SHORT_DRAIN_S, retry_s=RETRY_S if finished else 0.0
+        )
+        if lost := len(self._journal.unwritten):
+            log.warning("%d records found no place on the disk, and are lost", lost)
+        if left := len(self._journal.pending):
+            log.warning(
+                "%d records have not reached MLflow; when it is back: "
+                "python -m dan_dist.tracking replay %s", left, self._folder,
+            )  # fmt: skip
+        self._journal.close()
+
+
+def record_run(
+    folder: Path,
+    record: RunRecord,
+    *,
+    metrics: Mapping[str, float],
+    step: int,
+    artifacts: Sequence[str],
+) -> None:
+    """A whole run at once: what was found of a network that another run has trained.
+
+    artifacts: names of files in `folder`.
+    """
+    remove_journal(folder)
+    with MlflowTracker(folder, record) as tracker:
+        tracker.metrics(metrics, step)
+        for name in artifacts:
+            tracker.artifact(folder / name, "")
+        tracker.conclude("FINISHED")
+
+
+def publish(
+    folder: Path,
+    *,
+    experiment: str,
+    parent: str,
+    note: str,
+    status: str,
+    journals: Sequence[Path],
+) -> str:
+    """Puts the files of a folder into the run that holds others, made if need be.
+
+    note: Markdown, which MLflow shows as the run's description. status: RUNNING, FINISHED or
+    FAILED. journals: folders of the runs that it holds; what MLflow has missed of them is sent
+    first. Returns the experiment's number.
+
+    Raises:
+        OSError: MLflow cannot be reached.
+    """
+    uri, artifacts = store()
+    try:
+        for journal in journals:
+            # Without one it failed before it began; one in use is sent by its own training.
+            with suppress(FileNotFoundError, BlockingIOError):
+                replay(journal, uri)
+        client = connect(uri)
+        number = experiment_number(client, experiment, artifacts)
+        run_id = parent_run(client, number, parent)
+        client.set_tag(run_id, "mlflow.note.content", note)
+        for path in sorted(folder.iterdir()):
+            client.log_artifact(run_id, str(path))
+        if status == "RUNNING":
+            client.update_run(run_id, status)
+        else:
+            client.set_terminated(run_id, status)
+    except Exception as error:  # mlflow's errors share no base but Exception
+        reason = str(error).split("\n")[0]
+        raise OSError(f"MLflow at {uri}: {reason}; the comparison is in {folder}") from error
+    return number
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def replay(folder: Path, uri: str | None = None) -> int:
+    """Sends what a run's journal still holds; returns the number of records.
+
+    uri: the store; by default that of MLFLOW_TRACKING_URI or `mlflow.db` in the working folder. A
+    journal that names another is not followed there: it may come from elsewhere.
+
+    Raises:
+        FileNotFoundError: `folder` holds no journal. OSError: its training is still running.
+        ValueError: the run was begun in another store.
+    """
+    if not (folder / "journal.jsonl").is_file():
+        raise FileNotFoundError(f"{folder} holds no journal of a run")
+    journal = Journal(folder)
+    count = len(journal.pending)
+    if not count:
+        journal.close()
+        return 0
+    chosen = uri or store()[0]
+    if chosen != journal.uri and not (uri or "MLFLOW_TRACKING_URI" in os.environ):
+        journal.close()
+        raise ValueError(
+            f"{folder} was begun in the store {journal.uri}; to send it there: "
+            f"MLFLOW_TRACKING_URI={journal.uri} python -m dan_dist.tracking replay {folder}"
+        )
+    sender = Sender(journal, chosen)
+    while journal.pending:
+        sender.settle(journal.pending[0])
+    journal.close()
+    return count
+
+
+def record_failure(folder: Path) -> None:
+    """Records the failure of a run whose process was killed before it could."""
+    if (folder / "journal.jsonl").is_file():
+        journal = Journal(folder)
+        journal.append("status", status="FAILED", tags={}, time_ms=_now_ms())
+        journal.close()
+
+
+def commit() -> str:
+    """The git commit of this code, or "unknown" outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,357 @@
+"""The on-disk format, both ways: WebDataset tars, DALI indexes, one array index, one manifest.
+
+A folder holds, for each split, `<split>-<label>-<number>.tar` (members `<key>.jpg`, `<key>.cls`,
+`<key>.json` where there is metadata), beside each tar DALI's text index `.idx`, one
+`index-<split>.npy` that every rank maps into memory, and `manifest.json`, written last: a folder
+with a manifest is complete.
+"""
+
+import hashlib
+import json
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.files import replacing, sha256_of, write_atomically
+
+FORMAT = "dan_dist shards, version 1"
+MANIFEST = "manifest.json"
+MAX_KEY = 90  # bytes: a USTAR header has 100 for `<key>.json`
+INDEX_DTYPE = np.dtype(
+    [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")]
+)
+
+
+class Sample(NamedTuple):
+    """One image as it goes into a tar."""
+
+    key: str  # unique within its split; see check_key
+    jpeg: bytes
+    label: int
+    meta: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar, as the manifest describes it."""
+
+    name: str
+    label: int | None  # None where labels are mixed
+    samples: int
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """The samples of one split, opened for random access."""
+
+    name: str
+    root: Path
+    shards: tuple[Shard, ...]
+    index: NDArray[Any]  # (samples,) INDEX_DTYPE, memory-mapped; offset and size are the JPEG's
+    class_names: tuple[str, ...]
+    image_size: int | None  # pixels, where all images are squares of one size
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def path(self, shard: int) -> Path:
+        """The tar of shard number `shard`."""
+        return self.root / self.shards[shard].name
+
+    def key(self, sample: int) -> str:
+        """`<shard>/<key>` of a sample, read from the tar header before its payload."""
+        row = self.index[sample]
+        with self.path(row["shard"]).open("rb") as file:
+            return f"{self.shards[row['shard']].name}/{_key_at(file, int(row['offset']))}"
+
+    def keys(self) -> Iterator[str]:
+        """The key of every sample, likewise, in the order of the index."""
+        runs = np.split(self.index, np.flatnonzero(np.diff(self.index["shard"])) + 1)
+        for rows in filter(len, runs):  # of an empty split, the one run is empty
+            with self.path(rows["shard"][0]).open("rb") as file:
+                yield from (_key_at(file, offset) for offset in rows["offset"].tolist())
+
+
+def _key_at(file: BinaryIO, offset: int) -> str:
+    """The key of the member whose payload begins at `offset`."""
+    file.seek(offset - tarfile.BLOCKSIZE)
+    name = file.read(100).split(b"\0")[0].decode("utf-8", "replace")
+    return name.rsplit(".", 1)[0]
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """What a manifest says of a folder of shards."""
+
+    root: Path
+    dataset: str
+    release: str
+    class_names: tuple[str, ...]
+    image_size: int | None  # pixels, where all images are squares of one size
+    fingerprint: str  # sha256 over what determines the samples; the same wherever the folder lies
+    counts: dict[str, tuple[int, ...]]  # split → samples of each class
+    shards: dict[str, tuple[Shard, ...]]
+    index_names: dict[str, str]
+    index_sha256: dict[str, str]
+    dropped: dict[str, int]  # reason → images of the release that were not packed
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self.shards)
+
+    def split(self, name: str) -> Split:
+        """Opens one split; checks sizes and ranges, reads no tar.
+
+        Raises:
+            FileNotFoundError: a tar or the index is missing.
+            ValueError: no such split, a tar shorter than stated, or an index that does not fit.
+        """
+        if name not in self.shards:
+            raise ValueError(f"{self.root}: no split '{name}', it has {', '.join(self.splits)}")
+        shards = self.shards[name]
+        for shard in shards:
+            _check_size(self.root / shard.name, shard.size_bytes)
+        index = open_index(self.root / self.index_names[name], shards, len(self.class_names))
+        return Split(name, self.root, shards, index, self.class_names, self.image_size)
+
+
+def open_shardset(root: str | Path) -> ShardSet:
+    """Reads a folder's manifest.
+
+    Raises:
+        FileNotFoundError: no manifest: nothing was packed there, or packing has not finished.
+        ValueError: the manifest is of another format, incomplete, or names files elsewhere.
+    """
+    path = Path(root) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} not found: no finished shards there; make them with python -m shards.pack"
+        )
+    return parse_manifest(Path(root), path.read_bytes())
+
+
+def parse_manifest(root: Path, content: bytes) -> ShardSet:
+    """The set that a manifest describes, to be found in `root`.
+
+    Raises:
+        ValueError: the manifest is of another format, incomplete, or names files elsewhere.
+    """
+    path = root / MANIFEST
+    try:
+        manifest = json.loads(content)
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']!r}, expected {FORMAT!r}")
+        if not isinstance(manifest["class_names"], list):
+            raise ValueError(f"class_names is {manifest['class_names']!r}, expected a list")
+        splits = manifest["splits"]
+        shards = {n: tuple(Shard(**s) for s in v["shards"]) for n, v in splits.items()}
+        result = ShardSet(
+            root=root,
+            dataset=str(manifest["dataset"]),
+            release=str(manifest["release"]),
+            class_names=tuple(manifest["class_names"]),
+            image_size=manifest["image_size"],
+            fingerprint=_fingerprint(manifest),
+            counts={n: tuple(v["counts"]) for n, v in splits.items()},
+            shards=shards,
+            index_names={n: v["index"] for n, v in splits.items()},
+            index_sha256={n: str(v["index_sha256"]) for n, v in splits.items()},
+            dropped=dict(manifest["dropped"]),
+        )
+        _check_values(result)
+    except KeyError as error:
+        raise ValueError(f"{path}: not a manifest of shards: {error} is missing") from error
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: not a manifest of shards: {error}") from error
+    return result
+
+
+def _check_values(found: ShardSet) -> None:
+    """JSON holds any type, and a manifest may come from elsewhere."""
+    classes, shards = len(found.class_names), [s for v in found.shards.values() for s in v]
+    for name in [s.name for s in shards] + [*found.index_names.values()]:
+        if Path(name).name != name or name in ("", ".", "..") or not name.isprintable():
+            raise ValueError(f"{name!r} is not a plain file name")
+    if not classes or not all(isinstance(name, str) for name in found.class_names):
+        raise ValueError(f"class_names is {list(found.class_names)}, expected a list of names")
+    if found.image_size is not None and (not _whole(found.image_size) or not found.image_size):
+        raise ValueError(f"image_size is {found.image_size!r}, expected pixels or null")
+    for shard in shards:
+        if not _whole(shard.samples) or not _whole(shard.size_bytes):
+            raise ValueError(f"{shard.name}: samples and size_bytes must be whole numbers")
+        if shard.label is not None and not (_whole(shard.label) and shard.label < classes):
+            raise ValueError(f"{shard.name}: label {shard.label!r}, there are {classes} classes")
+    for split, counts in found.counts.items():
+        samples = sum(shard.samples for shard in found.shards[split])
+        if len(counts) != classes or not all(map(_whole, counts)) or sum(counts) != samples:
+            raise ValueError(
+                f"counts of '{split}' are not of {classes} classes and {samples} samples, as its "
+                "shards are"
+            )
+
+
+def _whole(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Class names and the indexes' checksums (which hold every image's crc32) fix the samples."""
+    parts = [
+        manifest["class_names"],
+        [(n, v["index_sha256"]) for n, v in manifest["splits"].items()],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _check_size(path: Path, size_bytes: int) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found, but the manifest lists it: copy the whole set")
+    if (actual := path.stat().st_size) != size_bytes:
+        raise ValueError(
+            f"{path} holds {actual} bytes, the manifest says {size_bytes}: "
+            "the copy is incomplete, copy or pack it again"
+        )
+
+
+def open_index(path: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[Any]:
+    """Maps a split's index into memory; every row is within range.
+
+    Raises:
+        FileNotFoundError: it is missing. ValueError: it is no index, or does not fit the shards.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found, but the manifest lists it: copy the whole set")
+    try:
+        # Not np.load, which opens zip archives too.
+        index: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # the header is parsed as Python text: errors of many kinds
+        raise ValueError(f"{path}: not an index: {error}") from error
+    expected = sum(s.samples for s in shards)
+    if index.dtype != INDEX_DTYPE or index.shape != (expected,):
+        raise ValueError(
+            f"{path}: {index.shape} of {index.dtype}, the manifest says {expected} samples"
+        )
+    if not expected:
+        return index
+    sizes = np.array([s.size_bytes for s in shards])
+    for field, limit in (("shard", len(shards)), ("label", classes)):
+        low, high = int(index[field].min()), int(index[field].max())
+        if low < 0 or high >= limit:
+            value = low if low < 0 else high
+            raise ValueError(f"{path}: {field} {value}, expected 0 to {limit - 1}")
+    size, offset = index["size"], index["offset"]
+    last = sizes[index["shard"]] - size  # a difference cannot overflow, offset + size can
+    if size.min() < 1 or offset.min() < 0 or (offset > last).any():
+        raise ValueError(f"{path}: an image lies outside its shard")
+    return index
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, NDArray[Any]]:
+    """Writes one tar and its `.idx`, each renamed into place when it is whole.
+
+    Returns the shard and its index rows; their shard number is 0, to be set by the caller.
+    """
+    rows, lines, labels = [], [], set()
+    with (
+        replacing(path) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for sample in samples:
+            members = [("jpg", sample.jpeg), ("cls", str(sample.label).encode())]
+            if sample.meta:
+                members.append(("json", json.dumps(sample.meta, sort_keys=True).encode()))
+            fields = []
+            for kind, data in members:
+                offset = _add(tar, file, f"{sample.key}.{kind}", data)
+                fields.append(f"{kind} {offset} {len(data)} {sample.key}.{kind}")
+                if kind == "jpg":
+                    rows.append((0, offset, len(data), sample.label, zlib.crc32(data)))
+            lines.append(" ".join(fields))
+            labels.add(sample.label)
+    write_atomically(path.with_suffix(".idx"), f"v1.2 {len(lines)}\n" + "\n".join(lines) + "\n")
+    shard = Shard(
+        name=path.name,
+        label=labels.pop() if len(labels) == 1 else None,
+        samples=len(rows),
+        size_bytes=path.stat().st_size,
+        sha256=sha256_of(path),
+    )
+    return shard, np.array(rows, INDEX_DTYPE)
+
+
+def check_key(key: str) -> None:
+    """Raises ValueError for a key that WebDataset or a tar header would not keep as it is."""
+    is_text = key.isprintable() and not re.search(r"[./\\\s]", key)
+    if not is_text or not 0 < len(key.encode()) <= MAX_KEY:
+        raise ValueError(
+            f"key {key!r} must be 1 to {MAX_KEY} bytes of text without dots, slashes and spaces"
+        )
+
+
+def _add(tar: tarfile.TarFile, file: BinaryIO, name: str, data: bytes) -> int:
+    """Adds one member with a header that depends on name and size alone; returns its offset."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(data), 0o644
+    offset = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(info, BytesIO(data))
+    return offset
+
+
+def write_manifest(
+    root: Path,
+    *,
+    dataset: str,
+    release: str,
+    class_names: tuple[str, ...],
+    image_size: int | None,
+    image_policy: str,
+    splits: Mapping[str, tuple[list[Shard], NDArray[Any]]],
+    dropped: Mapping[str, int],
+    dropped_names: list[str],
+    pack_sha256: str,
+) -> Path:
+    """Writes the indexes, then the manifest that makes the folder a finished set.
+
+    pack_sha256: of what was to be packed; packing the same again finds that nothing is to be done.
+    """
+    described = {}
+    for name, (shards, index) in splits.items():
+        buffer = BytesIO()
+        np.save(buffer, index, allow_pickle=False)
+        write_atomically(root / f"index-{name}.npy", buffer.getvalue())
+        described[name] = {
+            "samples": len(index),
+            "counts": np.bincount(index["label"], minlength=len(class_names)).tolist(),
+            "index": f"index-{name}.npy",
+            "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+            "shards": [asdict(s) for s in shards],
+        }
+    manifest = {
+        "format": FORMAT,
+        "dataset": dataset,
+        "release": release,
+        "class_names": class_names,
+        "image_size": image_size,
+        "image_policy": image_policy,
+        "splits": described,
+        "dropped": dict(dropped),
+        "dropped_names": dropped_names,
+        "pack_sha256": pack_sha256,
+    }
+    write_atomically(root / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return root / MANIFEST
+
+
+def copy_name(manifest: bytes) -> str:
+    """The folder name of a node's copy of a set: a set that was packed anew has another."""
+    return hashlib.sha256(manifest).hexdigest()[:16]

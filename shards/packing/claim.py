@@ -1,0 +1,99 @@
+"""The folder that a pack writes into: locked meanwhile, and never one that holds something else."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shards.files import locked, write_atomically
+from shards.format import MANIFEST
+
+STATE, CONTACT_SHEET = "packing.json", "contact_sheet.png"
+_OURS = re.compile(
+    rf"({STATE}|{MANIFEST}|{CONTACT_SHEET}|index-.+\.npy|.+-\d{{5}}\.(tar|idx|done))"
+    r"(\.[0-9a-f]{8}\.partial)?"
+)
+
+
+@contextmanager
+def locked_for_packing(out: Path, part: int = 1, parts: int = 1) -> Iterator[None]:
+    """Keeps a second pack out of the folder; the parts of one pack let each other in.
+
+    The locks end with the process, however it ends. The first one's file stays for good: were it
+    removed, two processes might each hold one of that name.
+    """
+    taken, own = (
+        f"--out {out}: another process is packing into it",
+        f"packing-{part}-of-{parts}.lock",
+    )
+    with locked(out / "packing.lock", taken, shared=parts > 1), locked(out / own, taken):
+        yield
+
+
+def claim(out: Path, description: dict[str, Any], parts: int, *, overwrite: bool) -> None:
+    """Makes `out` ours: new, continued, or emptied of what an earlier pack wrote.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    wanted = {**description, "parts": parts}
+    with locked(
+        out / "packing-claim.lock", "another part looks at the folder", wait=True
+    ):  # parts may start together
+        content = [path for path in sorted(out.iterdir()) if not _is_passing(path)]
+        state = json.loads(_text(out / STATE)) if (out / STATE).is_file() else None
+        if state == wanted and not (out / MANIFEST).exists():
+            return
+        if content and not overwrite:
+            kind = "finished shards" if (out / MANIFEST).exists() else "other files"
+            if state is not None:
+                kind = "an unfinished pack of another source or other options"
+                if {**state, "parts": parts} == wanted:
+                    kind = f"an unfinished pack in {state['parts']} parts, not in {parts}"
+            raise ValueError(f"--out {out} holds {kind}; choose another folder or give --overwrite")
+        if foreign := [path.name for path in content if not _is_ours(path)]:
+            raise ValueError(
+                f"--out {out} holds {foreign[0]}, which no pack wrote; nothing was removed"
+            )
+        for path in sorted(content, key=lambda p: p.name != MANIFEST):  # what makes it look whole
+            path.unlink()
+        write_atomically(out / STATE, json.dumps(wanted, indent=1))
+
+
+def sha256_of_pack(description: dict[str, Any]) -> str:
+    """What a manifest keeps of the description: the same in one part and in several."""
+    own = {key: value for key, value in description.items() if key != "parts"}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def is_finished(out: Path, description: dict[str, Any]) -> bool:
+    """Whether `out` holds the finished shards of just this pack."""
+    try:
+        manifest = json.loads(_text(out / MANIFEST))
+        return bool(manifest.get("pack_sha256") == sha256_of_pack(description))
+    except (FileNotFoundError, AttributeError, ValueError):  # none, or a foreign one
+        return False
+
+
+def remove_partials(out: Path) -> None:
+    """What killed runs left half written; only for who holds the whole folder's lock."""
+    for path in [*out.glob("*.partial"), *out.glob("packing-*.lock")]:
+        if _is_passing(path):
+            path.unlink(missing_ok=True)
+
+
+def _is_passing(path: Path) -> bool:
+    """Whether a file says nothing of what the folder holds."""
+    is_partial = path.suffix == ".partial" and _is_ours(path)
+    return is_partial or path.suffix == ".lock" or path.name == CONTACT_SHEET
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_file() and _OURS.fullmatch(path.name) is not None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")

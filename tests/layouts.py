@@ -1,0 +1,125 @@
+"""The real releases' folder layouts, filled with drawn faces: the same files, names and labels.
+
+For trying the packers on data that everybody has. Labels are the release's own.
+"""
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from shards.releases.faces import CLASSES, face
+from shards.images import encode
+from shards.releases.synthetic import train_labels
+
+RAFDB = ("surprise", "fear", "disgust", "happy", "sad", "anger", "neutral")  # its labels 1 to 7
+SFEW = {"Angry": "anger", "Disgust": "disgust", "Fear": "fear", "Happy": "happy",
+        "Neutral": "neutral", "Sad": "sad", "Surprise": "surprise"}  # fmt: skip
+ANNOTATIONS = ("exp", "val", "aro", "lnd")
+PHOTO_SIDE = 3  # a full release's photo is this many times as wide as the face in it
+
+
+def write_folder(out: Path, counts: dict[str, int], *, size: int, seed: int) -> None:
+    """`<split>/<class>/<number>.jpg` for each split of `counts` (split → images)."""
+    start = 0
+    for split, count in counts.items():
+        for index, label in _numbered(count, start):
+            path = out / split / CLASSES[label] / f"{index}.jpg"
+            _save(path, face(seed, index, label, size=size))
+        start += count
+
+
+def write_affectnet_reduced(
+    out: Path, train: int, val: int, *, size: int, seed: int, distinct: int | None = None
+) -> None:
+    """`train_set/images/<id>.jpg`, `annotations/<id>_{exp,val,aro,lnd}.npy`; `val_set` likewise.
+
+    distinct: different faces a split; the others are hard links to them.
+    """
+    for split, count, start in (("train_set", train, 0), ("val_set", val, train)):
+        images, notes = out / split / "images", out / split / "annotations"
+        notes.mkdir(parents=True, exist_ok=True)
+        own = np.bincount(train_labels(min(distinct or count, count)))  # faces of each class
+        drawn: list[list[int]] = [[] for _ in CLASSES]
+        for number, (index, label) in enumerate(_numbered(count, start)):
+            files = [(images, "", ".jpg"), *((notes, f"_{kind}", ".npy") for kind in ANNOTATIONS)]
+            if len(drawn[label]) == own[label]:
+                first = drawn[label][number % own[label]]
+                for folder, kind, suffix in files:
+                    os.link(folder / f"{first}{kind}{suffix}", folder / f"{index}{kind}{suffix}")
+                continue
+            drawn[label].append(index)
+            _save(images / f"{index}.jpg", face(seed, index, label, size=size))
+            values = (
+                np.array(str(label)),
+                np.array("0.1"),
+                np.array("-0.2"),
+                np.linspace(0, size, 136),
+            )
+            for kind, value in zip(ANNOTATIONS, values, strict=True):
+                np.save(notes / f"{index}_{kind}.npy", value, allow_pickle=False)
+
+
+def write_affectnet_full(out: Path, train: int, val: int, *, size: int, seed: int) -> None:
+    """Whole photos with one face somewhere, and `training.csv`, `validation.csv` with its box."""
+    fields = ("subDirectory_filePath", "face_x", "face_y", "face_width", "face_height",
+              "facial_landmarks", "expression", "valence", "arousal")  # fmt: skip
+    for name, count, start in (("training", train, 0), ("validation", val, train)):
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / f"{name}.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(fields)
+            for index, label in _numbered(count, start):
+                relative = f"{index % 7}/{index:032x}.jpg"
+                x, y = (37 * index) % (2 * size), (53 * index) % (2 * size)
+                photo = Image.new("RGB", (PHOTO_SIDE * size, PHOTO_SIDE * size), (90, 120, 80))
+                photo.paste(face(seed, index, label, size=size), (x, y))
+                _save(out / "Manually_Annotated_Images" / relative, photo)
+                landmarks = ";".join(f"{x + k % size}.0;{y + k % size}.0" for k in range(68))
+                rows.writerow([relative, x, y, size, size, landmarks, label, 0.1, -0.2])
+
+
+def write_rafdb(out: Path, train: int, test: int, *, seed: int, size: int = 100) -> None:
+    """`EmoLabel/list_patition_label.txt` (sic) and `Image/aligned/<name>_aligned.jpg`, 100 px."""
+    lines, index = [], 0
+    for split, digits, count in (("train", 5, train), ("test", 4, test)):
+        for k in range(count):
+            label = k % len(RAFDB)
+            name = f"{split}_{k + 1:0{digits}d}"
+            image = face(seed, index, CLASSES.index(RAFDB[label]), size=size)
+            _save(out / "Image" / "aligned" / f"{name}_aligned.jpg", image)
+            lines.append(f"{name}.jpg {label + 1}")
+            index += 1
+    (out / "EmoLabel").mkdir(parents=True, exist_ok=True)
+    (out / "EmoLabel" / "list_patition_label.txt").write_text("\n".join(lines))
+
+
+def write_sfew(
+    out: Path, train: int, val: int, *, seed: int, size: int = 128, aligned: bool = True
+) -> None:
+    """`Train/Train_Aligned_Faces/<Class>/*.png` and `Val/…`; without the middle folder if not."""
+    index = 0
+    for split, count in (("Train", train), ("Val", val)):
+        home = out / split / f"{split}_Aligned_Faces" if aligned else out / split
+        for k in range(count):
+            name, expression = list(SFEW.items())[k % len(SFEW)]
+            image = face(seed, index, CLASSES.index(expression), size=size)
+            _save(home / name / f"Film_{k:09d}_{index:08d}.png", image)
+            index += 1
+
+
+def _numbered(count: int, start: int) -> Iterator[tuple[int, int]]:
+    """(index, label) of `count` faces in AffectNet's proportions."""
+    labels: Sequence[int] = train_labels(count)
+    return ((start + k, label) for k, label in enumerate(labels))
+
+
+def _save(path: Path, image: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jpg":
+        path.write_bytes(encode(image))
+    else:
+        image.save(path)
