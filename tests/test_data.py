@@ -227,7 +227,7 @@ def test_other_sizes_are_resized_in_one_linear_step(faces: ShardSet) -> None:
 def test_the_kernel_is_told_of_reads_well_ahead(
     faces: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split, format_metrics, lock = faces.split("train"), [], threading.Lock()
+    split, told, lock = faces.split("train"), [], threading.Lock()
 
     def note(file: int, offset: int, size: int, advice: int) -> None:
         assert advice == os.POSIX_FADV_WILLNEED
