@@ -208,7 +208,7 @@ def save_result(config: Config, data: TrainingData, tracker: NullTracker) -> Pat
 
 
 def record_exit(folder: Path, status: Status, step: int, stop: StopRequest) -> None:
-    """Writes the run's outcome; of a run that will go on, the log says so.
+    """Writes the run's outcome; logs the way on for a preempted run.
 
     stop.step: the last one whose checkpoint is on the disk, from which it would go on.
 

@@ -60,14 +60,14 @@ def localise(source: str, cache: str | None) -> str:
 
     Raises:
         ValueError: a URL of no known protocol or without a cache, or no manifest of shards.
-        OSError: the source cannot be read, a file is not what its manifest says, the disk is full.
+        OSError: the source cannot be read, a file is not what its manifest lists, the disk is full.
     """
     if cache is None:
         if is_remote(source):
             raise ValueError(f"data.shards {source} is remote: set data.cache to a local folder")
         return source
     origin, home = _origin(source), Path(cache)
-    content = origin.read(MANIFEST)  # into memory: a full disk is to say what is needed
+    content = origin.read(MANIFEST)  # into memory: the error of a full disk needs it
     folder = home / copy_name(content)
     files = _files(parse_manifest(folder, content))
     try:
@@ -115,7 +115,7 @@ def _origin(source: str) -> Source:
 
 @contextmanager
 def _naming(file: str) -> Iterator[None]:
-    """Errors say of what file; each protocol's library has errors of its own."""
+    """Errors name the file; each protocol's library has errors of its own."""
     try:
         yield
     except FileNotFoundError as error:
@@ -141,8 +141,8 @@ def _files(shards: ShardSet) -> list[FileEntry]:
 def _missing(folder: Path, files: list[FileEntry]) -> list[FileEntry]:
     """What is still to be copied.
 
-    Once there is a manifest, a tar's size tells. Before, the machine may have failed meanwhile, and
-    a file of the right size need not hold what was written: it is read again.
+    Once there is a manifest, a tar of the right size counts as whole. Before, the machine may have
+    failed meanwhile, and a file of the right size need not hold what was written: it is read again.
     """
     is_whole = (folder / MANIFEST).exists()
 
@@ -203,7 +203,7 @@ def _copy_one(fetch: Callable[[str, Path], None], folder: Path, file: FileEntry)
                     os.fsync(written.fileno())
                 partial.replace(folder / file.name)
                 return
-            fault = OSError(f"{file.name}: its sha256 is {found}, the manifest says {file.sha256}")
+            fault = OSError(f"{file.name}: its sha256 is {found}, the manifest has {file.sha256}")
         except FileNotFoundError:
             raise
         except OSError as error:

@@ -27,7 +27,7 @@ from shards.format import Split
 
 READERS = 4  # threads; they wait for storage, not for a core
 STEPS_AHEAD = 4  # steps whose bytes are fetched in advance, before DALI's own queue
-ADVISED_AHEAD = 12  # steps that the kernel is told of: cold reads are then under way in numbers
+ADVISED_AHEAD = 12  # steps that the kernel is advised of: many cold reads are then under way
 CHUNK = 64  # images a reader thread fetches at a time: fewer, and threads wait for each other
 EVALUATION_BATCH = 64  # images a rank evaluates at once
 

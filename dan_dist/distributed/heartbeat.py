@@ -1,6 +1,6 @@
 """A heartbeat of every rank, and the end of the job when one stops.
 
-A collective does not say for whom it waits, and on a GPU it cannot be interrupted. So every rank
+A collective does not name the rank that it waits for, and on a GPU it cannot be interrupted. So every rank
 writes once a second what it is doing into the store that all share, and looks at the others.
 """
 
@@ -23,7 +23,7 @@ from dan_dist.run.signals import SIGNALS, Stopped
 
 BEAT_S = 1.0
 SILENT_S = 10.0  # without a beat, a process is stopped or its machine gone
-YIELD_S = 5.0  # the rank that speaks goes first, and the main thread before this one
+YIELD_S = 5.0  # the rank that prints goes first, and the main thread before this one
 PATIENT_S = 1800.0  # where compiling, or a slow disk, may take its time
 
 # What a rank does: prepare, work with the others, the same with patience, nothing that the others
@@ -114,12 +114,12 @@ class Heartbeat:
         """Looks at the other ranks before more is done together.
 
         Raises:
-            Stopped: one was told to stop. ConnectionError: one has failed, or fallen silent.
+            Stopped: one got a stop signal. ConnectionError: one has failed, or fallen silent.
         """
         self._raise_if_left(self._timeout_s)
 
     def find_lost(self) -> None:
-        """After a failed collective: raises as `check` does, once the others can be told apart."""
+        """After a failed collective: raises as `check` does, once the others' states are known."""
         deadline_s = time.monotonic() + self._silent_s + 2 * BEAT_S
         while self._size > 1 and time.monotonic() < deadline_s:
             self._raise_if_left(self._silent_s)
@@ -169,7 +169,7 @@ class Heartbeat:
             self._watch(now)
 
     def _watch(self, now: float) -> None:
-        """Ends this process where the others will not let it go on."""
+        """Ends this process where it cannot go on with the others."""
         seen = list(self._seen.items())
         if self._state == "rests":
             return
@@ -211,7 +211,7 @@ class Heartbeat:
         ]  # fmt: skip
 
     def _give_up(self, culprits: list[int], what: str) -> None:
-        """No step for too long: says which rank the others wait for, and ends this process."""
+        """No step for too long: names the rank that the others wait for, and ends this process."""
         others = set(range(self._size)) - set(culprits)
         line = self._name(sorted(culprits), f"{what} for {self._timeout_s:.0f} s")
         self._end(
@@ -228,10 +228,10 @@ class Heartbeat:
             names.append(f"rank {rank} on {host} ({doing})")
         return f"{', '.join(names)} {what}"
 
-    def _end(self, line: str, speaks: bool, *, code: int = 1) -> None:
+    def _end(self, line: str, prints: bool, *, code: int = 1) -> None:
         """The main thread may stand in a collective that cannot be interrupted."""
         try:
-            if speaks and code:
+            if prints and code:
                 word = threading.Thread(target=self._on_loss, args=(line,), daemon=True)
                 word.start()  # its disk, too, may fail or hang
                 word.join(SILENT_S)
@@ -251,7 +251,7 @@ def session(
     device, timeout_s, on_loss: see `init_world` and `Heartbeat`.
 
     Raises:
-        ConnectionError: a rank was lost, or has failed; names it. Stopped: one was told to stop.
+        ConnectionError: a rank was lost, or has failed; names it. Stopped: one got a stop signal.
     """
     world = init_world(device)
     heart = Heartbeat(world.store, world.rank, world.size, timeout_s=timeout_s, on_loss=on_loss)

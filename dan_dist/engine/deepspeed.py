@@ -28,13 +28,13 @@ from dan_dist.distributed.world import World, group_of_one
 from dan_dist.engine.ddp import Engine, StepOptions
 from dan_dist.model.losses import Loss, Objective
 
-logger.setLevel(logging.ERROR)  # what it finds by itself, it tells at length
+logger.setLevel(logging.ERROR)  # its log of what it finds is long
 
 # On a CPU, DeepSpeed would compile a collective of its own at the first start, for a minute and
 # with a compiler that may be missing; gloo, which is there, serves.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-# DeepSpeed's keys for what our configuration says
+# DeepSpeed's keys whose values are derived from our configuration
 OURS = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.global_batch and train.micro_batch",
@@ -77,8 +77,8 @@ class DeepSpeedEngine(Engine):
     what is derived here.
 
     Raises:
-        ValueError: `choice.deepspeed` states what our configuration says, or a key that DeepSpeed does not
-            know, or DeepSpeed refuses its configuration.
+        ValueError: `choice.deepspeed` has a key whose value is derived from ours, or that DeepSpeed
+            does not know, or DeepSpeed refuses its configuration.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class DeepSpeedEngine(Engine):
 
 
 def check_extra(extra: Mapping[str, Any]) -> None:
-    """Refuses expert configuration that says what ours says, or that DeepSpeed would not read.
+    """Refuses expert configuration whose values are derived from ours, or that DeepSpeed ignores.
 
     Raises:
         ValueError: names the key, and ours or the nearest.
@@ -235,7 +235,7 @@ def check_extra(extra: Mapping[str, Any]) -> None:
     sub = [f"zero_optimization.{key}" for key in zero] if isinstance(zero, Mapping) else []
     for key in (*extra, *sub):
         if key in OURS:
-            raise ValueError(f"engine.deepspeed.{key}: {OURS[key]} says that")
+            raise ValueError(f"engine.deepspeed.{key}: {OURS[key]} sets that")
         if key not in THEIRS and key not in sub:
             near = difflib.get_close_matches(key, (*THEIRS, *OURS), 1, cutoff=0.5)
             hint = f"; did you mean '{near[0]}'?" if near else ""

@@ -1,4 +1,4 @@
-"""What torchrun and DeepSpeed's launcher say in the environment: the one place that reads it."""
+"""The environment of torchrun and DeepSpeed's launcher: the one place that reads it."""
 
 import os
 from typing import NamedTuple

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 _STEP = re.compile(r"step-(\d+)\.pt")
 DAMAGE = "damaged-since-step"
 
-# Keys of the configuration that may change when a run goes on: they say how long, where and how
-# quickly it computes, not what.
+# Keys of the configuration that may change when a run goes on: they set how long, where and how
+# quickly it computes, not its result.
 FREE_KEYS = (
     "data.shards", "data.cache", "data.synthetic", "data.threads", "data.max_bad_images",
     "data.classes", "train.epochs", "train.max_steps", "train.device", "train.compile",
@@ -85,7 +85,7 @@ class CheckpointWriter:
     def _write(self, step: int, content: dict[str, Any], is_best: bool) -> None:
         if is_best:
             self._best = {k: v for k, v in content.items() if k != "optimizer"}
-        if self._best is not None:  # before any checkpoint that says that there was a best one
+        if self._best is not None:  # before any checkpoint that records it as the best
             save(self._folder / BEST, self._best)
             self._best = None
         save(step_path(self._folder, step), content)
@@ -213,7 +213,7 @@ def check_continues(
 
 
 def check_writable(folder: Path, name: str = "train.output") -> None:
-    """Creates `folder`, and a file in it that goes at once; `name`: what says which it is.
+    """Creates `folder`, and a file in it that is removed at once. name: of the option, for errors.
 
     Raises:
         OSError: it cannot be written.

@@ -1,6 +1,6 @@
 """How a run ended: `outcome.json` in its folder, which scripts read.
 
-torchrun's exit codes tell a preempted worker from neither a finished nor a failed one.
+torchrun's exit codes do not distinguish a preempted worker from a finished or a failed one.
 """
 
 import json

@@ -48,7 +48,7 @@ def log_model(client: Any, run_id: str, path: Path) -> None:
         save_model(trained, local, run_id, model)
         client.log_model_artifacts(model.model_id, str(local))
     _copy_metrics(client, run_id, model.model_id, trained.step)
-    outputs = client.get_run(run_id).outputs  # MLflow refuses to be told of one twice
+    outputs = client.get_run(run_id).outputs  # MLflow refuses a second entry of one
     known = [m.model_id for m in outputs.model_outputs] if outputs else []
     if model.model_id not in known:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, trained.step)])

@@ -31,7 +31,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """One row an image, in the order of the input.
 
         Raises:
-            ValueError: an image cannot be read; says which.
+            ValueError: an image cannot be read; names it by its number.
         """
         images, rows = list(model_input["image"]), []
         for start in range(0, len(images), BATCH):

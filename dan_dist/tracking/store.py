@@ -23,7 +23,7 @@ PARENT_S = 30  # within which who claimed to make a parent has made it, if it li
 
 
 def store() -> tuple[str, str | None]:
-    """MLflow's address, and where a new experiment's artifacts go, where that is ours to say.
+    """MLflow's address, and the place of a new experiment's artifacts in a store of ours, else None.
 
     MLFLOW_TRACKING_URI, or `mlflow.db` and `mlruns` in the working folder.
     """
@@ -81,7 +81,7 @@ def import_mlflow() -> Any:
         os.environ.setdefault(name, value)
     import mlflow
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # tells of each table it makes
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # logs each table that it makes
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     return mlflow

@@ -66,7 +66,7 @@ class MlflowTracker(NullTracker):
     """One MLflow run, opened or, where the journal in `folder` holds one, continued.
 
     The store is MLFLOW_TRACKING_URI, or `mlflow.db` in the working folder. As a context, the run
-    ends with the block: as `conclude` has said, or as failed.
+    ends with the block: as `conclude` sets, or as failed.
 
     run_id: of the run that is continued where the journal was lost. rollback_to: the step after
     which records do not stand, as they were computed from damaged images.
@@ -137,7 +137,7 @@ class MlflowTracker(NullTracker):
     def __exit__(self, *_: object) -> None:
         """Ends the run and waits while the server takes the records that are left.
 
-        Only a finished run waits for long: one that was told to stop has little time. Whatever
+        Only a finished run waits for long: one that got a stop signal has little time. Whatever
         becomes of the model, the run has ended.
         """
         self._journal.append("status", status=self._status, tags={}, time_ms=_now_ms())

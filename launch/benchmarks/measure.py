@@ -87,7 +87,7 @@ def torchrun(ranks: int, script: str, *arguments: str, **environment: str) -> No
     """Runs a program of launch/ on so many ranks, to its end, in silence.
 
     Raises:
-        RuntimeError: it failed; with all that it said.
+        RuntimeError: it failed; with all its output.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={ranks}", str(LAUNCH / script), *arguments]  # fmt: skip

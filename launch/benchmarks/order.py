@@ -55,8 +55,8 @@ def run(folder: Path, *, repeats: int) -> dict[str, Any]:
         base.setdefault(balanced, peak_bytes)
         slope = (peak_bytes - base[balanced]) / (size - SIZES[0]) if size > SIZES[0] else 0.0
         memory[name] = {"peak_bytes": peak_bytes, "bytes_an_image": slope, "start_s": start_s}
-        told = f"{slope:.1f}" if slope else "–"
-        print(f"| {name} | {peak_bytes / 2**20:.0f} | {told} | {start_s:.2f} |", flush=True)
+        growth = f"{slope:.1f}" if slope else "–"
+        print(f"| {name} | {peak_bytes / 2**20:.0f} | {growth} | {start_s:.2f} |", flush=True)
     return {"times": times, "memory": memory}
 
 

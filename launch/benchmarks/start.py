@@ -17,7 +17,7 @@ def run(path: str, overrides: list[str], folder: Path, *, repeats: int) -> Table
     """
 
     def launch(*launcher: str) -> Measure:
-        """One training of one step, of which the line that tells of it is waited for."""
+        """One training of one step, up to its log line."""
         output = folder / "run"
         command = [*launcher, str(LAUNCH / "train.py"), path, *overrides, f"train.output={output}",
                    "train.max_steps=1", "train.log_every=1", "train.resume=auto"]  # fmt: skip
