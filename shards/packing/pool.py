@@ -23,9 +23,6 @@ def in_processes(
     """Yields (number of the task, its result) in the order in which tasks end.
 
     function: a module-level function. With one worker it runs in this process.
-
-    Raises:
-        ChildProcessError: a worker died.
     """
     if workers <= 1:
         yield ((number, function(*task)) for number, task in enumerate(arguments))

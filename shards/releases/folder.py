@@ -12,10 +12,6 @@ def release(source: str | Path) -> Release:
 
     Hidden files are passed over; links that lead out of `source`, and what lies deeper than a
     class's folder, are left out. What is not an image is found by its content when it is packed.
-
-    Raises:
-        FileNotFoundError: `source` or its train/ folder does not exist.
-        ValueError: no class folders, or a class in another split that train lacks.
     """
     root = Path(source)
     left_out = LeftOut(root)
