@@ -1,4 +1,4 @@
-"""Files that are whole or absent, checksums, and locks: what every writer of a folder needs."""
+"""Atomic writes, checksums and locks, for every writer of a folder."""
 
 import fcntl
 import hashlib

@@ -22,7 +22,7 @@ class Item(NamedTuple):
 
     key: str  # unique within its split; see shards.format.check_key
     label: int
-    source: Any  # what `read` needs, small and picklable: a file, or a tuple that begins with it
+    source: Any  # for `read`, small and picklable: a file, or a tuple that begins with it
 
 
 class Content(NamedTuple):
@@ -53,7 +53,7 @@ Read = Callable[[Item], Content]
 
 @dataclass(frozen=True)
 class Release:
-    """A data set as downloaded: what it holds and how one image is read."""
+    """A data set as downloaded: its images and the way to read one."""
 
     dataset: str
     release: str

@@ -133,7 +133,7 @@ def _verify_shard(
 
 
 def _members(path: Path) -> tuple[dict[str, Parts], list[str]]:
-    """The samples of a tar by key, and what is odd about its members."""
+    """The samples of a tar by key, and the faults of its members."""
     samples: dict[str, Parts] = {}
     faults = []
     with tarfile.open(path, "r:") as tar:

@@ -53,7 +53,7 @@ def claim(out: Path, plan: Plan, parts: int, *, overwrite: bool) -> None:
             raise ValueError(
                 f"--out {out} holds {foreign[0]}, which no pack wrote; nothing was removed"
             )
-        for path in sorted(content, key=lambda p: p.name != MANIFEST):  # what makes it look whole
+        for path in sorted(content, key=lambda p: p.name != MANIFEST):  # the manifest first
             path.unlink()
         write_atomically(out / STATE, json.dumps(wanted, indent=1))
 

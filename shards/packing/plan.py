@@ -27,7 +27,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What identifies a pack: continuing another one would mix the two."""
+    """The list and the options of a pack: continuing another plan's would mix the two."""
 
     dataset: str
     release: str

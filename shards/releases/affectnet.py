@@ -177,7 +177,7 @@ def _array_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def read_reduced(item: Item, root: Path, size: int | None) -> Content:
-    """The crop's bytes, with what the annotations beside it hold."""
+    """The crop's bytes, with the values of the annotations beside it."""
     image, notes = item.source
     data = read_file(root, image)
     folder, stem = image.split("/", 1)[0], Path(image).stem
@@ -196,7 +196,7 @@ def read_reduced(item: Item, root: Path, size: int | None) -> Content:
 def _meta(
     values: dict[str, Any], corner: tuple[int, int], original: tuple[int, int], size: int | None
 ) -> dict[str, Any] | None:
-    """What goes into an image's JSON, which knows no infinity; landmarks in its own pixels."""
+    """The values of an image's JSON, which knows no infinity; landmarks in the image's pixels."""
     meta: dict[str, Any] = {}
     for name, numbers in values.items():
         flat = numbers.tolist()

@@ -17,7 +17,7 @@ Units = dict[str, float]  # action unit → strength
 
 
 class Person(NamedTuple):
-    """What stays the same in all images of a person."""
+    """The features that all images of a person share."""
 
     width: float
     jaw: float
