@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import hashlib
-import logging
 import os
 import signal
 import stat
@@ -12,12 +11,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Timer
 from typing import BinaryIO
 
 import pytest
 
 from conftest import REPOSITORY
+from shards import files
 from shards.files import locked, replacing, sha256_of, write_atomically
 
 # Takes a lock as argv has it, prints "held" and waits to be killed, or for its standard input's end
@@ -165,19 +164,19 @@ def test_shared_locks_hold_together_and_keep_others_out(place: Path) -> None:
             pass
 
 
-def test_a_lock_may_be_waited_for(place: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_a_lock_may_be_waited_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = ExitStack()
     ours.enter_context(locked(place, "in use"))
     with holder(place, "wait") as process:
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1)
+            process.wait(0.5)
         ours.close()
         assert wait_until_held(process)
-        Timer(0.5, process.kill).start()
+        lines: list[tuple[str, str]] = []
+        monkeypatch.setattr(files.log, "info", lambda *line: (lines.append(line), process.kill()))
         with locked(place, "in use", wait=True):
             assert process.wait() == -signal.SIGKILL
-    assert caplog.text.count("in use; waiting") == 1
+    assert lines == [("%s; waiting", "in use")]
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])

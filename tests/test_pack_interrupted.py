@@ -114,7 +114,7 @@ def test_a_read_error_stops_the_pack(shards: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_pack_killed_at_any_moment_goes_on_and_ends_the_same(tmp_path: Path) -> None:
-    source = tree(tmp_path / "source", train=300, val=10)
+    source = tree(tmp_path / "source", train=150, val=10)
     command = [sys.executable, "-m", "shards.pack", "folder", "--source", str(source), "--size",
                "96", "--shard-size", "20", "--workers", "2", "--out"]  # fmt: skip
     began = time.monotonic()

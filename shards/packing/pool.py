@@ -1,4 +1,7 @@
-"""Work for several processes: a bounded number of tasks under way, results as they come."""
+"""Work for several processes: a bounded number of tasks under way, results as they come.
+
+Not joblib's: its workers go on with the tasks they hold after their parent was killed.
+"""
 
 import multiprocessing
 import os
