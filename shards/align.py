@@ -50,12 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def load_detector(weights: str | Path, threshold: float) -> Detector:
-    """insightface's RetinaFace on a local file: (h, w, 3) RGB → (5, 2) landmarks or None.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or a network without landmarks.
-        OSError: insightface is not installed.
-    """
+    """insightface's RetinaFace on a local file: (h, w, 3) RGB → (5, 2) landmarks or None."""
     if not Path(weights).is_file():
         raise FileNotFoundError(f"--weights {weights} not found; expected a RetinaFace ONNX file")
     try:
@@ -78,11 +73,7 @@ def load_detector(weights: str | Path, threshold: float) -> Detector:
 
 
 def write_landmarks(source: Path, detect: Detector, out: Path) -> tuple[int, int]:
-    """Writes `out` once every image was looked at; returns faces found and images without.
-
-    Raises:
-        FileNotFoundError: no such folder, or no images in it.
-    """
+    """Writes `out` once every image was searched; returns faces found and images without."""
     if not source.is_dir():
         raise FileNotFoundError(f"--source {source} not found")
     images = list(walk(source, source, LeftOut(source)))

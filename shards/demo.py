@@ -1,4 +1,4 @@
-"""The embedded demo: drawn faces, packed where they are not yet."""
+"""The demo's shards: drawn faces, packed where they are not yet."""
 
 import logging
 from pathlib import Path
@@ -13,11 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def ensure(folder: str | Path, wanted: Release, *, size: int) -> None:
-    """Packs these faces into `folder`, with a contact sheet, unless they are there.
-
-    Raises:
-        ValueError: the folder holds other shards.
-    """
+    """Packs these faces into `folder`, with a contact sheet, unless they are there."""
     folder, listed = Path(folder), {name: len(items) for name, items in wanted.splits.items()}
     if not (folder / MANIFEST).exists():
         log.info("drawing %d faces into %s", sum(listed.values()), folder)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, checksums, and locks: what every writer of a folder needs."""
+"""Atomic writes, checksums and locks, for every writer of a folder."""
 
 import fcntl
 import hashlib
@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,11 +21,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes `path` as `replacing` does: it is whole or absent.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes `path` as `replacing` does: it is whole or absent."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -34,7 +31,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """An open file that becomes `path` when the block ends; after an error it is removed.
 
     The file is flushed to the disk before it is renamed, and its folder after that, so that the new
-    name survives a power cut too.
+    name survives a power cut too. A killed process leaves `<name>.<8 hex digits>.partial`.
     """
     # A name of its own, as another node may write the same file.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
@@ -47,12 +44,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems refuse to flush a folder
+    with suppress(OSError):  # some network file systems refuse to flush a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
             os.fsync(folder)
-    finally:
-        os.close(folder)
+        finally:
+            os.close(folder)
 
 
 @contextmanager
@@ -60,16 +57,17 @@ def locked(path: Path, taken: str, *, shared: bool = False, wait: bool = False) 
     """Holds the lock of a file, which is made if need be, or of a folder that exists.
 
     The lock ends with the block, or with the process, however that ends. A file system without
-    locks gets a warning: there, starting one process at a time is the user's duty.
+    locks gets a warning, once a folder: there, starting one process at a time is the user's duty.
 
-    taken: the line for the user where another process holds the lock. shared: processes that all
-    ask for a shared lock hold it together. wait: for the other process, rather than raise.
+    taken: the error where another process holds the lock. shared: processes that all ask for a
+    shared lock hold it together. wait: for the other process, rather than raise.
 
     Raises:
-        BlockingIOError: another process holds the lock (`taken`). OSError: `path` cannot be opened.
+        BlockingIOError: another process holds the lock (`taken`).
+        OSError: `path` cannot be opened.
     """
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
     file = os.open(path, flags, 0o666)
     try:
         try:
@@ -80,8 +78,13 @@ def locked(path: Path, taken: str, *, shared: bool = False, wait: bool = False) 
             log.info("%s; waiting", taken)
             fcntl.flock(file, kind)
         except OSError as error:
-            log.warning("%s: no locks on this file system (%s); let one process at a time work "
-                        "there", path, error.strerror)  # fmt: skip
+            _warn_without_locks(path if path.is_dir() else path.parent, str(error.strerror))
         yield
     finally:
         os.close(file)
+
+
+@cache
+def _warn_without_locks(folder: Path, reason: str) -> None:
+    log.warning("%s: no locks on this file system (%s); let one process at a time work there",
+                folder, reason)  # fmt: skip

@@ -90,8 +90,23 @@ def _key_at(file: BinaryIO, offset: int) -> str:
 
 
 @dataclass(frozen=True)
+class Manifest:
+    """A manifest to be written, in the order of the file."""
+
+    dataset: str
+    release: str
+    class_names: tuple[str, ...]
+    image_size: int | None  # pixels, where all images are squares of one size
+    image_policy: str  # how images were made fit
+    splits: Mapping[str, Any]  # as `write_index` describes them
+    dropped: Mapping[str, int]  # reason → images of the release that were not packed
+    dropped_names: list[str]  # of some of those images
+    pack_sha256: str  # of the plan: packing the same again finds nothing to be done
+
+
+@dataclass(frozen=True)
 class ShardSet:
-    """What a manifest says of a folder of shards."""
+    """A finished folder of shards, as its manifest describes it."""
 
     root: Path
     dataset: str
@@ -120,7 +135,13 @@ class ShardSet:
             raise ValueError(f"{self.root}: no split '{name}', it has {', '.join(self.splits)}")
         shards = self.shards[name]
         for shard in shards:
-            _check_size(self.root / shard.name, shard.size_bytes)
+            path = self.root / shard.name
+            _check_present(path)
+            if (actual := path.stat().st_size) != shard.size_bytes:
+                raise ValueError(
+                    f"{path} holds {actual} bytes, the manifest lists {shard.size_bytes}: "
+                    "the copy is incomplete, copy or pack it again"
+                )
         index = open_index(self.root / self.index_names[name], shards, len(self.class_names))
         return Split(name, self.root, shards, index, self.class_names, self.image_size)
 
@@ -154,7 +175,6 @@ def parse_manifest(root: Path, content: bytes) -> ShardSet:
         if not isinstance(manifest["class_names"], list):
             raise ValueError(f"class_names is {manifest['class_names']!r}, expected a list")
         splits = manifest["splits"]
-        shards = {n: tuple(Shard(**s) for s in v["shards"]) for n, v in splits.items()}
         result = ShardSet(
             root=root,
             dataset=str(manifest["dataset"]),
@@ -163,7 +183,7 @@ def parse_manifest(root: Path, content: bytes) -> ShardSet:
             image_size=manifest["image_size"],
             fingerprint=_fingerprint(manifest),
             counts={n: tuple(v["counts"]) for n, v in splits.items()},
-            shards=shards,
+            shards={n: tuple(Shard(**s) for s in v["shards"]) for n, v in splits.items()},
             index_names={n: v["index"] for n, v in splits.items()},
             index_sha256={n: str(v["index_sha256"]) for n, v in splits.items()},
             dropped=dict(manifest["dropped"]),
@@ -184,43 +204,33 @@ def _check_values(found: ShardSet) -> None:
             raise ValueError(f"{name!r} is not a plain file name")
     if not classes or not all(isinstance(name, str) for name in found.class_names):
         raise ValueError(f"class_names is {list(found.class_names)}, expected a list of names")
-    if found.image_size is not None and (not _whole(found.image_size) or not found.image_size):
+    if found.image_size is not None and (not _is_whole(found.image_size) or not found.image_size):
         raise ValueError(f"image_size is {found.image_size!r}, expected pixels or null")
     for shard in shards:
-        if not _whole(shard.samples) or not _whole(shard.size_bytes):
+        if not _is_whole(shard.samples) or not _is_whole(shard.size_bytes):
             raise ValueError(f"{shard.name}: samples and size_bytes must be whole numbers")
-        if shard.label is not None and not (_whole(shard.label) and shard.label < classes):
+        if shard.label is not None and not (_is_whole(shard.label) and shard.label < classes):
             raise ValueError(f"{shard.name}: label {shard.label!r}, there are {classes} classes")
     for split, counts in found.counts.items():
         samples = sum(shard.samples for shard in found.shards[split])
-        if len(counts) != classes or not all(map(_whole, counts)) or sum(counts) != samples:
-            raise ValueError(
-                f"counts of '{split}' are not of {classes} classes and {samples} samples, as its "
-                "shards are"
-            )
+        if len(counts) != classes or not all(map(_is_whole, counts)) or sum(counts) != samples:
+            expected = f"{classes} classes and {samples} samples, as its shards are"
+            raise ValueError(f"counts of '{split}' are not of {expected}")
 
 
-def _whole(value: object) -> bool:
+def _is_whole(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
 def _fingerprint(manifest: Mapping[str, Any]) -> str:
     """Class names and the indexes' checksums (which hold every image's crc32) fix the samples."""
-    parts = [
-        manifest["class_names"],
-        [(n, v["index_sha256"]) for n, v in manifest["splits"].items()],
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    indexes = [(name, split["index_sha256"]) for name, split in manifest["splits"].items()]
+    return hashlib.sha256(json.dumps([manifest["class_names"], indexes]).encode()).hexdigest()
 
 
-def _check_size(path: Path, size_bytes: int) -> None:
+def _check_present(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found, but the manifest lists it: copy the whole set")
-    if (actual := path.stat().st_size) != size_bytes:
-        raise ValueError(
-            f"{path} holds {actual} bytes, the manifest says {size_bytes}: "
-            "the copy is incomplete, copy or pack it again"
-        )
 
 
 def open_index(path: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[Any]:
@@ -229,8 +239,7 @@ def open_index(path: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[A
     Raises:
         FileNotFoundError: it is missing. ValueError: it is no index, or does not fit the shards.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found, but the manifest lists it: copy the whole set")
+    _check_present(path)
     try:
         # Not np.load, which opens zip archives too.
         index: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
@@ -238,9 +247,8 @@ def open_index(path: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[A
         raise ValueError(f"{path}: not an index: {error}") from error
     expected = sum(s.samples for s in shards)
     if index.dtype != INDEX_DTYPE or index.shape != (expected,):
-        raise ValueError(
-            f"{path}: {index.shape} of {index.dtype}, the manifest says {expected} samples"
-        )
+        found = f"{index.shape} of {index.dtype}"
+        raise ValueError(f"{path}: {found}, the manifest lists {expected} samples")
     if not expected:
         return index
     sizes = np.array([s.size_bytes for s in shards])
@@ -307,48 +315,26 @@ def _add(tar: tarfile.TarFile, file: BinaryIO, name: str, data: bytes) -> int:
     return offset
 
 
-def write_manifest(
-    root: Path,
-    *,
-    dataset: str,
-    release: str,
-    class_names: tuple[str, ...],
-    image_size: int | None,
-    image_policy: str,
-    splits: Mapping[str, tuple[list[Shard], NDArray[Any]]],
-    dropped: Mapping[str, int],
-    dropped_names: list[str],
-    pack_sha256: str,
-) -> Path:
-    """Writes the indexes, then the manifest that makes the folder a finished set.
-
-    pack_sha256: of what was to be packed; packing the same again finds that nothing is to be done.
-    """
-    described = {}
-    for name, (shards, index) in splits.items():
-        buffer = BytesIO()
-        np.save(buffer, index, allow_pickle=False)
-        write_atomically(root / f"index-{name}.npy", buffer.getvalue())
-        described[name] = {
-            "samples": len(index),
-            "counts": np.bincount(index["label"], minlength=len(class_names)).tolist(),
-            "index": f"index-{name}.npy",
-            "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
-            "shards": [asdict(s) for s in shards],
-        }
-    manifest = {
-        "format": FORMAT,
-        "dataset": dataset,
-        "release": release,
-        "class_names": class_names,
-        "image_size": image_size,
-        "image_policy": image_policy,
-        "splits": described,
-        "dropped": dict(dropped),
-        "dropped_names": dropped_names,
-        "pack_sha256": pack_sha256,
+def write_index(
+    root: Path, split: str, shards: list[Shard], index: NDArray[Any], classes: int
+) -> dict[str, Any]:
+    """Writes the index of a split; returns the split as the manifest describes it."""
+    buffer = BytesIO()
+    np.save(buffer, index, allow_pickle=False)
+    write_atomically(root / f"index-{split}.npy", buffer.getvalue())
+    return {
+        "samples": len(index),
+        "counts": np.bincount(index["label"], minlength=classes).tolist(),
+        "index": f"index-{split}.npy",
+        "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "shards": [asdict(shard) for shard in shards],
     }
-    write_atomically(root / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+
+
+def write_manifest(root: Path, manifest: Manifest) -> Path:
+    """Makes the folder, whose tars and indexes are there, a finished set."""
+    text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1)
+    write_atomically(root / MANIFEST, text + "\n")
     return root / MANIFEST
 
 

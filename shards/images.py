@@ -14,7 +14,7 @@ MAX_PIXELS = 100_000_000  # beyond this a file is refused unread: an image bomb,
 
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended sequential, progressive; Huffman coded
 _NO_LENGTH = {0x01, *range(0xD0, 0xD8)}
-_LOST = "remature end"  # of a scan or of the file; stray bytes, many pictures of the web have
+_LOST = "remature end"  # of a scan or of the file; stray bytes are common on the web
 _ORIENTATION_TAG = b"\x12\x01", b"\x01\x12"  # little endian, big endian
 
 
@@ -23,7 +23,7 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
     Plain: 8 bits, grayscale or YCbCr, baseline or progressive, from SOI to an EOI at the very end,
     no EXIF rotation, with tables and a first scan that is not empty. Walks the markers up to that
-    scan, a few µs; what is in it, `jpeg_fault` tells.
+    scan, a few µs; `jpeg_fault` checks the scan's data.
     """
     if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
         return None
@@ -70,7 +70,7 @@ def _table_numbers(segment: bytes) -> Iterator[int]:
 
 
 def jpeg_fault(jpeg: bytes) -> str | None:
-    """What a strict decoder says of a JPEG's image data; others show what they can, in silence.
+    """A strict decoder's error on a JPEG's image data; other decoders show the rest in silence.
 
     Decodes to an eighth of the size, which is a third of the work.
     """
@@ -98,15 +98,12 @@ def _is_rotated(tiff: bytes) -> bool:
 
 
 def to_jpeg(source: bytes | Image.Image, size: int | None) -> tuple[bytes, bool]:
-    """JPEG bytes for a shard, and whether they are the original ones.
+    """JPEG bytes for a shard, and whether they are the original ones; ValueError as of `decode`.
 
     The original bytes are kept where they are a plain JPEG of size×size pixels (of any size where
     `size` is None). Everything else is decoded, turned upright, converted to RGB (transparency on
     black; the first frame of an animation), resized bilinearly as torchvision's Resize, and encoded
     at quality 95 without chroma subsampling.
-
-    Raises:
-        ValueError: not an image, damaged, or of more than MAX_PIXELS.
     """
     if isinstance(source, bytes):
         plain = plain_jpeg_size(source)
@@ -130,11 +127,7 @@ def encode(image: Image.Image) -> bytes:
 
 
 def decode(data: bytes) -> Image.Image:
-    """The picture as RGB, upright.
-
-    Raises:
-        ValueError: not an image, damaged, or of more than MAX_PIXELS.
-    """
+    """The picture as RGB, upright; ValueError: no image, damaged, or of more than MAX_PIXELS."""
     if not data:
         raise ValueError("the file is empty")
     try:
@@ -152,7 +145,7 @@ def decode(data: bytes) -> Image.Image:
         raise ValueError(str(error)) from error
     except ValueError:
         raise
-    except Exception as error:  # Pillow's readers raise what they stumble over in damaged files
+    except Exception as error:  # Pillow's readers raise errors of many kinds on damaged files
         raise ValueError(f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 

@@ -28,22 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.dataset == "merge":
             merge(options.out)
-        else:
+        elif _pack(options) is None:
             part, parts = options.part
-            manifest = pack(
-                _release(options),
-                options.out,
-                size=options.size,
-                workers=options.workers,
-                shard_size=options.shard_size,
-                overwrite=options.overwrite,
-                part=part,
-                parts=parts,
-            )
-            if manifest is None:
-                print(f"part {part} of {parts} is packed; when all are: python -m shards.pack "
-                      f"merge --out {plain_name(options.out)}")  # fmt: skip
-                return 0
+            print(f"part {part} of {parts} is packed; when all are: python -m shards.pack "
+                  f"merge --out {plain_name(options.out)}")  # fmt: skip
+            return 0
         shards = open_shardset(options.out)
         overview(shards, Path(options.out) / CONTACT_SHEET)
     except (ValueError, OSError) as error:
@@ -56,7 +45,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _pack(options: argparse.Namespace) -> Path | None:
+    """The manifest; None: there are other parts to pack, then to merge."""
+    return pack(
+        _release(options), options.out,
+        size=options.size, workers=options.workers, shard_size=options.shard_size,
+        overwrite=options.overwrite, part=options.part,
+    )  # fmt: skip
+
+
 def _release(options: argparse.Namespace) -> Release:
+    """The data set that the command names, as its module in shards/releases lists it."""
     match options.dataset:
         case "affectnet":
             return affectnet.release(
@@ -120,8 +119,8 @@ def _parser() -> argparse.ArgumentParser:
                        help="by identity: persons in training (default 400)")  # fmt: skip
     faces.add_argument("--held-out", type=int, default=40,
                        help="by identity: other persons, in validation (default 40)")  # fmt: skip
-    joined = kinds.add_parser("merge", help="ends a pack that was made in parts")
-    for command in (*sources.values(), faces, joined):
+    merging = kinds.add_parser("merge", help="ends a pack that was made in parts")
+    for command in (*sources.values(), faces, merging):
         command.add_argument("--out", required=True, help="the folder for the shards")
     for command in (*sources.values(), faces):
         command.add_argument(

@@ -1,4 +1,7 @@
-"""What a data set is to the packer: a list of images, a way to read one, and what was left out."""
+"""A release: a data set as downloaded, as the list of its images and a way to read one.
+
+Each module of shards/releases yields one; shards/packing makes shards of it.
+"""
 
 import logging
 from collections import Counter
@@ -17,13 +20,13 @@ log = logging.getLogger(__name__)
 class Item(NamedTuple):
     """One listed image of a release."""
 
-    key: str  # unique within its split; shardset.check_key says what it may be
+    key: str  # unique within its split; see shards.format.check_key
     label: int
-    source: Any  # what `read` needs, small and picklable: a file, or a tuple that begins with it
+    source: Any  # for `read`, small and picklable: a file, or a tuple that begins with it
 
 
 class Content(NamedTuple):
-    """What `read` makes of an item."""
+    """The image of an item, read."""
 
     image: bytes | Image.Image
     meta: Mapping[str, Any] | None = None  # goes into the sample's JSON
@@ -33,7 +36,7 @@ class Content(NamedTuple):
 class LeftOut:
     """Images that a release lists but that are not packed, by rule: counted, the odd ones named."""
 
-    root: Path  # names are kept relative to it: a manifest does not tell where the source lay
+    root: Path  # names are kept relative to it: where the source lies changes no byte
     counts: Counter[str] = field(default_factory=Counter)  # reason → images
     names: list[str] = field(default_factory=list)
 
@@ -50,12 +53,14 @@ Read = Callable[[Item], Content]
 
 @dataclass(frozen=True)
 class Release:
-    """A data set as downloaded: what it holds and how one image is read."""
+    """A data set as downloaded: its images and the way to read one."""
 
     dataset: str
     release: str
     class_names: tuple[str, ...]  # in label order
     splits: Mapping[str, Sequence[Item]]
-    read: Read  # a module-level function or a partial of one; an image of a ValueError is dropped
+    # A module-level function or a partial of one. Its ValueError drops the image, others stop the
+    # pack: another time the image may be read.
+    read: Read
     left_out: LeftOut = field(default_factory=lambda: LeftOut(Path()))
     mixed: bool = False  # labels mixed in every shard, for sets of many classes

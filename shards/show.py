@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def table(shards: ShardSet) -> str:
-    """Images by class and split, and what of the release was left out."""
+    """Images by class and split, and images of the release left out, by reason."""
     names, splits = shards.class_names, shards.splits
     rows = [("class", *splits)]
     rows += [(name, *(str(shards.counts[s][k]) for s in splits)) for k, name in enumerate(names)]
@@ -113,7 +113,7 @@ def _pictures(split: Split, ids: NDArray[np.int64]) -> list[Image.Image]:
 
 
 def _picture(split: Split, sample: int) -> Image.Image:
-    """The image, or a red square that names it: a person sees what is damaged."""
+    """The image, or a red square with its name: damage is to be seen."""
     row = split.index[sample]
     with split.path(row["shard"]).open("rb") as file:
         file.seek(int(row["offset"]))

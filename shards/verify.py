@@ -66,13 +66,13 @@ def _verify_split(shards: ShardSet, split: str, workers: int) -> Iterator[str]:
     try:
         index = open_index(path, own, classes)
     except (ValueError, OSError) as error:
-        yield f"{name}: {error}; its shards were not looked at"
+        yield f"{name}: {error}; its shards were not checked"
         return
     if sha256_of(path) != shards.index_sha256[split]:
         yield f"{name}: its sha256 differs from the manifest's"
     counts = np.bincount(index["label"], minlength=classes).tolist()
     if counts != list(shards.counts[split]):
-        yield f"{name}: {counts} samples by class, the manifest says {list(shards.counts[split])}"
+        yield f"{name}: {counts} samples by class, the manifest lists {list(shards.counts[split])}"
     # A node's cached copy, which training alone reads, is made without `.idx`.
     is_copy = shards.root.resolve().name == copy_name((shards.root / MANIFEST).read_bytes())
     tasks = (
@@ -105,13 +105,13 @@ def _verify_shard(
     if not path.is_file():
         return [f"{shard.name}: missing"], nothing
     if (size := path.stat().st_size) != shard.size_bytes:
-        return [f"{shard.name}: {size} bytes, the manifest says {shard.size_bytes}"], nothing
+        return [f"{shard.name}: {size} bytes, the manifest lists {shard.size_bytes}"], nothing
     faults = []
     if sha256_of(path) != shard.sha256:
         faults.append(f"{shard.name}: its sha256 differs from the manifest's")
     try:
         samples, odd = _members(path)
-    except Exception as error:  # tarfile raises what it stumbles over in damaged headers
+    except Exception as error:  # tarfile raises errors of many kinds on damaged headers
         return [*faults, f"{shard.name}: no readable tar: {error}"], nothing
     faults += [f"{shard.name}: {fault}" for fault in odd]
     if len(samples) != len(rows) or len(rows) != shard.samples:
@@ -133,7 +133,7 @@ def _verify_shard(
 
 
 def _members(path: Path) -> tuple[dict[str, Parts], list[str]]:
-    """The samples of a tar by key, and what is odd about its members."""
+    """The samples of a tar by key, and the faults of its members."""
     samples: dict[str, Parts] = {}
     faults = []
     with tarfile.open(path, "r:") as tar:
@@ -164,13 +164,13 @@ def _sample(
         yield f"no .{min(missing)}"
         return
     if parts["jpg"] != (row["offset"], row["size"]):
-        yield f"its image stands at {parts['jpg']}, the index says {row['offset'], row['size']}"
+        yield f"its image stands at {parts['jpg']}, the index has {row['offset'], row['size']}"
     jpeg = content("jpg")
     if zlib.crc32(jpeg) != row["crc32"]:
         yield "its image's checksum differs from the index"
     label = content("cls")
     if label != str(row["label"]).encode() or shard.label not in (None, row["label"]):
-        yield f"label {label.decode(errors='replace')}, the index says {row['label']} and the " + (
+        yield f"label {label.decode(errors='replace')}, the index has {row['label']} and the " + (
             f"manifest {shard.label}"
         )
     if "json" in parts:
@@ -186,7 +186,7 @@ def _sample(
     elif pixels is None:
         yield "its image is no plain JPEG"
     elif size is not None and pixels != (size, size):
-        yield f"its image has {pixels} pixels, the manifest says {size}×{size}"
+        yield f"its image has {pixels} pixels, the manifest has {size}×{size}"
 
 
 def _verify_idx(path: Path, samples: dict[str, Parts]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from dan_dist.config import load_config
 from shards.format import ShardSet, open_shardset
 from shards.releases import synthetic
 from shards.packing.writer import pack
+from trees import packed, tree
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = str(REPOSITORY / "launch" / "train.py")
@@ -59,6 +60,12 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     release = synthetic.identity_release(80, 60, identities=16, held_out=20, size=32, seed=7)
     pack(release, folder, size=32, workers=1, shard_size=20)
     return open_shardset(folder)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """The folder tree `source`, which lies beside it, packed."""
+    return packed(tree(tmp_path / "source"), tmp_path / "out")
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards.releases.faces import CLASSES, face
 from shards.images import encode
+from shards.releases.affectnet import CLASSES
+from shards.releases.drawing.face import draw_face
 from shards.releases.synthetic import train_labels
 
 RAFDB = ("surprise", "fear", "disgust", "happy", "sad", "anger", "neutral")  # its labels 1 to 7
@@ -28,7 +29,7 @@ def write_folder(out: Path, counts: dict[str, int], *, size: int, seed: int) -> 
     for split, count in counts.items():
         for index, label in _numbered(count, start):
             path = out / split / CLASSES[label] / f"{index}.jpg"
-            _save(path, face(seed, index, label, size=size))
+            _save(path, draw_face(seed, index, label, size=size))
         start += count
 
 
@@ -52,7 +53,7 @@ def write_affectnet_reduced(
                     os.link(folder / f"{first}{kind}{suffix}", folder / f"{index}{kind}{suffix}")
                 continue
             drawn[label].append(index)
-            _save(images / f"{index}.jpg", face(seed, index, label, size=size))
+            _save(images / f"{index}.jpg", draw_face(seed, index, label, size=size))
             values = (
                 np.array(str(label)),
                 np.array("0.1"),
@@ -76,7 +77,7 @@ def write_affectnet_full(out: Path, train: int, val: int, *, size: int, seed: in
                 relative = f"{index % 7}/{index:032x}.jpg"
                 x, y = (37 * index) % (2 * size), (53 * index) % (2 * size)
                 photo = Image.new("RGB", (PHOTO_SIDE * size, PHOTO_SIDE * size), (90, 120, 80))
-                photo.paste(face(seed, index, label, size=size), (x, y))
+                photo.paste(draw_face(seed, index, label, size=size), (x, y))
                 _save(out / "Manually_Annotated_Images" / relative, photo)
                 landmarks = ";".join(f"{x + k % size}.0;{y + k % size}.0" for k in range(68))
                 rows.writerow([relative, x, y, size, size, landmarks, label, 0.1, -0.2])
@@ -89,7 +90,7 @@ def write_rafdb(out: Path, train: int, test: int, *, seed: int, size: int = 100)
         for k in range(count):
             label = k % len(RAFDB)
             name = f"{split}_{k + 1:0{digits}d}"
-            image = face(seed, index, CLASSES.index(RAFDB[label]), size=size)
+            image = draw_face(seed, index, CLASSES.index(RAFDB[label]), size=size)
             _save(out / "Image" / "aligned" / f"{name}_aligned.jpg", image)
             lines.append(f"{name}.jpg {label + 1}")
             index += 1
@@ -106,7 +107,7 @@ def write_sfew(
         home = out / split / f"{split}_Aligned_Faces" if aligned else out / split
         for k in range(count):
             name, expression = list(SFEW.items())[k % len(SFEW)]
-            image = face(seed, index, CLASSES.index(expression), size=size)
+            image = draw_face(seed, index, CLASSES.index(expression), size=size)
             _save(home / name / f"Film_{k:09d}_{index:08d}.png", image)
             index += 1
 

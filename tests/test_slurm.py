@@ -21,7 +21,6 @@ from chaos import CONFIG, DAN, IDENTITY
 from test_train import largest_difference, weights
 
 from conftest import REPOSITORY, train
-from dan_dist.run import checkpoint
 from shards.format import ShardSet, open_shardset
 from dan_dist.model.backbone import BACKBONE
 

@@ -3,19 +3,19 @@
 import csv
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pytest
 from PIL import Image
 
-from shards.releases import folder
-import layouts
-from shards.releases import synthetic
-from shards.releases.affectnet import TRAIN
-from shards.releases.faces import CLASSES, face
+from shards.releases import folder, synthetic
+from shards.releases.affectnet import CLASSES, TRAIN
+from shards.releases.drawing.action_units import ACTIONS
+from shards.releases.drawing.face import draw_face
 
 
 def pixels(*arguments: int, **options: int) -> np.ndarray:
-    return np.asarray(face(*arguments, size=48, **options)).astype(int)
+    return np.asarray(draw_face(*arguments, size=48, **options)).astype(int)
 
 
 def test_a_face_is_a_function_of_seed_index_and_label() -> None:
@@ -23,6 +23,10 @@ def test_a_face_is_a_function_of_seed_index_and_label() -> None:
     assert first.shape == (48, 48, 3) and (first == pixels(0, 5, 1)).all()
     for other in (pixels(1, 5, 1), pixels(0, 6, 1), pixels(0, 5, 2)):
         assert (first != other).mean() > 0.01
+
+
+def test_each_class_has_its_action_units() -> None:
+    assert tuple(ACTIONS) == CLASSES
 
 
 def test_the_expression_changes_several_regions_and_little_else() -> None:
@@ -33,9 +37,9 @@ def test_the_expression_changes_several_regions_and_little_else() -> None:
     assert changed[10:24].any() and changed[28:44].any()
 
 
-def test_an_identity_stays_a_person_over_indices() -> None:
-    same = [pixels(0, i, 0, identity=3)[24, 24] for i in range(6)]
-    strangers = [pixels(0, i, 0, identity=i)[24, 24] for i in range(6)]
+def test_a_person_stays_the_same_over_indices() -> None:
+    same = [pixels(0, i, 0, person=3)[24, 24] for i in range(6)]
+    strangers = [pixels(0, i, 0, person=i)[24, 24] for i in range(6)]
     assert np.std(same, axis=0).mean() < np.std(strangers, axis=0).mean()
 
 
@@ -83,7 +87,7 @@ def test_layouts_are_those_of_the_releases(tmp_path: Path) -> None:
     photo = Image.open(tmp_path / "full/Manually_Annotated_Images" / row["subDirectory_filePath"])
     x, y, w = (int(row[k]) for k in ("face_x", "face_y", "face_width"))
     crop = np.asarray(photo.crop((x, y, x + w, y + w))).astype(int)
-    drawn = np.asarray(face(0, 5, int(row["expression"]), size=32)).astype(int)
+    drawn = np.asarray(draw_face(0, 5, int(row["expression"]), size=32)).astype(int)
     assert np.abs(crop - drawn).mean() < 8  # JPEG noise
 
     layouts.write_rafdb(tmp_path / "raf", 14, 7, seed=0)

@@ -1,7 +1,6 @@
 """What verify finds and show shows, by their commands."""
 
 import io
-import json
 import shutil
 import struct
 import sys
@@ -13,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from trees import edit_manifest
 
 from conftest import damaged_scans, run
-from shards.format import MANIFEST, Sample, ShardSet, open_shardset, write_shard
-from shards.files import sha256_of
 from shards import show
+from shards.files import sha256_of
+from shards.format import Sample, ShardSet, open_shardset, write_shard
 from shards.verify import verify
 
 
@@ -26,20 +26,14 @@ def verified(root: Path) -> tuple[int, list[str]]:
     return done.returncode, done.stdout.splitlines()
 
 
-def edit(root: Path, change: Callable[[dict], object]) -> None:
-    manifest = json.loads((root / MANIFEST).read_text())
-    change(manifest)
-    (root / MANIFEST).write_text(json.dumps(manifest))
-
-
 def entry(manifest: dict, name: str) -> dict:
     return next(s for v in manifest["splits"].values() for s in v["shards"] if s["name"] == name)
 
 
 def sign(root: Path, name: str) -> None:
-    """Makes the manifest say of a damaged shard what it is: only its content is wrong then."""
+    """Makes the manifest list a damaged shard as it is: only its content is wrong then."""
     path = root / name
-    edit(root, lambda m: entry(m, name).update(
+    edit_manifest(root, lambda m: entry(m, name).update(
         sha256=sha256_of(path), size_bytes=path.stat().st_size))  # fmt: skip
 
 
@@ -94,7 +88,7 @@ def exchange(root: Path, jpeg: Callable[[bytes], bytes]) -> None:
     index["crc32"][own] = [zlib.crc32(data[m.offset_data :][: m.size]) for m in images]
     np.save(root / "index-train.npy", index)
     sha256 = sha256_of(root / "index-train.npy")
-    edit(root, lambda m: m["splits"]["train"].update(index_sha256=sha256))
+    edit_manifest(root, lambda m: m["splits"]["train"].update(index_sha256=sha256))
 
 
 def spoil(kind: str) -> Callable[[Path], None]:
@@ -137,7 +131,7 @@ def small(_: bytes) -> bytes:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing shard": (lambda r: (r / TAR).unlink(), f"{TAR}: missing"),
     "a short shard": (lambda r: (r / TAR).write_bytes((r / TAR).read_bytes()[:-512]),
-                      "bytes, the manifest says"),
+                      "bytes, the manifest lists"),
     "a flipped bit": (flip_a_bit, f"{TAR}: its sha256 differs"),
     "a cut image": (spoil("cut"), "cannot be decoded: Corrupt JPEG data: premature end"),
     "a zeroed image": (spoil("zeros"), "cannot be decoded: Corrupt JPEG data"),
@@ -151,7 +145,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a key of any bytes": (lambda r: header(r, name="\udce9.jpg", size=9), "key '\\udce9' must"),
     "a negative size": (lambda r: header(r, size=-1024), "no readable tar: 'face.jpg' has a size"),
     "a folder for a tar": (lambda r: ((r / TAR).unlink(), (r / TAR).mkdir()), f"{TAR}: missing"),
-    "a wrong label": (wrong_label, "label 5, the index says 1 and the manifest 1"),
+    "a wrong label": (wrong_label, "label 5, the index has 1 and the manifest 1"),
     "an image of another size": (lambda r: rewrite(r, small), "its image has (16, 16) pixels"),
     "junk after an image": (lambda r: rewrite(r, lambda j: j + b"x"), "its image is no plain JPEG"),
     "a key twice": (lambda r: rewrite(r, lambda j: j, "face_0000000"), "1 keys stand there twice"),
@@ -164,18 +158,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard too many": (lambda r: shutil.copy(r / TAR, r / "train-09-00000.tar"),
                          "train-09-00000.tar: not part of the set"),
     "no tar": (lambda r: ((r / TAR).write_bytes(b"x" * 102400), sign(r, TAR)), "no readable tar"),
-    "other counts": (lambda r: edit(r, lambda m: m["splits"]["train"]["counts"].reverse()),
-                     "samples by class, the manifest says"),
+    "other counts": (lambda r: edit_manifest(r, lambda m: m["splits"]["train"]["counts"].reverse()),
+                     "samples by class, the manifest lists"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_planted_damage_is_found_and_named(kind: str, faces: ShardSet, tmp_path: Path) -> None:
     root = shutil.copytree(faces.root, tmp_path / "shards")
-    damage, said = DAMAGE[kind]
+    damage, expected = DAMAGE[kind]
     damage(root)
     faults = list(verify(open_shardset(root), workers=1))
-    assert any(said in fault for fault in faults), faults
+    assert any(expected in fault for fault in faults), faults
 
 
 def test_the_command_names_each_fault_and_counts_them(faces: ShardSet, tmp_path: Path) -> None:

@@ -12,7 +12,14 @@ import numpy as np
 from benchmarks.measure import Measure, Table, in_turn, show
 from dan_dist.data.order import TrainOrder
 from dan_dist.data.sampler import epoch_order, group_samples
-from shards.format import INDEX_DTYPE, Shard, open_shardset, write_manifest
+from shards.format import (
+    INDEX_DTYPE,
+    Manifest,
+    Shard,
+    open_shardset,
+    write_index,
+    write_manifest,
+)
 from shards.releases.affectnet import TRAIN
 
 BATCH = 256
@@ -93,11 +100,13 @@ def _write_index(root: Path, labels: Labels, classes: int) -> Path:
         with path.open("wb") as file:
             file.truncate(samples * IMAGE_BYTES)
         shards.append(Shard(path.name, None, samples, samples * IMAGE_BYTES, "0" * 64))
-    write_manifest(
-        root, dataset="holes", release="none", image_size=224, image_policy="",
+    manifest = Manifest(
+        dataset="holes", release="none", image_size=224, image_policy="",
         class_names=tuple(f"class {k}" for k in range(classes)),
-        splits={"train": (shards, index)}, dropped={}, dropped_names=[], pack_sha256="",
+        splits={"train": write_index(root, "train", shards, index, classes)},
+        dropped={}, dropped_names=[], pack_sha256="",
     )  # fmt: skip
+    write_manifest(root, manifest)
     return root
 
 

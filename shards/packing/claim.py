@@ -1,15 +1,15 @@
 """The folder that a pack writes into: locked meanwhile, and never one that holds something else."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from shards.files import locked, write_atomically
 from shards.format import MANIFEST
+from shards.packing.plan import Plan
 
 STATE, CONTACT_SHEET = "packing.json", "contact_sheet.png"
 _OURS = re.compile(
@@ -19,30 +19,25 @@ _OURS = re.compile(
 
 
 @contextmanager
-def locked_for_packing(out: Path, part: int = 1, parts: int = 1) -> Iterator[None]:
+def locked_for_packing(out: Path, part: tuple[int, int] = (1, 1)) -> Iterator[None]:
     """Keeps a second pack out of the folder; the parts of one pack let each other in.
 
     The locks end with the process, however it ends. The first one's file stays for good: were it
     removed, two processes might each hold one of that name.
     """
-    taken, own = (
-        f"--out {out}: another process is packing into it",
-        f"packing-{part}-of-{parts}.lock",
-    )
-    with locked(out / "packing.lock", taken, shared=parts > 1), locked(out / own, taken):
+    number, parts = part
+    taken = f"--out {out}: another process is packing into it"
+    own = out / f"packing-{number}-of-{parts}.lock"
+    with locked(out / "packing.lock", taken, shared=parts > 1), locked(own, taken):
         yield
 
 
-def claim(out: Path, description: dict[str, Any], parts: int, *, overwrite: bool) -> None:
-    """Makes `out` ours: new, continued, or emptied of what an earlier pack wrote.
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    wanted = {**description, "parts": parts}
-    with locked(
-        out / "packing-claim.lock", "another part looks at the folder", wait=True
-    ):  # parts may start together
+def claim(out: Path, plan: Plan, parts: int, *, overwrite: bool) -> None:
+    """Makes `out` ours: new, continued, or emptied of the files of an earlier pack."""
+    wanted = {**asdict(plan), "parts": parts}
+    # Parts may start together: the second one waits, to find the folder claimed.
+    lock, taken = out / "packing-claim.lock", f"--out {out}: another part is about to start"
+    with locked(lock, taken, wait=True):
         content = [path for path in sorted(out.iterdir()) if not _is_passing(path)]
         state = json.loads(_text(out / STATE)) if (out / STATE).is_file() else None
         if state == wanted and not (out / MANIFEST).exists():
@@ -58,35 +53,28 @@ def claim(out: Path, description: dict[str, Any], parts: int, *, overwrite: bool
             raise ValueError(
                 f"--out {out} holds {foreign[0]}, which no pack wrote; nothing was removed"
             )
-        for path in sorted(content, key=lambda p: p.name != MANIFEST):  # what makes it look whole
+        for path in sorted(content, key=lambda p: p.name != MANIFEST):  # the manifest first
             path.unlink()
         write_atomically(out / STATE, json.dumps(wanted, indent=1))
 
 
-def sha256_of_pack(description: dict[str, Any]) -> str:
-    """What a manifest keeps of the description: the same in one part and in several."""
-    own = {key: value for key, value in description.items() if key != "parts"}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-
-
-def is_finished(out: Path, description: dict[str, Any]) -> bool:
-    """Whether `out` holds the finished shards of just this pack."""
+def is_finished(out: Path, plan: Plan) -> bool:
+    """Whether `out` holds the finished shards of just this plan."""
     try:
-        manifest = json.loads(_text(out / MANIFEST))
-        return bool(manifest.get("pack_sha256") == sha256_of_pack(description))
+        return bool(json.loads(_text(out / MANIFEST)).get("pack_sha256") == plan.sha256)
     except (FileNotFoundError, AttributeError, ValueError):  # none, or a foreign one
         return False
 
 
 def remove_partials(out: Path) -> None:
-    """What killed runs left half written; only for who holds the whole folder's lock."""
+    """Removes the half-written files of killed runs; only for who holds the whole folder's lock."""
     for path in [*out.glob("*.partial"), *out.glob("packing-*.lock")]:
         if _is_passing(path):
             path.unlink(missing_ok=True)
 
 
 def _is_passing(path: Path) -> bool:
-    """Whether a file says nothing of what the folder holds."""
+    """Whether a file may lie in any pack's folder: a lock, a half-written file, the overview."""
     is_partial = path.suffix == ".partial" and _is_ours(path)
     return is_partial or path.suffix == ".lock" or path.name == CONTACT_SHEET
 

@@ -1,4 +1,7 @@
-"""Work for several processes: a bounded number of tasks under way, results as they come."""
+"""Work for several processes: a bounded number of tasks under way, results as they come.
+
+Not joblib's: its workers go on with the tasks they hold after their parent was killed.
+"""
 
 import multiprocessing
 import os
@@ -23,9 +26,6 @@ def in_processes(
     """Yields (number of the task, its result) in the order in which tasks end.
 
     function: a module-level function. With one worker it runs in this process.
-
-    Raises:
-        ChildProcessError: a worker died.
     """
     if workers <= 1:
         yield ((number, function(*task)) for number, task in enumerate(arguments))

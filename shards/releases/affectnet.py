@@ -52,10 +52,6 @@ def release(source: str | Path, *, classes: int = 8, size: int | None, margin: f
 
     size: pixels of the packed images, into which landmarks are converted; None keeps sizes.
     margin: of the full release's face boxes, in parts of their width and height, on each side.
-
-    Raises:
-        FileNotFoundError: neither release's layout is there; ValueError: both, or a label that is
-            no number from 0 to 10.
     """
     root = Path(source)
     is_reduced = (root / "train_set" / "annotations").is_dir()
@@ -87,8 +83,8 @@ def release(source: str | Path, *, classes: int = 8, size: int | None, margin: f
     return Release(f"AffectNet-{classes}", described, CLASSES[:classes], splits, read, left_out)
 
 
-def _wanted(label: int, classes: int, left_out: LeftOut) -> bool:
-    """Whether an image of this label is packed; if not, it is counted."""
+def _is_class(label: int, classes: int, left_out: LeftOut) -> bool:
+    """Whether a label is one of the classes; an image of another is left out."""
     if label < classes:
         return True
     left_out.add(f"label {label} ({NO_CLASS.get(label) or CLASSES[label]})")
@@ -114,7 +110,7 @@ def _reduced(root: Path, classes: int, left_out: LeftOut) -> dict[str, list[Item
         keys, splits[split] = Keys(), []
         for stem in sorted(images.keys() & notes.keys()):
             label = _label(root, f"{folder}/annotations/{stem}_exp.npy")
-            if _wanted(label, classes, left_out):
+            if _is_class(label, classes, left_out):
                 source = f"{folder}/images/{images[stem]}", notes[stem]
                 splits[split].append(Item(keys.make(stem), label, source))
     return splits
@@ -181,7 +177,7 @@ def _array_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def read_reduced(item: Item, root: Path, size: int | None) -> Content:
-    """The crop's bytes, with what the annotations beside it hold."""
+    """The crop's bytes, with the values of the annotations beside it."""
     image, notes = item.source
     data = read_file(root, image)
     folder, stem = image.split("/", 1)[0], Path(image).stem
@@ -200,7 +196,7 @@ def read_reduced(item: Item, root: Path, size: int | None) -> Content:
 def _meta(
     values: dict[str, Any], corner: tuple[int, int], original: tuple[int, int], size: int | None
 ) -> dict[str, Any] | None:
-    """What goes into an image's JSON, which knows no infinity; landmarks in its own pixels."""
+    """The values of an image's JSON, which knows no infinity; landmarks in the image's pixels."""
     meta: dict[str, Any] = {}
     for name, numbers in values.items():
         flat = numbers.tolist()
@@ -243,7 +239,7 @@ def _full(
             photo = row["subDirectory_filePath"]
             listed.add(photo)
             label = _checked(row["expression"], where)
-            if not _wanted(label, classes, left_out):
+            if not _is_class(label, classes, left_out):
                 continue
             if leads_out(photo):
                 raise ValueError(f"{where}: {photo} leads out of the source")
@@ -303,12 +299,7 @@ def _box(row: dict[str, str], where: str) -> tuple[int, int, int, int] | None:
 def read_full(
     item: Item, root: Path, photos: str, lists: Lists, size: int | None, margin: float
 ) -> Content:
-    """The face cut out of its photo; landmarks in pixels of the packed image.
-
-    Raises:
-        ValueError: the box lies outside the photo, or the photo cannot be decoded.
-        OSError: it cannot be read, or the list has changed.
-    """
+    """The face cut out of its photo; landmarks in pixels of the packed image."""
     photo, split, at, crc32 = item.source
     name, columns = lists[split]
     line = line_at(f"{root}/{name}", at)

@@ -10,12 +10,8 @@ from shards.releases.source import Keys, entries, plain_name, read, walk
 def release(source: str | Path) -> Release:
     """The images of a folder tree; classes are train's folder names in alphabetical order.
 
-    Hidden files are passed over; links that lead out of `source`, and what lies deeper than a
-    class's folder, are left out. What is not an image is found by its content when it is packed.
-
-    Raises:
-        FileNotFoundError: `source` or its train/ folder does not exist.
-        ValueError: no class folders, or a class in another split that train lacks.
+    Hidden files are passed over; links that lead out of `source`, and files deeper than a class's
+    folder, are left out. A file that is no image is found by its content when it is packed.
     """
     root = Path(source)
     left_out = LeftOut(root)

@@ -37,8 +37,8 @@ class Images(Sequence[Item]):
     def add(self, identity: str, files: list[str]) -> None:
         self._add(identity, b"\0".join(os.fsencode(name) for name in files), len(files))
 
-    def apart(self, held_out: int) -> tuple["Images", "Images"]:
-        """The images without those of `held_out` identities, which are drawn, and those."""
+    def hold_out(self, held_out: int) -> tuple["Images", "Images"]:
+        """The images without those of `held_out` identities, drawn by a seed, and those."""
         count = len(self.identities)
         drawn = np.random.Generator(np.random.Philox(HELD_OUT_SEED)).permutation(count)[:held_out]
         is_held = np.zeros(count, bool)
@@ -87,10 +87,6 @@ def release(source: str | Path, held_out: int | None = None) -> Release:
 
     Both stand in the order of their names. held_out: identities of "val"; without any there is no
     such split. None: a tenth of all, at least 20 and at most 1,000; none of fewer than 40.
-
-    Raises:
-        FileNotFoundError: no such folder. ValueError: it holds no folders with images, or fewer
-            than are to be held out and one.
     """
     root, images = Path(source), Images()
     left_out = LeftOut(root)
@@ -116,7 +112,7 @@ def release(source: str | Path, held_out: int | None = None) -> Release:
         held_out = tenth if count >= 2 * HELD_OUT_LEAST else 0
     if not 0 <= held_out < count:
         raise ValueError(f"--held-out {held_out}: {root} holds {count} identities")
-    train, val = images.apart(held_out)
+    train, val = images.hold_out(held_out)
     return Release(
         "identities", "<identity>/<images>",
         tuple(map(plain_name, [*train.identities, *val.identities])),

@@ -18,12 +18,7 @@ IMAGES = "Image/aligned"
 
 
 def release(source: str | Path) -> Release:
-    """The images named in the partition list; `source` is the folder `basic` or the one above.
-
-    Raises:
-        FileNotFoundError: no partition list, or no aligned images.
-        ValueError: a line that is not `<train|test>_<number>.jpg <1 to 7>`.
-    """
+    """The images named in the partition list; `source` is the folder `basic` or the one above."""
     root = Path(source)
     tried = [r / "EmoLabel" / name for r in (root, root / "basic") for name in LISTS]
     path = next((p for p in tried if p.is_file()), None)

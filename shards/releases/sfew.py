@@ -22,10 +22,6 @@ def release(source: str | Path, *, landmarks: str | Path | None, size: int | Non
 
     landmarks: a file that `python -m shards.align` wrote; frames need it, aligned faces may have
     it. Images that it does not name (no face was found) are left out.
-
-    Raises:
-        FileNotFoundError: no Train/ or Val/. ValueError: frames without landmarks, a folder that is
-            no class, a landmark file of other images or of another form.
     """
     root = Path(source)
     left_out = LeftOut(root)
@@ -60,7 +56,7 @@ def release(source: str | Path, *, landmarks: str | Path | None, size: int | Non
                 key = keys.make(f"{CLASSES[folder.name]}_{Path(image.name).stem}", image.name)
                 splits[split].append(Item(key, label, (relative, points.get(relative))))
     listed = {item.source[0] for items in splits.values() for item in items}
-    for relative in sorted(points.keys() - listed):  # of a withheld test set, say, or of no file
+    for relative in sorted(points.keys() - listed):  # of a withheld test set, or of no file
         if not (root / relative).is_file():
             left_out.add("landmarks, but there is no image", relative)
     if landmarks is not None and not any(splits.values()):
@@ -83,11 +79,7 @@ def read_aligned(item: Item, root: Path, size: int | None) -> Content:
 
 
 def read_landmarks(path: str | Path) -> dict[str, tuple[float, ...]]:
-    """Image path (relative to the source) → x1, y1 … x5, y5 in pixels.
-
-    Raises:
-        ValueError: a line of another form, or an image named twice; FileNotFoundError.
-    """
+    """Image path (relative to the source) → x1, y1 … x5, y5 in pixels."""
     found: dict[str, tuple[float, ...]] = {}
     path = Path(path).resolve()  # a file of the user's own, wherever it lies
     for where, _, line in lines(path, path):

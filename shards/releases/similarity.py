@@ -17,9 +17,6 @@ def similarity(source: ArrayLike, target: ArrayLike) -> tuple[complex, complex]:
     """(a, b) of the rotation, scaling and shift z → a·z + b nearest to source → target.
 
     source, target: (n, 2) points; z = x + iy. Least squares, without reflection (Umeyama 1991).
-
-    Raises:
-        ValueError: the source points are all the same.
     """
     z, w = _complex(source), _complex(target)
     centred = z - z.mean()
@@ -34,9 +31,6 @@ def align(image: Image.Image, landmarks: ArrayLike, size: int) -> Image.Image:
     """The face in a size×size square, its landmarks where the template has them; black outside.
 
     landmarks: (5, 2), pixels, (0, 0) being the middle of the first pixel, as detectors give them.
-
-    Raises:
-        ValueError: they do not lie as a face's do.
     """
     corners = np.asarray(landmarks, float) + 0.5  # from the pixel's corner, as Pillow counts
     a, b = similarity(corners, (TEMPLATE + 0.5) * (size / TEMPLATE_SIDE))

@@ -19,18 +19,14 @@ import numpy as np
 from shards.release import Content, Item, LeftOut
 
 MAX_STEM = 72  # characters of a key; a longer one is cut
-MAX_BYTES = 200_000_000  # of one file: what is larger is no picture of a face
+MAX_BYTES = 200_000_000  # of one file: a larger one is no picture of a face
 LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # which file managers leave in folders
 
 log = logging.getLogger(__name__)
 
 
 def entries(folder: Path, root: Path, left_out: LeftOut) -> list[os.DirEntry[str]]:
-    """What lies in a folder, by name, without hidden names and links that lead out of `root`.
-
-    Raises:
-        ValueError: the folder itself lies outside `root`, behind a link.
-    """
+    """The entries of a folder, by name, without hidden ones and links that lead out of `root`."""
     if not _is_inside(str(folder), str(root)):
         raise ValueError(f"{folder} is a link that leads out of the source")
     found = []
@@ -55,12 +51,7 @@ def walk(folder: Path, root: Path, left_out: LeftOut) -> Iterator[str]:
 
 
 def read_file(root: Path, relative: str) -> bytes:
-    """The bytes of a file of the source.
-
-    Raises:
-        ValueError: the path, or a link, leads out of `root`; it is no file, or a huge one.
-        OSError: it cannot be read; its text names the file.
-    """
+    """The bytes of a file of the source; ValueError: it lies outside, is no file, or a huge one."""
     path = f"{root}/{relative}"  # text: pathlib takes as long as the reading
     if leads_out(relative) or not _is_inside(os.path.dirname(path), str(root)):  # noqa: PTH120
         raise ValueError(f"{relative} leads out of the source")
@@ -82,7 +73,7 @@ def read_file(root: Path, relative: str) -> bytes:
         while part := os.read(file, status.st_size + 1):  # a file object takes as long again
             parts.append(part)
         return b"".join(parts)
-    except OSError as error:  # reading, Python does not say of what file
+    except OSError as error:  # Python's own names no file
         raise OSError(error.errno, error.strerror, path) from error
     finally:
         os.close(file)
@@ -99,11 +90,7 @@ def _is_inside(path: str, root: str) -> bool:
 
 
 def lines(path: Path, root: Path) -> Iterator[tuple[str, int, str]]:
-    """(where it stands, byte at which it begins, text) of each line that is not blank.
-
-    Raises:
-        ValueError: a line is no UTF-8, or the file is a link that leads out of `root`.
-    """
+    """(where it stands, byte at which it begins, text) of each line that is not blank."""
     if not _is_inside(str(path), str(root)):
         raise ValueError(f"{path} is a link that leads out of the source")
     with path.open("rb") as file:
@@ -166,7 +153,7 @@ def check_counts(
     splits: Mapping[str, Sequence[Item]],
     official: Mapping[str, Sequence[int]],
 ) -> None:
-    """Warns, with a table, where a split's classes are not as many as the release's authors say."""
+    """Warns, with a table, where a split's classes differ from the official counts."""
     for split, expected in official.items():
         labels = np.array([item.label for item in splits.get(split, ())], int)
         found = np.bincount(labels, minlength=len(class_names)).tolist()

@@ -1,30 +1,22 @@
-"""The embedded data set: drawn faces, sorted by their eight expressions or by who they are.
+"""The demo's data set: drawn faces, classed by their eight expressions or by person.
 
-A face is a function of (seed, index, expression, identity); training and validation never share an
-index, and where faces are sorted by identity no person.
+A face is a function of (seed, index, expression, person); training and validation never share an
+index, and where persons are the classes no person.
 """
-
-import logging
 
 import numpy as np
 
 from shards.images import encode
 from shards.release import Content, Item, Release
-from shards.releases.affectnet import TRAIN as AFFECTNET_TRAIN
-from shards.releases.faces import CLASSES, face
-
-log = logging.getLogger(__name__)
+from shards.releases.affectnet import CLASSES, TRAIN
+from shards.releases.drawing.face import draw_face
 
 
 def train_labels(count: int) -> list[int]:
-    """Labels of `count` training images in AffectNet's proportions, at least one each, sorted.
-
-    Raises:
-        ValueError: fewer images than classes.
-    """
+    """Labels of `count` training images in AffectNet's proportions, at least one each, sorted."""
     if count < len(CLASSES):
         raise ValueError(f"--train {count}: at least {len(CLASSES)} images, one of each class")
-    exact = np.array(AFFECTNET_TRAIN) / sum(AFFECTNET_TRAIN) * (count - len(CLASSES))
+    exact = np.array(TRAIN) / sum(TRAIN) * (count - len(CLASSES))
     sizes = np.floor(exact).astype(int)
     largest = np.argsort(sizes - exact, kind="stable")  # largest remainder first
     sizes[largest[: count - len(CLASSES) - sizes.sum()]] += 1
@@ -32,11 +24,7 @@ def train_labels(count: int) -> list[int]:
 
 
 def release(train: int, val: int, *, size: int, seed: int) -> Release:
-    """Strangers by expression: `train` images in AffectNet's proportions, `val` images balanced.
-
-    Raises:
-        ValueError: `val` is not a positive multiple of 8, `train` below 8, or no possible size.
-    """
+    """Strangers by expression: `train` images in AffectNet's proportions, `val` images balanced."""
     if val <= 0 or val % len(CLASSES):
         raise ValueError(f"--val {val}: expected a positive multiple of {len(CLASSES)}")
     _check_size(size)
@@ -57,9 +45,6 @@ def identity_release(
     """Persons, who are the classes: `identities` in `train` images, `held_out` others in `val`.
 
     Images are divided evenly over persons, who show all expressions in turn.
-
-    Raises:
-        ValueError: persons with fewer than two images, or no possible size.
     """
     _check_size(size)
     splits: dict[str, list[Item]] = {"train": [], "val": []}
@@ -86,5 +71,5 @@ def _check_size(size: int) -> None:
 
 def read(item: Item) -> Content:
     """The face's JPEG bytes."""
-    seed, index, expression, size, identity = item.source
-    return Content(encode(face(seed, index, expression, size=size, identity=identity)))
+    seed, index, expression, size, person = item.source
+    return Content(encode(draw_face(seed, index, expression, size=size, person=person)))

@@ -1,10 +1,6 @@
-"""Drawn faces whose expressions come from facial action units.
+"""A head and its features, in the face's own coordinates, moved by action units.
 
-Identity, pose, light, background and noise vary freely; the expression is a set of action units
-(AU, Ekman & Friesen's facial action coding) that move brows, lids, nose, cheeks and mouth. A face
-is a function of (seed, index, label): every number comes from one Philox stream.
-
-Coordinates: the face's own, x to the right and y down, the head about ±0.75 wide and ±1 high.
+Coordinates: x to the right and y down, the head about ±0.75 wide and ±1 high.
 """
 
 import math
@@ -13,44 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 Points = NDArray[np.float64]
 Color = tuple[int, int, int]
-
-CLASSES = ("neutral", "happy", "sad", "surprise", "fear", "disgust", "anger", "contempt")
-
-# Action units and their strength in each expression. "14" acts on one side of the mouth alone.
-ACTIONS: dict[str, dict[str, float]] = {
-    "neutral": {},
-    "happy": {"6": 0.9, "12": 1.0, "25": 0.5},
-    "sad": {"1": 1.0, "4": 0.45, "15": 1.0, "17": 0.6},
-    "surprise": {"1": 1.0, "2": 1.0, "5": 0.8, "26": 1.0},
-    "fear": {"1": 1.0, "2": 0.5, "4": 0.7, "5": 1.0, "20": 1.0, "25": 0.8},
-    "disgust": {"4": 0.4, "7": 0.5, "9": 1.0, "10": 1.0, "15": 0.4},
-    "anger": {"4": 1.0, "5": 0.3, "7": 0.7, "23": 1.0, "17": 0.4},
-    "contempt": {"14": 1.0, "12": 0.1, "7": 0.2},
-}
-UNITS = tuple(sorted({au for units in ACTIONS.values() for au in units}, key=int))
-INTENSITY = (0.6, 1.0)
-JITTER = (0.75, 1.15)  # of each unit's strength
-MISSING_P = 0.08  # a unit of the expression that does not show
-RESTING = 0.12  # every unit's random tone, in all expressions
-
-SKINS = (
-    (255, 224, 196),
-    (241, 194, 160),
-    (224, 172, 128),
-    (198, 134, 92),
-    (141, 92, 60),
-    (96, 62, 44),
-)
-HAIRS = ((30, 24, 22), (70, 46, 30), (120, 80, 45), (190, 150, 90), (150, 60, 30), (150, 150, 150))
-IRISES = ((60, 40, 25), (90, 60, 30), (70, 110, 150), (80, 120, 80), (40, 30, 25))
+Units = dict[str, float]  # action unit → strength
 
 
-class Identity(NamedTuple):
-    """What stays with a person."""
+class Person(NamedTuple):
+    """The features that all images of a person share."""
 
     width: float
     jaw: float
@@ -91,96 +58,7 @@ class Canvas:
         return pixels
 
 
-def face(
-    seed: int, index: int, label: int, *, size: int, identity: int | None = None
-) -> Image.Image:
-    """The RGB image, size×size pixels, of face `index` with expression `label`.
-
-    `identity` names the person; None makes everybody a stranger.
-    """
-    rng = np.random.Generator(np.random.Philox(key=[seed, index]))
-    other = np.random.Generator(np.random.Philox(key=[seed, (1 << 62) + (identity or 0)]))
-    person = _person(rng if identity is None else other)
-    units = _units(rng, label)
-    large = size * (3 if size < 128 else 2)
-    image = _background(rng, large)
-    _draw(_pose(rng, image), person, units, 1 if rng.random() < 0.5 else -1)
-    image = image.resize((size, size), Image.Resampling.BOX)
-    return _photograph(rng, image)
-
-
-def _units(rng: np.random.Generator, label: int) -> dict[str, float]:
-    """Every action unit's strength, 0 … about 1.2."""
-    intensity = rng.uniform(*INTENSITY)
-    strengths = {}
-    for au, tone, jitter, seen in zip(
-        UNITS,
-        rng.uniform(0, RESTING, len(UNITS)),
-        rng.uniform(*JITTER, len(UNITS)),
-        rng.random(len(UNITS)) >= MISSING_P,
-        strict=True,
-    ):
-        own = ACTIONS[CLASSES[label]].get(au, 0.0)
-        # An expression of one leading unit is nothing without it.
-        shown = seen or len(ACTIONS[CLASSES[label]]) <= 3
-        strengths[au] = float(tone + own * intensity * jitter * shown)
-    return strengths
-
-
-def _person(rng: np.random.Generator) -> Identity:
-    u: list[float] = rng.random(18).tolist()
-
-    def between(k: int, low: float, high: float) -> float:
-        return low + u[k] * (high - low)
-
-    skin = _mix(SKINS[int(u[0] * 6)], SKINS[int(u[1] * 6)], 0.3)
-    return Identity(
-        width=between(2, 0.66, 0.8),
-        jaw=between(3, 0.55, 0.85),
-        skin=skin,
-        hair=HAIRS[int(u[4] * 6)],
-        iris=IRISES[int(u[5] * 5)],
-        lips=_mix(skin, (190, 60, 70), between(6, 0.35, 0.7)),
-        hair_style=int(u[7] * 4),
-        eye_gap=between(8, 0.3, 0.36),
-        eye_size=between(9, 0.14, 0.18),
-        brow_width=between(10, 0.045, 0.085),
-        brow_height=between(11, 0.2, 0.26),
-        nose_length=between(12, 0.28, 0.38),
-        nose_width=between(13, 0.1, 0.16),
-        mouth_width=between(14, 0.24, 0.32),
-        lip=between(15, 0.04, 0.07),
-        beard=between(16, -0.9, 0.4),
-        glasses=bool(u[17] < 0.1),
-    )
-
-
-def _background(rng: np.random.Generator, size: int) -> Image.Image:
-    """A gradient between two colours, at times with a shape in it."""
-    colors = rng.integers(20, 236, (2, 3))
-    ramp = np.linspace(0, 1, 16)
-    mix = np.add.outer(ramp * rng.random(), ramp * rng.random())[:, :, None] / 2
-    grid = (colors[0] * (1 - mix) + colors[1] * mix).astype(np.uint8)
-    image = Image.fromarray(grid).resize((size, size), Image.Resampling.BILINEAR)
-    if rng.random() < 0.5:
-        x, y, w, h = rng.random(4) * size
-        tint = tuple(int(v) for v in rng.integers(0, 256, 3))
-        ImageDraw.Draw(image).rectangle((x, y, x + w, y + h), fill=tint)
-    return image
-
-
-def _pose(rng: np.random.Generator, image: Image.Image) -> Canvas:
-    """In-plane roll, a turn of the head as shear and narrowing, and the slack of a face crop."""
-    roll = rng.normal(0, math.radians(5))
-    scale = image.width * rng.uniform(0.5, 0.58)
-    narrow, shear = rng.uniform(0.92, 1.04), rng.normal(0, 0.04)
-    rotation = np.array([[math.cos(roll), -math.sin(roll)], [math.sin(roll), math.cos(roll)]])
-    matrix = scale * rotation @ np.array([[narrow, shear], [0, 1]])
-    offset = image.width * (0.5 + rng.uniform(-0.035, 0.035, 2))
-    return Canvas(image, matrix, offset)
-
-
-def _draw(canvas: Canvas, person: Identity, units: dict[str, float], side: int) -> None:
+def draw_features(canvas: Canvas, person: Person, units: Units, side: int) -> None:
     """One face, back to front; `side` (±1) is the one on which AU 14 acts."""
     _head(canvas, person)
     _nose(canvas, person, units)
@@ -196,8 +74,8 @@ def _draw(canvas: Canvas, person: Identity, units: dict[str, float], side: int) 
         canvas.stroke(np.array([[-0.1, -0.2], [0.1, -0.2]]), (40, 40, 45), 0.03)
 
 
-def _head(canvas: Canvas, person: Identity) -> None:
-    shade = _mix(person.skin, (0, 0, 0), 0.25)
+def _head(canvas: Canvas, person: Person) -> None:
+    shade = mix(person.skin, (0, 0, 0), 0.25)
     if person.hair_style:
         drop = 0.55 if person.hair_style == 2 else 0.0
         canvas.fill(
@@ -215,13 +93,13 @@ def _head(canvas: Canvas, person: Identity) -> None:
         t = np.linspace(-1, 1, 13)
         cheeks = np.stack([0.97 * t * np.interp(0.2, y[:10], x[:10]), 0.36 - 0.16 * t**4], axis=1)
         beard = np.concatenate([cheeks, outline[y > 0.22]])
-        canvas.fill(beard, _mix(person.skin, person.hair, person.beard))
+        canvas.fill(beard, mix(person.skin, person.hair, person.beard))
     if person.hair_style:
         low = -0.42 if person.hair_style == 3 else -0.62
         canvas.fill(np.concatenate([outline[y < -0.6] * 1.03, [[0.1, low]]]), person.hair)
 
 
-def _eye(canvas: Canvas, person: Identity, units: dict[str, float], side: int) -> None:
+def _eye(canvas: Canvas, person: Person, units: Units, side: int) -> None:
     """AU 5 raises the upper lid, AU 6 and 7 push up the lower one and narrow the eye."""
     w = person.eye_size
     tight = 0.6 * units["6"] + 0.55 * units["7"] + 0.3 * units["9"]
@@ -240,11 +118,11 @@ def _eye(canvas: Canvas, person: Identity, units: dict[str, float], side: int) -
         ix, iy = cx + radius * np.cos(angle), cy - 0.03 * w + radius * np.sin(angle)
         iy = np.clip(iy, np.interp(ix, x, top), np.interp(ix, x, bottom))
         canvas.fill(np.stack([ix, iy], axis=1), color)
-    dark = _mix(person.skin, (30, 15, 10), 0.75)
+    dark = mix(person.skin, (30, 15, 10), 0.75)
     canvas.stroke(np.stack([x, top], axis=1), dark, 0.028)
-    canvas.stroke(np.stack([x, bottom], axis=1), _mix(person.skin, (60, 30, 20), 0.4), 0.014)
+    canvas.stroke(np.stack([x, bottom], axis=1), mix(person.skin, (60, 30, 20), 0.4), 0.014)
     if units["6"] > 0.3:  # the cheek bulges, crow's feet at the outer corner
-        fold = _mix(person.skin, (60, 30, 20), 0.4 * min(1.0, units["6"]))
+        fold = mix(person.skin, (60, 30, 20), 0.4 * min(1.0, units["6"]))
         bag = np.stack([x, cy + lower * arch + 0.07 + 0.03 * arch], axis=1)
         canvas.stroke(bag, fold, 0.02)
         for dy in (-0.04, 0.04):
@@ -252,7 +130,7 @@ def _eye(canvas: Canvas, person: Identity, units: dict[str, float], side: int) -
             canvas.stroke(np.array(tail), fold, 0.016)
 
 
-def _brow(canvas: Canvas, person: Identity, units: dict[str, float], side: int) -> None:
+def _brow(canvas: Canvas, person: Person, units: Units, side: int) -> None:
     """AU 1 raises the inner end, AU 2 the outer end, AU 4 lowers and draws them together."""
     base = -0.18 - person.brow_height - 0.03
     inner = base - 0.17 * units["1"] + 0.14 * units["4"] + 0.07 * units["9"] + 0.01
@@ -264,14 +142,14 @@ def _brow(canvas: Canvas, person: Identity, units: dict[str, float], side: int) 
     y = inner * (1 - t) ** 2 + 2 * middle * t * (1 - t) + outer * t**2
     x = side * (start + (end - start) * t)
     half = person.brow_width / 2 * (1.15 - 0.7 * t)
-    canvas.fill(_band(x, y - half, y + half), _mix(person.hair, (20, 15, 15), 0.3))
+    canvas.fill(_band(x, y - half, y + half), mix(person.hair, (20, 15, 15), 0.3))
 
 
-def _frown(canvas: Canvas, person: Identity, units: dict[str, float]) -> None:
+def _frown(canvas: Canvas, person: Person, units: Units) -> None:
     """Folds between the brows (AU 4), across the nose root (AU 9), over raised brows (AU 1, 2)."""
 
     def fold(strength: float) -> Color:
-        return _mix(person.skin, (50, 25, 15), 0.55 * min(1.0, strength))
+        return mix(person.skin, (50, 25, 15), 0.55 * min(1.0, strength))
 
     if units["4"] > 0.3:
         for x in (-0.05, 0.05):
@@ -288,9 +166,9 @@ def _frown(canvas: Canvas, person: Identity, units: dict[str, float]) -> None:
             canvas.stroke(np.stack([0.36 * t, y + 0.03 * t**2], axis=1), fold(raised), 0.016)
 
 
-def _nose(canvas: Canvas, person: Identity, units: dict[str, float]) -> None:
+def _nose(canvas: Canvas, person: Person, units: Units) -> None:
     """AU 9 and 10 raise and widen the wings; they and AU 12 deepen the folds beside the mouth."""
-    shade = _mix(person.skin, (60, 25, 15), 0.35)
+    shade = mix(person.skin, (60, 25, 15), 0.35)
     bottom = -0.12 + person.nose_length - 0.04 * units["9"]
     wide = person.nose_width * (1 + 0.25 * units["9"] + 0.12 * units["10"])
     canvas.stroke(np.array([[-0.04, -0.2], [-0.06, bottom - 0.1]]), shade, 0.014)
@@ -299,17 +177,17 @@ def _nose(canvas: Canvas, person: Identity, units: dict[str, float]) -> None:
     canvas.stroke(np.stack([wide * t, tip], axis=1), shade, 0.024)
     for side in (-1, 1):
         wing = _ellipse(side * wide * 0.5, bottom + 0.005, 0.028, 0.016)
-        canvas.fill(wing, _mix(person.skin, (30, 10, 5), 0.6))
+        canvas.fill(wing, mix(person.skin, (30, 10, 5), 0.6))
     depth = max(0.9 * units["12"], units["9"], units["10"])
     if depth > 0.25:
-        fold = _mix(person.skin, (60, 25, 15), 0.45 * min(1.0, depth))
+        fold = mix(person.skin, (60, 25, 15), 0.45 * min(1.0, depth))
         for side in (-1, 1):
             x = side * np.array([wide * 1.15, wide * 1.7 + 0.02, wide * 1.75 + 0.08 * units["12"]])
             y = bottom + np.array([-0.04 - 0.05 * units["10"], 0.08, 0.22])
             canvas.stroke(np.stack([x, y], axis=1), fold, 0.022)
 
 
-def _mouth(canvas: Canvas, person: Identity, units: dict[str, float], side: int) -> None:
+def _mouth(canvas: Canvas, person: Person, units: Units, side: int) -> None:
     """Corners by AU 12, 14, 15; width by 12, 20, 23; opening by 25, 26; lips by 10, 17, 23."""
     w = person.mouth_width
     w *= 1 + 0.32 * units["12"] + 0.3 * units["20"] - 0.16 * units["23"] - 0.22 * units["26"]
@@ -335,9 +213,9 @@ def _mouth(canvas: Canvas, person: Identity, units: dict[str, float], side: int)
         canvas.fill(_band(x * 0.85, top, np.minimum(top + teeth * arch, bottom)), (240, 238, 230))
     else:
         canvas.stroke(
-            np.stack([x, (top + bottom) / 2], axis=1), _mix(person.lips, (40, 5, 10), 0.7), 0.024
+            np.stack([x, (top + bottom) / 2], axis=1), mix(person.lips, (40, 5, 10), 0.7), 0.024
         )
-    shade = _mix(person.skin, (60, 25, 15), 0.4)
+    shade = mix(person.skin, (60, 25, 15), 0.4)
     if units["17"] > 0.25:  # the chin boss wrinkles
         chin = np.stack([0.12 * t, 0.72 + 0.04 * t**2], axis=1)
         canvas.stroke(chin, shade, 0.02)
@@ -352,22 +230,6 @@ def _mouth(canvas: Canvas, person: Identity, units: dict[str, float], side: int)
         canvas.stroke(np.array(dimple), shade, 0.024)
 
 
-def _photograph(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """Light from one direction, contrast, colour cast, blur and sensor noise."""
-    size = image.width
-    if rng.random() < 0.3:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.7) * size / 64))
-    pixels = np.asarray(image, np.float32)
-    ramp = np.linspace(-1, 1, size, dtype=np.float32)
-    direction = rng.normal(0, 0.15, 2)
-    light = 1 + np.add.outer(direction[0] * ramp, direction[1] * ramp)[:, :, None]
-    cast = rng.normal(1, 0.05, 3)
-    contrast, brightness = rng.uniform(0.75, 1.1), rng.uniform(-18, 18)
-    pixels = (pixels - 128) * light * cast * contrast + 128 + brightness
-    noise = rng.standard_normal((size, size, 1), np.float32) * rng.uniform(0, 6)
-    return Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
-
-
 def _band(x: Points, top: Points, bottom: Points) -> Points:
     """The outline between two curves over the same x."""
     upper, lower = np.stack([x, top], axis=1), np.stack([x, np.maximum(top, bottom)], axis=1)
@@ -379,7 +241,7 @@ def _ellipse(x: float, y: float, rx: float, ry: float) -> Points:
     return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], axis=1)
 
 
-def _mix(a: Sequence[int], b: Sequence[int], share: float) -> Color:
+def mix(a: Sequence[int], b: Sequence[int], share: float) -> Color:
     """`a` with `share` of `b`."""
     r, g, b_ = (round(p + (q - p) * share) for p, q in zip(a, b, strict=True))
     return r, g, b_

@@ -1,0 +1,118 @@
+"""The plan of a pack: which image goes into which shard, before any image is read."""
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.format import check_key
+from shards.release import Release
+
+MIXING_SEED = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to be written: the images of `split` at these positions of its list."""
+
+    name: str
+    split: str
+    positions: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The list and the options of a pack: continuing another plan's would mix the two."""
+
+    dataset: str
+    release: str
+    class_names: list[str]
+    size: int | None
+    listed: dict[str, int]  # split → images
+    list_sha256: str
+    left_out: dict[str, int]  # reason → images
+    left_out_names: list[str]
+    shards: dict[str, list[str]]  # split → names of its jobs
+
+    @property
+    def sha256(self) -> str:
+        """The same in one part and in several; the manifest keeps it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def images(self) -> int:
+        return sum(self.listed.values())
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan of an unfinished pack, as `claim` wrote it."""
+    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return Plan(**{field.name: state[field.name] for field in fields(Plan)})
+
+
+def plan_pack(release: Release, size: int | None, shard_size: int) -> tuple[Plan, list[Job]]:
+    """The plan and its shards; refuses what could not be packed or trained on."""
+    digest, jobs = hashlib.sha256(), []
+    for split, items in release.splits.items():
+        if not split.isprintable():
+            raise ValueError(f"{release.dataset}: split {split!r} has no printable name, rename it")
+        if not len(items):
+            raise ValueError(f"{release.dataset}: split '{split}' holds no images")
+        labels = np.empty(len(items), np.int32)
+        hashes = np.empty(len(items), np.int64)  # 8 bytes an image, where a set of keys takes 100
+        for k, item in enumerate(items):
+            check_key(item.key)
+            if not 0 <= item.label < len(release.class_names):
+                raise ValueError(f"'{item.key}' has label {item.label}, outside class_names")
+            labels[k], hashes[k] = item.label, hash(item.key)
+            line = f"{split} {item.key} {item.label} {item.source}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+        _check_unique(release, split, hashes)
+        present = np.bincount(labels, minlength=len(release.class_names)) > 0
+        if split == "train" and not present.all() and not release.mixed:  # there, some are held out
+            name = release.class_names[int(np.argmin(present))]
+            raise ValueError(f"{release.dataset}: class '{name}' has no training images")
+        jobs += _cut(split, labels, shard_size, mixed=release.mixed)
+    plan = Plan(
+        dataset=release.dataset,
+        release=release.release,
+        class_names=list(release.class_names),
+        size=size,
+        listed={split: len(items) for split, items in release.splits.items()},
+        list_sha256=digest.hexdigest(),
+        left_out=dict(release.left_out.counts),
+        left_out_names=list(release.left_out.names),
+        shards={split: [j.name for j in jobs if j.split == split] for split in release.splits},
+    )
+    return plan, jobs
+
+
+def _check_unique(release: Release, split: str, hashes: NDArray[np.int64]) -> None:
+    values, counts = np.unique(hashes, return_counts=True)
+    suspects = np.isin(hashes, values[counts > 1])
+    items = release.splits[split]
+    keys = Counter(items[int(k)].key for k in np.flatnonzero(suspects))
+    for key, count in keys.most_common(1):
+        if count > 1:
+            raise ValueError(f"{release.dataset}: key '{key}' stands {count} times in '{split}'")
+
+
+def _cut(split: str, labels: NDArray[np.int32], shard_size: int, *, mixed: bool) -> list[Job]:
+    """Shards of one class each, or of samples drawn from all of them."""
+    if mixed:
+        order = np.random.Generator(np.random.Philox(MIXING_SEED)).permutation(len(labels))
+        groups = {f"{split}": order}
+    else:
+        order, classes = np.argsort(labels, kind="stable"), np.unique(labels)
+        own = np.split(order, np.searchsorted(labels[order], classes[1:]))
+        groups = {f"{split}-{c:02d}": ids for c, ids in zip(classes.tolist(), own, strict=True)}
+    return [
+        Job(f"{name}-{k:05d}", split, positions[start : start + shard_size])
+        for name, positions in groups.items()
+        for k, start in enumerate(range(0, len(positions), shard_size))
+    ]

@@ -1,0 +1,1 @@
+"""The demo's faces, drawn: a face is a function of (seed, index, expression, person)."""
