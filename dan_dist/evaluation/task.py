@@ -1,4 +1,4 @@
-"""The task of a training: its classes, its validation images, its judge. Expressions, identities."""
+"""The tasks of a training, expressions and identities: classes, validation images, judge."""
 
 import logging
 from collections.abc import Callable

@@ -95,8 +95,8 @@ def _distinct(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
 def read_pairs(path: Path, split: Split) -> Pairs:
     """The pairs of a text file, a line each, in FOLDS folds of consecutive lines.
 
-    Lines are those of LFW's pairs.txt, `PERSON n m` and `PERSON n PERSON m` (its first line
-    gives the number of folds), or `PERSON/FILE PERSON/FILE`, separated by tabs or, without any, by spaces.
+    Lines are those of LFW's pairs.txt, `PERSON n m` and `PERSON n PERSON m` (its first line is the
+    number of folds), or `PERSON/FILE PERSON/FILE`, separated by tabs or, without any, by spaces.
 
     A ValueError names the line: of another form, with an image that the split does not hold or
     holds twice, with an image beside itself; or the fold that lacks pairs of one kind.
@@ -181,8 +181,8 @@ def verify(similarity: NDArray[np.float64], pairs: Pairs) -> Verification:
     """ROC, its area, the true accept rate at FAR, and the accuracy over folds.
 
     Each fold's pairs are classified by the threshold that is right for the most of the others' (of
-    several, the highest). The rate at FAR is the largest whose false accept rate is at most that: with fewer
-    than 1 / FAR pairs of two persons, that of none.
+    several, the highest). The rate at FAR is the largest whose false accept rate is at most that:
+    with fewer than 1 / FAR pairs of two persons, that of none.
     """
     from sklearn.metrics import roc_auc_score, roc_curve  # takes a second to import
 

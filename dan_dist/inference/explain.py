@@ -10,6 +10,7 @@ import math
 import re
 import tempfile
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def check(options: ExplainOptions) -> None:
 def require_libraries() -> None:
     """Imports what only a look inside needs, which takes seconds."""
     try:
-        import pytorch_grad_cam  # noqa: F401
+        import_module("pytorch_grad_cam")
     except ImportError as error:
         raise OSError(f"{error}: pip install -e '.[explain]' brings what explain needs") from error
 

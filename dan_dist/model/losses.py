@@ -1,6 +1,6 @@
 """The training objective: network, losses and class centres in one module (arXiv 2109.07270, §3).
 
-Identities, on which backbones are trained, are told apart by cross-entropy alone, or by ArcFace's.
+Identities, on which backbones are trained, are classified by cross-entropy alone, or by ArcFace's.
 
 The centres are Parameters beside the network's, so that whatever wraps the objective (DDP)
 synchronises them, the optimiser trains them and a checkpoint holds them.
