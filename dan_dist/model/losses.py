@@ -20,7 +20,7 @@ FcnLoss = Literal["affinity", "center", "none"]
 AfnLoss = Literal["partition", "partition_batch", "none"]
 
 # Guard of the variance across heads in equation 6. The gradient of log(1 + k/σ²) grows like 1/σ
-# where heads agree; from scratch 1e-6 trains slower than 1e-3 (README, "The method").
+# where heads agree; from scratch 1e-6 trains slower than 1e-3.
 VARIANCE_GUARD = 1e-3
 
 
