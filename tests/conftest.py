@@ -17,6 +17,8 @@ from shards.format import ShardSet, open_shardset
 from shards.releases import synthetic
 from shards.packing.writer import pack
 
+pytest_plugins = ("trained",)
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = str(REPOSITORY / "launch" / "train.py")
 
