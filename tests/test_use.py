@@ -134,8 +134,8 @@ def settled(heads: int) -> DAN:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
     with torch.no_grad():
-        for _ in range(20):
-            network.train()(torch.randn(8, 3, 64, 64))
+        for _ in range(10):
+            network.train()(torch.randn(4, 3, 64, 64))
     return network.eval()
 
 
