@@ -17,7 +17,7 @@ import pytest
 from chaos import Server
 from scipy.stats import binomtest
 
-from conftest import REPOSITORY, run
+from conftest import LAUNCH, REPOSITORY, run
 from dan_dist import programs
 from dan_dist.ablation import comparison, grid
 from dan_dist.ablation.grid import AblationRun
@@ -26,7 +26,7 @@ from dan_dist.config import load_config
 from dan_dist.run.signals import StopRequest
 
 Write = Callable[[str], Path]
-SCRIPT = str(REPOSITORY / "launch" / "ablate.py")
+SCRIPT = str(LAUNCH / "ablate.py")
 CHROMIUM = shutil.which("chromium")
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from conftest import DAN as TWO_HEADS
-from conftest import REPOSITORY, run
+from conftest import LAUNCH, TINY, copied, run, single
 from dan_dist.distributed.world import World
 from dan_dist.inference import explain as explanation
 from dan_dist.inference import predict as prediction
@@ -27,7 +27,6 @@ from dan_dist.model.weights import load_trained
 from dan_dist.options import ExplainOptions, PredictOptions
 from dan_dist.run import checkpoint
 from shards.format import ShardSet
-from trained import TrainedRun, copy_run, train_run
 
 
 def explain(checkpoint: Path, *images: Path, tracked: bool = False, **options: Any) -> Any:
@@ -50,16 +49,16 @@ def test_images_are_taken_evenly(faces: ShardSet) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(
-    faces: ShardSet, baseline_run: TrainedRun, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def runs(faces: ShardSet, baseline_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three trainings: DAN at 64 px, where maps have 2 × 2 places, with and without affinity loss;
     the baseline at 32 px, where they have one."""
     folder = tmp_path_factory.mktemp("runs")
     dan = [*TWO_HEADS, "model.image_size=64", "train.max_steps=2"]
-    train_run(folder / "affinity", faces, *dan)
-    train_run(folder / "none", faces, *dan, "loss.fcn=none")
-    copy_run(baseline_run, folder / "baseline")
+    for name, others in {"affinity": [], "none": ["loss.fcn=none"]}.items():
+        config = folder / f"{name}.yaml"
+        config.write_text(TINY.format(shards=faces.root, output=folder / name))
+        single(config, *dan, *others)
+    copied(baseline_run, folder / "baseline")
     return folder
 
 
@@ -138,7 +137,7 @@ def test_two_networks_side_by_side(
 def test_given_images(runs: Path, photographs: Path, tmp_path: Path) -> None:
     """By the documented command; the broken one is named, left out, and fails it."""
     done = run(
-        sys.executable, REPOSITORY / "launch" / "explain.py", runs / "affinity", "--no-tracking",
+        sys.executable, LAUNCH / "explain.py", runs / "affinity", "--no-tracking",
         photographs, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from conftest import REPOSITORY, run, single
+from conftest import DAN as OPTIONS
+from conftest import LAUNCH, STEPS, copied, run, single
 from dan_dist.data import crops
 from dan_dist.data.augment import MEAN, STD
 from dan_dist.data.reader import Reader
@@ -33,7 +36,6 @@ from dan_dist.tracking import tracker as tracking
 from dan_dist.tracking.store import connect
 from shards.format import ShardSet
 from shards.images import decode
-from trained import STEPS, TrainedRun, copy_run
 
 Write = Callable[[str], Path]
 
@@ -56,11 +58,11 @@ def evaluated(folder: Path, faces: ShardSet) -> NDArray[np.float32]:
 
 
 def test_predictions_are_those_of_the_evaluation(
-    dan_run: TrainedRun, faces: ShardSet, tmp_path: Path
+    dan_run: Path, faces: ShardSet, tmp_path: Path
 ) -> None:
     """To the bit; beside a file that is no image, a larger one, and one that lies on its side."""
     paths = crop_files(faces, tmp_path / "crops")
-    expected = evaluated(dan_run.folder, faces)
+    expected = evaluated(dan_run, faces)
     whole = paths[0].read_bytes()
     (tmp_path / "crops" / "broken.png").write_bytes(whole[:300])
     (tmp_path / "crops" / "cut.jpg").write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")
@@ -72,8 +74,8 @@ def test_predictions_are_those_of_the_evaluation(
     turned = image.transpose(Image.Transpose.ROTATE_90)
     turned.save(tmp_path / "crops" / "inside" / "turned.jpg", exif=exif, quality=100)
     image.resize((64, 64), Image.Resampling.NEAREST).save(tmp_path / "crops" / "inside" / "2.png")
-    script, folder = REPOSITORY / "launch" / "predict.py", tmp_path / "crops"
-    done = run(sys.executable, script, dan_run.folder, folder, "--json", cwd=tmp_path)
+    script, folder = LAUNCH / "predict.py", tmp_path / "crops"
+    done = run(sys.executable, script, dan_run, folder, "--json", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == "each image is taken for the crop of one face\n"
     rows = {Path(row["image"]).name: row for row in map(json.loads, done.stdout.splitlines())}
@@ -93,11 +95,11 @@ def test_predictions_are_those_of_the_evaluation(
 
 
 def test_predictions_as_a_table(
-    baseline_run: TrainedRun, faces: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    baseline_run: Path, faces: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = crop_files(faces, tmp_path / "crops")
-    expected = evaluated(baseline_run.folder, faces)[1]
-    best = baseline_run.folder / "best.pt"
+    expected = evaluated(baseline_run, faces)[1]
+    best = baseline_run / "best.pt"
     unread = prediction.main(PredictOptions(checkpoint=best, images=(paths[1],)))
     head, row = (line.split() for line in capsys.readouterr().out.splitlines())
     assert unread == 0 and head == ["image", "class", *faces.class_names]
@@ -107,7 +109,7 @@ def test_predictions_as_a_table(
     assert prediction.readable(Path("a\n\x1b[31m\udce9é")) == r"a\n\x1b[31m\udce9é"
     for path, images, line in (
         (best, tmp_path / "none.jpg", r"none\.jpg: no such file or folder"),
-        (best, baseline_run.folder, r"run: no image in it \(\.bmp"),
+        (best, baseline_run, r"run: no image in it \(\.bmp"),
         (tmp_path / "x.pt", tmp_path / "crops", r"x\.pt: no such checkpoint"),
     ):
         with pytest.raises(FileNotFoundError, match=line):
@@ -157,11 +159,11 @@ def test_the_merged_network_is_the_network(heads: int) -> None:
 
 
 def test_exported_files_give_the_networks_logits(
-    dan_run: TrainedRun, faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dan_run: Path, faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network, out = load_trained(dan_run.folder).network, tmp_path / "out"
-    script = REPOSITORY / "launch" / "export.py"
-    done = run(sys.executable, script, dan_run.folder, "--output", out, cwd=tmp_path)
+    network, out = load_trained(dan_run).network, tmp_path / "out"
+    script = LAUNCH / "export.py"
+    done = run(sys.executable, script, dan_run, "--output", out, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "times as fast as the network" in done.stdout
     onnx, program = out / "best.onnx", out / "best.pt2"
@@ -194,7 +196,7 @@ def test_exported_files_give_the_networks_logits(
     exact = export.merge
     monkeypatch.setattr(export, "merge", lambda network: spoilt(exact(network)))
     with pytest.raises(ValueError, match=r"merged: logits are .* off, at most 0\.0001"):
-        export.main(ExportOptions(checkpoint=dan_run.folder, output=tmp_path / "spoilt"))
+        export.main(ExportOptions(checkpoint=dan_run, output=tmp_path / "spoilt"))
     assert not list((tmp_path / "spoilt").iterdir())
 
 
@@ -204,10 +206,11 @@ def logged(client: Any) -> list[Any]:
 
 
 def test_the_best_model_is_in_mlflow(
-    dan_run: TrainedRun, tiny: Write, faces: ShardSet, tmp_path: Path, store: str
+    dan_run: Path, tiny: Write, faces: ShardSet, tmp_path: Path, store: str
 ) -> None:
     """Loaded from there, it gives named probabilities for image bytes; nothing is pickled."""
-    copy_run(dan_run, tmp_path / "run")
+    copied(dan_run, tmp_path / "run")
+    shutil.copy(dan_run.parent / "mlflow.db", tmp_path)
     client = connect(store)
     (model,) = logged(client)
     assert model.status == "READY" and model.params["heads"] == "2"
@@ -229,7 +232,7 @@ def test_the_best_model_is_in_mlflow(
     many = loaded.predict(pd.DataFrame({"image": [p.read_bytes() for p in paths * 5]}))
     assert len(many) == 80 and np.allclose(many[64:], found, atol=1e-6)  # more than a batch
     assert tuple(loaded.metadata.signature.outputs.input_names()) == faces.class_names
-    assert np.abs(found.to_numpy() - evaluated(dan_run.folder, faces)).max() < 1e-5
+    assert np.abs(found.to_numpy() - evaluated(dan_run, faces)).max() < 1e-5
     buffer = io.BytesIO()
     Image.new("L", (50, 70), 90).save(buffer, "PNG")
     other = loaded.predict(pd.DataFrame({"image": [buffer.getvalue()]}))
@@ -242,7 +245,7 @@ def test_the_best_model_is_in_mlflow(
     assert mlflow.pyfunc.load_model("models:/faces/1").metadata.signature
 
     # A run that goes on and finds a better one logs that one too.
-    tracked = [*STEPS, "tracking.enabled=true"]
+    tracked = [*OPTIONS, *STEPS, "tracking.enabled=true"]
     single(tiny("run"), *tracked, "train.max_steps=20", "train.epochs=9")
     assert len(logged(client)) == 1 + (load_trained(tmp_path / "run").step > best.step)
 
@@ -252,7 +255,7 @@ def test_the_best_model_is_in_mlflow(
 )
 @pytest.mark.parametrize("done", [False, True])
 def test_a_model_whose_logging_broke_off_is_logged_after_all(
-    baseline_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str,
+    baseline_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str,
     call: str, done: bool,
 ) -> None:  # fmt: skip
     """Before the call arrived, or when only its answer was lost; the run has ended either way."""
@@ -264,7 +267,8 @@ def test_a_model_whose_logging_broke_off_is_logged_after_all(
             original(*arguments, **options)
         raise ConnectionError("reset by peer")
 
-    folder = copy_run(baseline_run, tmp_path / "run")
+    (folder := tmp_path / "run").mkdir()
+    os.link(baseline_run / "best.pt", folder / "best.pt")
     record = tracking.RunRecord(experiment="dan_dist", name="run", params={}, config={})
     with monkeypatch.context() as broken:
         broken.setattr(mlflow.MlflowClient, call, breaks)

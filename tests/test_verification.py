@@ -1,7 +1,6 @@
 """Verification by pairs, and what a training on identities leaves: a backbone that others load."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import torchvision
 from sklearn.metrics import roc_auc_score
 
-from conftest import REPOSITORY, outcome, run, single, train
+from conftest import launch, outcome, single, train
 from dan_dist.evaluation import evaluate as evaluation
 from dan_dist.evaluation.verification import (
     FAR,
@@ -194,7 +193,6 @@ def test_trainings_that_cannot_be(tiny: Write, task: list[str], case: str) -> No
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("task", ["identity"], indirect=True)
 def test_a_backbone_from_training_to_dan(
     tiny: Write, task: list[str], faces: ShardSet, people: ShardSet, tmp_path: Path,
@@ -239,9 +237,8 @@ def test_a_backbone_from_training_to_dan(
     own = {"checkpoint": tmp_path / "run", "data": str(people.root), "no_tracking": True}
     evaluation.main(EvaluateOptions(**own, pairs=60))
     one = report.read_bytes()
-    done = run(sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node=2", REPOSITORY / "launch" / "evaluate.py", tmp_path / "run",
-               "--data", people.root, "--pairs", "60", "--no-tracking", cwd=tmp_path)  # fmt: skip
+    words = [tmp_path / "run", "--data", people.root, "--pairs", "60", "--no-tracking"]
+    done = launch("evaluate", 2, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert report.read_bytes() == one
     assert (report.parent / "roc.png").stat().st_size > 10_000
