@@ -237,6 +237,7 @@ def test_a_backbone_from_training_to_dan(
     own = {"checkpoint": tmp_path / "run", "data": str(people.root), "no_tracking": True}
     evaluation.main(EvaluateOptions(**own, pairs=60))
     one = report.read_bytes()
+    report.unlink()
     words = [tmp_path / "run", "--data", people.root, "--pairs", "60", "--no-tracking"]
     done = launch("evaluate", 2, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
