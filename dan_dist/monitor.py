@@ -17,8 +17,8 @@ from dan_dist.data.reader import TooMuchDamageError, readable_key
 from dan_dist.distributed.world import World
 from dan_dist.engine.ddp import StepFlags, StepResult
 from dan_dist.evaluation.figures import images_figure
+from dan_dist.evaluation.judge import EvaluationResult
 from dan_dist.evaluation.metrics import format_metrics
-from dan_dist.evaluation.task import EvaluationResult
 from dan_dist.run.folder import mark_damage
 from dan_dist.run.plan import Plan
 from dan_dist.run.signals import StopRequest

@@ -1,4 +1,4 @@
-"""The options of the programs, a frozen value each; `dan_dist.run.cli` makes the parsers of them."""
+"""The options of the programs, a frozen value each; `dan_dist.run.cli` makes their parsers."""
 
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
@@ -35,8 +35,8 @@ class EvaluateOptions:
     Every image of the split is counted once on any number of ranks. Accuracy, mean recall, each
     class's precision, recall and F1, the confusion matrix, calibration and the surest mistakes go
     into evaluation.json and figures beside the checkpoint, and into MLflow. A network trained on
-    identities is judged by pairs of images instead: how well its features tell whether they show
-    one person.
+    identities is judged by pairs of images instead: how well its features separate pairs of
+    one person from pairs of two.
     """
 
     checkpoint: Path = argument(CHECKPOINT)
@@ -59,7 +59,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """Says what faces express: launch/predict.py CHECKPOINT IMAGE|FOLDER… [--json]
+    """Predicts what faces express: launch/predict.py CHECKPOINT IMAGE|FOLDER… [--json]
 
     Each image is taken for the crop of one face, as training's are; in a whole photograph, find and
     cut out the faces first. Prints each image's class and all classes' probabilities.
@@ -132,7 +132,7 @@ class AblateOptions:
     output: Path | None = option("default: runs/NAME, after the axes", None)
     nproc: int | None = option("ranks of a run (default: the GPUs, or one)", None)
     summary: bool = option("compare what there is, train nothing", False)
-    list: bool = option("say what became of each run", False)
+    list: bool = option("print what became of each run", False)
     child: int | None = option(
         "print run N's overrides, one a line, for whoever trains it elsewhere (from 0)", None
     )

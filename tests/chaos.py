@@ -10,7 +10,6 @@ come and go (`resize`), to 1e-9 in float64. Ends with a table, and with exit cod
 comparison fails.
 """
 
-from dan_dist.run.folder import step_path, steps_saved
 import argparse
 import collections
 import os
@@ -34,9 +33,10 @@ import psutil
 import torch
 
 from dan_dist.run import checkpoint
+from dan_dist.run.folder import step_path, steps_saved
 from dan_dist.run.outcome import OUTCOME
-from shards.releases import synthetic
 from shards.packing.writer import pack
+from shards.releases import synthetic
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TOTAL = 60  # steps of a run: six epochs of ten

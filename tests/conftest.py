@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,15 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from dan_dist import train as story
-from dan_dist.config import load_config
-from shards.format import ShardSet, open_shardset
-from shards.releases import synthetic
-from shards.packing.writer import pack
+import torch
+from ranks import run_ranks
 from trees import packed, tree
 
+from dan_dist import programs
+from dan_dist import train as story
+from dan_dist.config import load_config
+from dan_dist.distributed.world import World
+from dan_dist.run.folder import newest_checkpoint
+from dan_dist.tracking.store import connect
+from shards.files import locked
+from shards.format import ShardSet, open_shardset
+from shards.packing.writer import pack
+from shards.releases import synthetic
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+LAUNCH = REPOSITORY / "launch"
 SCRIPT = str(REPOSITORY / "launch" / "train.py")
 
 # A tiny run of the real story: the baseline network, which is the quickest; DAN turns it to DAN.
@@ -34,8 +43,16 @@ tracking: {{enabled: false}}
 """
 
 
+ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 DAN = ["model.heads=2", "loss.fcn=affinity", "loss.afn=partition"]
+STEPS = ["optim.name=adam", "optim.lr=1e-3", "train.max_steps=4", "train.precision=float32"]
+HALVES = ["train.max_steps=10", "train.checkpoint_every=5"]
 IDENTITY = ["task=identity", "data.sampling=shuffle", "data.pairs=60"]
+
+
+# Two workers share two cores, and OpenMP's threads spin while they wait for each other: with two
+# threads in each worker a step took ten times as long.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -44,22 +61,75 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one of pytest's workers makes, for all of them and the whole session."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with locked(base / f"{name}.lock", f"{name} is being made", wait=True):
+        if not (base / f"{name}.made").exists():
+            make(base / name)
+            (base / f"{name}.made").touch()
+    return base / name
+
+
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """80 training faces in AffectNet's proportions, 16 balanced for validation, 32 px."""
-    folder = tmp_path_factory.mktemp("faces") / "shards"
     release = synthetic.release(80, 16, size=32, seed=7)
-    pack(release, folder, size=32, workers=1, shard_size=20)
+    folder = shared(
+        tmp_path_factory, "faces", lambda f: pack(release, f, size=32, workers=1, shard_size=20)
+    )
     return open_shardset(folder)
 
 
 @pytest.fixture(scope="session")
 def people(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """80 training faces of 16 persons, 60 of 20 others for validation, 32 px."""
-    folder = tmp_path_factory.mktemp("people") / "shards"
     release = synthetic.identity_release(80, 60, identities=16, held_out=20, size=32, seed=7)
-    pack(release, folder, size=32, workers=1, shard_size=20)
+    folder = shared(
+        tmp_path_factory, "people", lambda f: pack(release, f, size=32, workers=1, shard_size=20)
+    )
     return open_shardset(folder)
+
+
+def trained(factory: pytest.TempPathFactory, name: str, data: ShardSet, options: list[str]) -> Path:
+    """The folder of a tracked run that is trained once a session; its store is beside it."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        config = folder / "run.yaml"
+        config.write_text(TINY.format(shards=data.root, output=folder / "run"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+            assert single(config, *options, "tracking.enabled=true").status == "finished"
+
+    return shared(factory, name, make) / "run"
+
+
+@pytest.fixture(scope="session")
+def dan_run(faces: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DAN of two heads after four steps that tell near images apart; see DAN and STEPS."""
+    return trained(tmp_path_factory, "dan", faces, [*DAN, *STEPS])
+
+
+@pytest.fixture(scope="session")
+def baseline_run(faces: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The baseline after ten steps, one epoch, with the checkpoint of step 5; see HALVES."""
+    return trained(tmp_path_factory, "baseline", faces, HALVES)
+
+
+def copied(run: Path, folder: Path) -> Path:
+    """A run's folder again, for a test that changes it; checkpoints are linked, not copied.
+
+    Checkpoints are only ever replaced by others; whoever writes into one unlinks it first.
+    """
+    folder.mkdir(parents=True)
+    for path in run.iterdir():
+        if path.suffix == ".pt":
+            os.link(path, folder / path.name)
+        elif path.is_file():
+            shutil.copy(path, folder / path.name)
+    return folder
 
 
 @pytest.fixture
@@ -119,18 +189,63 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def train(ranks: int, *arguments: str | Path, cwd: Path, timeout_s: float = 240) -> str:
-    """Trains on `ranks` CPU processes by the documented command; returns what it printed."""
-    script = REPOSITORY / "launch" / "train.py"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
-    done = run(*command, script, *arguments, cwd=cwd, timeout_s=timeout_s)
+def call_program(program: str, words: list[str]) -> None:
+    """Runs a documented program in this process, which ends with it."""
+    sys.argv = [program, *words]
+    getattr(programs, program)()
+
+
+def launch(
+    program: str, ranks: int, *arguments: str | Path, cwd: Path, timeout_s: float = 120,
+    inside: Callable[[str, list[str]], None] = call_program,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """A documented program on `ranks` CPU processes, as torchrun would start it, but forked."""
+    words = [str(argument) for argument in arguments]
+    found = run_ranks(ranks, inside, program, words, cwd=cwd, timeout_s=timeout_s)
+    out, err = (
+        "".join(texts) for texts in zip(*((e.stdout, e.stderr) for e in found), strict=True)
+    )
+    codes = [ended.code for ended in found]
+    return subprocess.CompletedProcess([program, *words], codes[0] or max(codes), out, err)
+
+
+def train(ranks: int, *arguments: str | Path, cwd: Path, timeout_s: float = 120) -> str:
+    """Trains on `ranks` CPU processes; returns what they printed."""
+    done = launch("train", ranks, *arguments, cwd=cwd, timeout_s=timeout_s)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+def torchrun(ranks: int) -> list[str]:
+    """The documented start of so many ranks, to be followed by a program."""
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*agent, f"--nproc-per-node={ranks}"]
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The project's own lines about what is wrong."""
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
 def single(config: Path, *overrides: str) -> story.RunResult:
     return story.main(load_config(config, overrides))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, centres, statistics and optimiser state of a run's newest checkpoint."""
+    found = newest_checkpoint(folder)
+    assert found is not None
+    content = found[1]
+    moments = content["optimizer"]["state"]
+    flat = {f"{i}.{k}": v for i, s in moments.items() for k, v in s.items()}
+    return {**content["objective"], **{k: v for k, v in flat.items() if torch.is_tensor(v)}}
+
+
+def largest_difference(
+    a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], only: str = ""
+) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a if k.endswith(only))
 
 
 def outcome(folder: Path) -> dict:
@@ -166,3 +281,23 @@ def until(process: subprocess.Popen[str], words: str, timeout_s: float = 90) -> 
             return seen
     timer.cancel()
     raise AssertionError(f"'{words}' was not said:\n{seen}")
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database with its tables and nothing in them, which takes seconds to make."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        connect(f"sqlite:///{folder}/mlflow.db")
+
+    return shared(tmp_path_factory, "store", make) / "mlflow.db"
+
+
+@pytest.fixture
+def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of an empty store of the test's own, which MLflow is set to."""
+    shutil.copy(empty_store, tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri

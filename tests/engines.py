@@ -15,15 +15,15 @@ import torch
 
 from dan_dist import build as parts
 from dan_dist import train as story
-from dan_dist.run.checkpoint import to_cpu
 from dan_dist.config import load_config
 from dan_dist.data.loader import Batch
-from dan_dist.engine.ddp import Engine, StepResult, StepFlags
-from dan_dist.model.losses import Objective
-from dan_dist.model.dan import DAN
 from dan_dist.distributed.heartbeat import session
-from dan_dist.run.signals import StopRequest
 from dan_dist.distributed.world import World
+from dan_dist.engine.ddp import Engine, StepFlags, StepResult
+from dan_dist.model.dan import DAN
+from dan_dist.model.losses import Objective
+from dan_dist.run.checkpoint import to_cpu
+from dan_dist.run.signals import StopRequest
 
 GLOBAL_BATCH, CLASSES = 7, 7  # unequal shares, and weights that do not divide by two
 STAGES = (0, 1, 2, 3)

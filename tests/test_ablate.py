@@ -1,6 +1,6 @@
 """Ablations: grids, their comparison, and that nothing is trained twice or mixed up."""
 
-import importlib.util
+import math
 import os
 import re
 import shutil
@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 from chaos import Server
+from scipy.stats import binomtest
 
-from conftest import REPOSITORY
-from dan_dist.ablation import grid as ablation
-from dan_dist.ablation import comparison
+from conftest import LAUNCH, REPOSITORY, run
+from dan_dist import programs
+from dan_dist.ablation import comparison, grid
 from dan_dist.ablation.grid import AblationRun
-from dan_dist.ablation.runs import Result
+from dan_dist.ablation.runs import RunSummary
 from dan_dist.config import load_config
 from dan_dist.run.signals import StopRequest
 
 Write = Callable[[str], Path]
-SCRIPT = str(REPOSITORY / "launch" / "ablate.py")
+SCRIPT = str(LAUNCH / "ablate.py")
 CHROMIUM = shutil.which("chromium")
 
 
@@ -36,31 +37,31 @@ def test_words_become_a_grid() -> None:
         "train.epochs=3",
         "data.augment.scale=[1,2]",
     ]
-    name, axes, overrides = ablation.parse(words)
+    name, axes, overrides = grid.parse(words)
     assert name == "heads-fcn" and [axis.name for axis in axes] == ["heads", "fcn"]
     assert axes[0].points == {"1": ["model.heads=1"], "2": ["model.heads=2"]}
     assert overrides == words[2:]
-    assert ablation.parse(["heads"])[1][0].points["0"] == [
+    assert grid.parse(["heads"])[1][0].points["0"] == [
         "model.heads=0", "loss.fcn=none", "loss.afn=none",
     ]  # fmt: skip
-    assert ablation.parse(["optim.name=adam,sgd", "schedule.name=step,exponential"])[0] == (
+    assert grid.parse(["optim.name=adam,sgd", "schedule.name=step,exponential"])[0] == (
         "optim.name-schedule.name"
     )
 
 
-def test_children_have_names_seeds_and_a_parent_that_stays(tiny: Write, tmp_path: Path) -> None:
+def test_runs_have_names_seeds_and_a_parent_that_stays(tiny: Write, tmp_path: Path) -> None:
     config, folder = str(tiny("base")), tmp_path / "grid"
     options = ["tracking.enabled=true", "train.seed=5"]
-    _, axes, _ = ablation.parse(["model.heads=0,1"])
-    grid = ablation.children(config, axes, options, 2, folder, "heads")
-    assert [child.name for child in grid] == [
+    _, axes, _ = grid.parse(["model.heads=0,1"])
+    runs = grid.grid_runs(config, axes, options, 2, folder, "heads")
+    assert [run.name for run in runs] == [
         "heads-0-seed-5", "heads-1-seed-5", "heads-0-seed-6", "heads-1-seed-6",
     ]  # fmt: skip
-    assert grid[0].setting == "heads 0" and grid[0].setting == grid[2].setting
-    again = ablation.children(config, axes, options, 1, folder, "heads")
-    assert again == grid[:2]
-    other = ablation.children(config, axes, options, 1, tmp_path / "other", "heads")
-    assert other[0].overrides != grid[0].overrides  # another parent, in MLflow too
+    assert runs[0].setting == "heads 0" and runs[0].setting == runs[2].setting
+    again = grid.grid_runs(config, axes, options, 1, folder, "heads")
+    assert again == runs[:2]
+    other = grid.grid_runs(config, axes, options, 1, tmp_path / "other", "heads")
+    assert other[0].overrides != runs[0].overrides  # another parent, in MLflow too
 
 
 @pytest.mark.parametrize(
@@ -79,30 +80,30 @@ def test_children_have_names_seeds_and_a_parent_that_stays(tiny: Write, tmp_path
 )
 def test_grids_that_cannot_be(tiny: Write, tmp_path: Path, words: list[str], line: str) -> None:
     with pytest.raises(ValueError, match=line):
-        name, axes, overrides = ablation.parse(words)
+        name, axes, overrides = grid.parse(words)
         tracked = ["tracking.enabled=true", *overrides]
-        ablation.children(str(tiny("base")), axes, tracked, 1, tmp_path / "grid", name)
+        grid.grid_runs(str(tiny("base")), axes, tracked, 1, tmp_path / "grid", name)
     assert not list(tmp_path.glob("grid/*/journal.jsonl"))
 
 
 def test_a_folder_holds_one_ablation(tmp_path: Path) -> None:
-    ablation.identity(tmp_path, "heads")
+    grid.ablation_id(tmp_path, "heads")
     with pytest.raises(ValueError, match="holds the ablation 'heads'"):
-        ablation.identity(tmp_path, "fcn-loss")
-    (tmp_path / ablation.IDENTITY).write_text("{}")
+        grid.ablation_id(tmp_path, "fcn-loss")
+    (tmp_path / grid.IDENTITY).write_text("{}")
     with pytest.raises(ValueError, match="not the identity of an ablation"):
-        ablation.identity(tmp_path, "heads")
+        grid.ablation_id(tmp_path, "heads")
 
 
-def result(heads: str, seed: int, right: list[bool], accuracy: float) -> Result:
-    child = AblationRun(f"heads-{heads}-seed-{seed}", {"heads": heads}, seed, [])
+def summary(heads: str, seed: int, right: list[bool], accuracy: float) -> RunSummary:
+    run = AblationRun(f"heads-{heads}-seed-{seed}", {"heads": heads}, seed, [])
     metrics = {"accuracy": accuracy, "mean_recall": accuracy / 2}
     curves = {
         "model/parameters": [(0, 10.0)], "model/gflops": [(0, 0.5)],
         "train/images_per_s": [(20, 100.0), (40, 300.0), (60, 200.0)],
         "train/loss": [(20, 2.0), (40, 1.0)], "val/accuracy": [(40, accuracy)],
     }  # fmt: skip
-    return Result(child, "finished", "", f"id-{heads}-{seed}", metrics, {**metrics, "epoch": 3},
+    return RunSummary(run, "finished", "", f"id-{heads}-{seed}", metrics, {**metrics, "epoch": 3},
                   np.array(right), "data", curves, 1.5, "validation images")  # fmt: skip
 
 
@@ -110,18 +111,18 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
     """10 images: heads 1 alone has 1 of them right, heads 4 alone 6: p = 2·(1 + 7)/2⁷ = 0.125."""
     first = [True] * 3 + [True] + [False] * 6
     second = [True] * 3 + [False] + [True] * 6
-    results = [
-        result("1", 0, first, 0.4), result("1", 1, first, 0.6), result("4", 0, second, 0.9),
-        result("8", 0, first, 0.4)._replace(status="failed", reason="out of memory", right=None),
+    summaries = [
+        summary("1", 0, first, 0.4), summary("1", 1, first, 0.6), summary("4", 0, second, 0.9),
+        summary("8", 0, first, 0.4)._replace(status="failed", reason="out of memory", right=None),
     ]  # fmt: skip
-    rows = comparison.table(results)
+    rows = comparison.table(summaries)
     assert rows[0]["last_accuracy"] == pytest.approx(50) and rows[0]["finished"] == 2
     assert rows[0]["last_accuracy_deviation"] == pytest.approx(np.std([40, 60], ddof=1))
     assert rows[0]["images_per_s"] == 200 and rows[2] == {"heads": "8", "runs": 1, "finished": 0}
-    (pair,) = comparison.pairs(results)
+    (pair,) = comparison.pairs(summaries)
     assert (pair.only_first, pair.only_second, pair.seed) == (1, 6, 0)
     assert pair.difference == pytest.approx(-50) and pair.p == pytest.approx(0.125)
-    text = comparison.compare("heads", results, tmp_path / "out")
+    text = comparison.compare("heads", summaries, tmp_path / "out")
     assert "| 1 | 2 of 2 | 50.00 ± 14.14 |" in text and "| 4 | 1 of 1 | 90.00 |" in text
     assert "heads-8-seed-0: failed: out of memory" in text
     assert "| heads 1 | -50.00 | 6 | 1 | 0.12 |" in text
@@ -130,8 +131,21 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
                      "accuracy.png", "curves.png"}  # fmt: skip
 
 
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 6), (5, 5), (40, 21), (300, 420)])
+def test_mcnemars_p_is_its_closed_form(first: int, second: int) -> None:
+    """Twice the share of the 2ⁿ outcomes of n coins with so few of the rarer side, at most 1."""
+    coins, few = first + second, min(first, second)
+    outcomes = sum(math.comb(coins, k) for k in range(few + 1))
+    expected = min(1.0, 2 * outcomes / 2**coins)
+    assert comparison.mcnemar(first, second) == pytest.approx(expected, rel=1e-12)
+    assert comparison.mcnemar(second, first) == comparison.mcnemar(first, second)
+    if coins:
+        test = binomtest(first, coins).pvalue
+        assert comparison.mcnemar(first, second) == pytest.approx(test, rel=1e-12)
+
+
 def test_other_data_cannot_be_compared() -> None:
-    a, b = result("1", 0, [True], 1.0), result("2", 0, [True], 1.0)
+    a, b = summary("1", 0, [True], 1.0), summary("2", 0, [True], 1.0)
     with pytest.raises(ValueError, match=r"heads-1-seed-0 and heads-2-seed-0 .* other data"):
         comparison.pairs([a, b._replace(fingerprint="else")])
 
@@ -154,7 +168,7 @@ def end(process: subprocess.Popen[str], timeout_s: float = 150) -> str:
 
 
 def runs_of(uri: str) -> tuple[dict[str, Any], list[Any]]:
-    """Parents by number, and children."""
+    """The parents by their number, and the runs of the grids."""
     import mlflow
 
     client = mlflow.MlflowClient(uri)
@@ -165,11 +179,14 @@ def runs_of(uri: str) -> tuple[dict[str, Any], list[Any]]:
     return parents, children
 
 
-def test_stopped_and_killed_it_ends_with_each_child_once(tiny: Write, tmp_path: Path) -> None:
-    """Stopped in the first child, killed in the third."""
+@pytest.mark.slow
+def test_stopped_and_killed_it_ends_with_each_run_once(
+    tiny: Write, tmp_path: Path, store: str
+) -> None:
+    """Stopped in the first run, killed in the third; the configuration is a relative path."""
     import mlflow
 
-    uri, config = f"sqlite:///{tmp_path}/mlflow.db", tiny("base")
+    uri, config = store, tiny("base").name
     words = ["model.heads=0,1,2", "tracking.enabled=true", "train.max_steps=2", "--config", config]
     process = start(*words, cwd=tmp_path, uri=uri)
     assert process.stdout is not None and "1 of 3" in process.stdout.readline()
@@ -185,9 +202,9 @@ def test_stopped_and_killed_it_ends_with_each_child_once(tiny: Write, tmp_path: 
     process.kill()
     process.wait()
     process = start(*words, cwd=tmp_path, uri=uri)
-    said = end(process)
-    assert process.returncode == 0, said
-    assert said.count("has finished") == 2 and "| 2 | 1 of 1 |" in said
+    printed = end(process)
+    assert process.returncode == 0, printed
+    assert printed.count("has finished") == 2 and "| 2 | 1 of 1 |" in printed
     parents, children = runs_of(uri)
     ((parent, run),) = parents.items()
     assert sorted(r.info.run_name for r in children) == [f"heads-{k}-seed-0" for k in range(3)]
@@ -202,17 +219,18 @@ def test_stopped_and_killed_it_ends_with_each_child_once(tiny: Write, tmp_path: 
     assert "another configuration: optim.lr" in end(process) and process.returncode == 2
 
 
+@pytest.mark.slow
 def test_two_at_once_on_one_server_do_not_mix_and_a_browser_compares(
     tiny: Write, tmp_path: Path
 ) -> None:
-    """One of them has a child that fails, which is said; the other's runs are on MLflow's page."""
+    """One of them has a run that fails and is named; the other's runs are on MLflow's page."""
     server = Server(tmp_path)
     try:
         common = ["tracking.enabled=true", "train.max_steps=1", "--config", tiny("base")]
         good = start("model.heads=0,1", *common, cwd=tmp_path, uri=server.uri)
         bad = start("data.val_split=val,none", *common, cwd=tmp_path, uri=server.uri)
-        said, complained = end(good), end(bad)
-        assert good.returncode == 0, said
+        printed, complained = end(good), end(bad)
+        assert good.returncode == 0, printed
         assert bad.returncode == 1 and "Not finished" in complained, complained
         assert re.search(r"val_split-none-seed-0: failed: .*no split 'none'", complained)
         parents, children = runs_of(server.uri)
@@ -227,7 +245,7 @@ def test_two_at_once_on_one_server_do_not_mix_and_a_browser_compares(
         status = {r.info.run_name.rsplit("-", 1)[0]: r.info.status for r in parents.values()}
         assert status == {"heads": "FINISHED", "val_split": "FAILED"}
         if CHROMIUM:
-            page = said.rsplit("compare in MLflow: ", 1)[1].split()[0]
+            page = printed.rsplit("compare in MLflow: ", 1)[1].split()[0]
             shown = dump(page, tmp_path)
             assert all(name in shown for name in names), shown[:2000]
     finally:
@@ -235,7 +253,7 @@ def test_two_at_once_on_one_server_do_not_mix_and_a_browser_compares(
 
 
 def dump(page: str, folder: Path) -> str:
-    """What a headless browser has made of a page."""
+    """A page as a headless browser renders it."""
     assert CHROMIUM is not None
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
@@ -248,12 +266,7 @@ def dump(page: str, folder: Path) -> str:
 
 def main(*words: str | Path) -> int:
     """The program, in this process."""
-    spec = importlib.util.spec_from_file_location("ablate", SCRIPT)
-    assert spec and spec.loader
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
-    code: int = program.main([str(word) for word in words], StopRequest())
-    return code
+    return programs._ablate([str(word) for word in words], StopRequest())
 
 
 def test_nothing_finished_is_nothing_to_compare(
@@ -269,14 +282,13 @@ def test_nothing_finished_is_nothing_to_compare(
         main(*words, "--seeds", "0")
 
 
-def test_a_childs_overrides_are_what_is_trained(
-    tiny: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What batch scripts read, a line each."""
+def test_a_runs_overrides_are_printed_as_they_are_trained(tiny: Write, tmp_path: Path) -> None:
+    """For batch scripts, which read them a line each."""
     folder = tmp_path / "grid"
     words = ["heads", "tracking.enabled=true", "--config", tiny("base"), "--output", folder]
-    assert main(*words, "--child", "1") == 0
-    lines = capsys.readouterr().out.splitlines()
+    done = run(sys.executable, SCRIPT, *words, "--child", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
     assert "model.heads=1" in lines and f"train.output={folder / 'heads-1-seed-0'}" in lines
     assert load_config(tiny("base"), lines).tracking.tags["setting"] == "heads 1"
     with pytest.raises(ValueError, match="--child is 9, the grid has runs 0 to 8"):

@@ -1,6 +1,5 @@
 """Checkpoints: damaged, unreadable, on a full disk, of two trainings at once."""
 
-from dan_dist.run.folder import Writer, alone, step_path, steps_saved
 import errno
 import os
 import pickle
@@ -14,9 +13,10 @@ import pytest
 import torch
 
 from conftest import SCRIPT, history, outcome, run, single
-from dan_dist.run import checkpoint
 from dan_dist import train as story
 from dan_dist.config import load_config
+from dan_dist.run import checkpoint
+from dan_dist.run.folder import Writer, alone, step_path, steps_saved
 from dan_dist.tracking.journal import Journal
 
 Write = Callable[[str], Path]

@@ -15,10 +15,9 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from dan_dist.data import loader as data
-from dan_dist.data.augment import ERASE_RATIO, UNIFORMS, Augment, placements
+from dan_dist.data.augment import ERASE_RATIO, MEAN, STD, UNIFORMS, Augment, placements
 from dan_dist.data.loader import ADVISED_AHEAD, Batch, Loader, evaluation_loader, train_loader
 from dan_dist.data.order import TrainOrder
-from dan_dist.data.augment import MEAN, STD
 from dan_dist.data.sampler import augmentation_uniforms
 from shards.format import ShardSet, Split, open_shardset
 

@@ -4,7 +4,6 @@ Most is bit for bit, at real learning rates: on the baseline network (DAN itself
 makes much of a last bit), with DDP's weights laid out in memory as DeepSpeed lays them.
 """
 
-from dan_dist.run.folder import step_path
 import json
 import os
 import shutil
@@ -19,13 +18,14 @@ import torch
 from engines import STAGES, ContiguousDDP, build, distance, single_steps, step
 
 from conftest import REPOSITORY, TINY, run, train
-from dan_dist.run import checkpoint
 from dan_dist import build as parts
 from dan_dist import train as story
-from dan_dist.run.checkpoint import to_cpu
 from dan_dist.config import load_config
-from shards.format import ShardSet
 from dan_dist.distributed.world import World, init_world
+from dan_dist.run import checkpoint
+from dan_dist.run.checkpoint import to_cpu
+from dan_dist.run.folder import step_path
+from shards.format import ShardSet
 
 Write = Callable[[str], Path]
 OPTIONS = ["optim.name=adam", "optim.lr=1e-3", "train.precision=float32"]

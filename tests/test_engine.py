@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from dan_dist.data.loader import Batch
-from dan_dist.engine.ddp import Engine, Precision, StepFlags, resolve_precision
-from dan_dist.model.losses import Objective
-from dan_dist.model.dan import DAN
 from dan_dist.distributed.world import World
+from dan_dist.engine.ddp import Engine, Precision, StepFlags, resolve_precision
+from dan_dist.model.dan import DAN
+from dan_dist.model.losses import Objective
 
 CPU = torch.device("cpu")
 LR = 1e-3

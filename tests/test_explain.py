@@ -1,203 +1,64 @@
-"""A look inside: Grad-CAM++ as its paper has it, numbers by hand, the program on real trainings."""
+"""A look inside: the program on real trainings, its figures, numbers, refusals."""
 
 import json
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import mlflow
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
 
 from conftest import DAN as TWO_HEADS
-from conftest import REPOSITORY, TINY, run
-from dan_dist.run import checkpoint
+from conftest import LAUNCH, TINY, copied, run, single
+from dan_dist.distributed.world import World
 from dan_dist.inference import explain as explanation
 from dan_dist.inference import predict as prediction
-from dan_dist import train as story
 from dan_dist.inference.attention import attention_maps
-from dan_dist.config import load_config
-from dan_dist.inference.metrics import class_separation, head_overlap
-from dan_dist.model.dan import DAN
-from shards.format import ShardSet
+from dan_dist.inference.explanation import batches, pooled
+from dan_dist.inference.inputs import OVERLAP_IMAGES, evenly
+from dan_dist.inference.metrics import head_overlap
 from dan_dist.model.weights import load_trained
-from dan_dist.distributed.world import World
+from dan_dist.options import ExplainOptions, PredictOptions
+from dan_dist.run import checkpoint
+from shards.format import ShardSet
 
 
-def heat(*pixels: int, shape: tuple[int, int] = (2, 5)) -> NDArray[np.float32]:
-    """A map that is 1 at the numbered pixels, 0.5 at the last one, else 0."""
-    flat = np.zeros(shape[0] * shape[1], np.float32)
-    flat[list(pixels)] = 1
-    flat[pixels[-1]] = 0.5
-    return flat.reshape(shape)
-
-
-def test_overlap_by_hand() -> None:
-    """A fifth of ten pixels are two."""
-    a, b, c = heat(0, 1), heat(1, 2), heat(8, 9)
-    assert head_overlap(np.stack([a, a, a])) == 1
-    assert head_overlap(np.stack([a, c])) == 0
-    assert head_overlap(np.stack([a, b])) == pytest.approx(1 / 3)
-    assert head_overlap(np.stack([a, b, c])) == pytest.approx((1 / 3 + 0 + 0) / 3)
-    assert head_overlap(np.stack([a, 10 * a + 3])) == 1  # the scale says nothing
-
-
-def test_overlap_of_maps_with_equal_values_or_none() -> None:
-    a, flat = heat(0, 1), np.full((2, 5), 0.7, np.float32)
-    assert head_overlap(np.stack([a, flat, a])) == 1
-    assert np.isnan(head_overlap(np.stack([a, flat])))
-    assert np.isnan(head_overlap(np.empty((0, 2, 5), np.float32)))
-    # Four largest ones: the first two count; one pixel alone: the rest, which are least, do not.
-    many, one = heat(0, 1, 2, 3, 4), heat(1)
-    assert head_overlap(np.stack([many, a])) == 1
-    assert head_overlap(np.stack([one, a])) == 1 / 2
-    assert head_overlap(np.stack([one, heat(9)])) == 0
-
-
-def test_separation_by_hand() -> None:
-    """Means (0, 0), (6, 0), (0, 8), apart by 6, 8 and 10; images 1 from them, or 3."""
-    features = np.array([[-1, 0], [1, 0], [6, -1], [6, 1], [0, 5], [0, 11]], np.float32)
-    labels = np.array([0, 0, 5, 5, 2, 2])
-    expected = ((6 + 8 + 10) / 3) / ((1 + 1 + 1 + 1 + 3 + 3) / 6)
-    assert class_separation(features, labels) == pytest.approx(expected)
-    assert class_separation(100 * features + 7, labels) == pytest.approx(expected)
-    assert np.isnan(class_separation(features, np.zeros(6, int)))
-    assert np.isnan(class_separation(np.ones((6, 2)), labels))
+def explain(checkpoint: Path, *images: Path, tracked: bool = False, **options: Any) -> Any:
+    """The program, in this process; returns the JSON file's content."""
+    chosen = ExplainOptions(
+        checkpoint=checkpoint, images=images, no_tracking=not tracked, **options
+    )
+    return explanation.main(chosen)
 
 
 def test_images_are_taken_evenly(faces: ShardSet) -> None:
     split = faces.split("train")
     counts = np.bincount(split.index["label"])
-    chosen = explanation.evenly(split, 32).index
+    chosen = evenly(split, 32).index
     assert (np.bincount(chosen["label"]) == np.minimum(counts, 4)).all()
     assert len(np.unique(chosen)) == len(chosen)
     assert set(chosen["label"][:8]) == set(range(8))
-    assert (chosen == explanation.evenly(split, 32).index).all()
-    assert len(explanation.evenly(faces.split("val"), 2000)) == 16
-
-
-def reference(network: DAN, images: Tensor) -> list[NDArray[np.float32]]:
-    """Grad-CAM++ by equations 10 and 19 of arXiv 1710.11063 in float64: heads, then layer4.
-
-    α = g² / (2 g² + Σ A · g³), w = Σ α · relu(g), map = relu(Σ w · A).
-    """
-    exact = DAN(network.classifier.out_features, len(network.heads)).double().eval()
-    exact.load_state_dict(network.state_dict())
-    outputs: list[Tensor] = []
-    for layer in (*(head.spatial for head in exact.heads), exact.backbone.layer4):
-        layer.register_forward_hook(lambda m, i, output: outputs.append(output))
-    score = exact(images.double()).logits.max(dim=1).values.sum()
-    if network.heads:  # layer4 runs first
-        outputs = [*outputs[1:], outputs[0]]
-    maps = []
-    for a, g in zip(outputs, torch.autograd.grad(score, outputs), strict=True):
-        alpha = g**2 / (2 * g**2 + a.sum(dim=(2, 3), keepdim=True) * g**3)
-        weights = torch.where(g > 0, alpha * g, 0.0).sum(dim=(2, 3), keepdim=True)
-        maps.append((weights * a).sum(dim=1).relu().detach().float().numpy())
-    return maps
-
-
-def enlarged(small: NDArray[np.float32], side: int) -> NDArray[np.float32]:
-    """From the least value to the largest, bilinear, the largest 1."""
-    large = cv2.resize((small - small.min()) / np.ptp(small), (side, side))
-    return large / large.max()
-
-
-@pytest.mark.parametrize(
-    ("heads", "layout"),
-    [(h, torch.contiguous_format) for h in (0, 1, 3)] + [(3, torch.channels_last)],
-)
-def test_maps_are_grad_cam_plus_plus(heads: int, layout: torch.memory_format) -> None:
-    torch.manual_seed(1)
-    network = DAN(8, heads).eval()
-    images = torch.randn(3, 3, 96, 96)
-    expected = reference(network, images)
-    placed = images.to(memory_format=layout)
-    logits, maps = attention_maps(network.to(memory_format=layout), placed)
-    assert maps.shape == (3, heads + 1, 96, 96) and maps.dtype == np.float32
-    assert torch.allclose(logits, network(images).logits, rtol=1e-4, atol=1e-5)
-    for panel, small in enumerate(expected):
-        for k in range(3):
-            assert np.abs(maps[k, panel] - enlarged(small[k], 96)).max() < 1e-4, (panel, k)
-    # Nothing is left behind: no hook, no gradient.
-    assert not any(m._forward_hooks for m in network.modules())
-    assert all(p.grad is None for p in network.parameters())
-
-
-def test_an_error_inside_is_not_lost() -> None:
-    network = DAN(8, 1).eval()
-    network.classifier.register_forward_hook(lambda m, i, o: [][0])
-    with pytest.raises(IndexError) as caught:  # and holds on to all that was alive
-        attention_maps(network, torch.randn(1, 3, 64, 64))
-    assert not network.heads[0].spatial._forward_hooks, caught
-
-
-def two_heads(first: int, second: int) -> DAN:
-    """A network whose heads look where one colour (0 red, 1 green, 2 blue) is bright."""
-    torch.manual_seed(0)
-    network = DAN(4, 2).eval()
-    patches = nn.Conv2d(3, 512, 32, stride=32)
-    nn.init.zeros_(patches.weight)
-    nn.init.uniform_(patches.bias, 0.5, 1.5)
-    for colour in range(3):
-        patches.weight.data[colour, colour] = 1 / 32**2
-        patches.bias.data[colour] = 0
-    network.backbone = nn.Sequential(OrderedDict(layer4=patches))
-    for head, colour in zip(network.heads, (first, second), strict=True):
-        for convolution in (m for m in head.spatial.modules() if isinstance(m, nn.Conv2d)):
-            nn.init.zeros_(convolution.weight)
-        head.spatial.reduce[0].weight.data[0, colour] = 1
-        head.spatial.square[0].weight.data[0, 0, 1, 1] = 1
-        nn.init.normal_(head.channel.gate[3].bias, std=2)  # vectors differ where the places do not
-    return network
-
-
-def test_heads_that_look_elsewhere_overlap_less() -> None:
-    images = torch.zeros(1, 3, 160, 160)
-    images[:, 0, :64, :64] = 1.0  # red above on the left, green below on the right
-    images[:, 1, 96:, 96:] = 0.9
-    _, same = attention_maps(two_heads(0, 0), images)
-    _, apart = attention_maps(two_heads(0, 1), images)
-    assert same[0, 0, :64, :64].mean() > 10 * same[0, 0, 96:, 96:].mean()
-    assert apart[0, 1, 96:, 96:].mean() > 10 * apart[0, 1, :64, :64].mean()
-    assert head_overlap(same[0, :2]) > 0.9
-    assert head_overlap(apart[0, :2]) < 0.1
-
-
-def test_heads_that_do_the_same_have_empty_maps() -> None:
-    """Over equal heads the log-softmax has no gradient; the backbone's, their sum, has none too."""
-    network = two_heads(0, 0)
-    network.heads[1].load_state_dict(network.heads[0].state_dict())
-    _, maps = attention_maps(network, torch.rand(2, 3, 96, 96))
-    assert not maps.any() and np.isnan(head_overlap(maps[0, :2]))
-
-
-def test_features_in_one_point_are_drawn_there() -> None:
-    assert (explanation.project(np.ones((5, 512), np.float32)) == 0).all()
-    assert np.isfinite(explanation.project(np.eye(2, 512, dtype=np.float32))).all()
+    assert (chosen == evenly(split, 32).index).all()
+    assert len(evenly(faces.split("val"), 2000)) == 16
 
 
 @pytest.fixture(scope="module")
-def runs(faces: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(faces: ShardSet, baseline_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three trainings: DAN at 64 px, where maps have 2 × 2 places, with and without affinity loss;
     the baseline at 32 px, where they have one."""
     folder = tmp_path_factory.mktemp("runs")
-    dan = [*TWO_HEADS, "model.image_size=64"]
-    for name, overrides in {
-        "affinity": dan, "none": [*dan, "loss.fcn=none"], "baseline": []
-    }.items():  # fmt: skip
+    dan = [*TWO_HEADS, "model.image_size=64", "train.max_steps=2"]
+    for name, others in {"affinity": [], "none": ["loss.fcn=none"]}.items():
         config = folder / f"{name}.yaml"
         config.write_text(TINY.format(shards=faces.root, output=folder / name))
-        story.main(load_config(config, [*overrides, "train.max_steps=2"]))
+        single(config, *dan, *others)
+    copied(baseline_run, folder / "baseline")
     return folder
 
 
@@ -214,20 +75,16 @@ def photographs(tmp_path: Path) -> Path:
 
 
 def test_two_networks_side_by_side(
-    runs: Path, faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Path, faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
     """Figures, numbers, MLflow; the same again to the byte."""
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     panels: list[Any] = []
     drawn = explanation.features_figure
     monkeypatch.setattr(
         explanation, "features_figure", lambda p, *rest: (panels.extend(p), drawn(p, *rest))[1]
     )
-    report = explanation.main(
-        runs / "affinity", data=str(faces.root), against=runs / "none", count=3,
-        output=tmp_path / "out",
-    )  # fmt: skip
+    both = {"data": str(faces.root), "against": runs / "none", "count": 3}
+    report = explain(runs / "affinity", tracked=True, output=tmp_path / "out", **both)
     assert json.loads((tmp_path / "out" / explanation.REPORT).read_bytes()) == report
     assert report["dataset"] == "synthetic" and report["split"] == "val"
     assert report["fingerprint"] == faces.fingerprint
@@ -243,18 +100,15 @@ def test_two_networks_side_by_side(
     assert all(points.shape == (16, 2) and np.ptp(points) > 0 for _, points in panels)
 
     trained = load_trained(runs / "affinity")
-    chosen = explanation.evenly(faces.split("val"), explanation.OVERLAP_IMAGES)
+    chosen = evenly(faces.split("val"), OVERLAP_IMAGES)
     world = World(0, 0, 1, 1, torch.device("cpu"))
-    images = torch.cat(list(explanation.batches(trained, chosen, faces.image_size, world)))
+    images = torch.cat(list(batches(trained, chosen, world)))
     maps = attention_maps(trained.network, images)[1][:, :2]
     overlaps = [head_overlap(own) for own in maps]
     assert report["head_overlap"] == pytest.approx(np.nanmean(overlaps), rel=1e-6)
     assert report["overlap_images"] == np.isfinite(overlaps).sum()
 
-    again = explanation.main(
-        runs / "affinity", data=str(faces.root), against=runs / "none", count=3,
-        output=tmp_path / "again", tracked=False,
-    )  # fmt: skip
+    again = explain(runs / "affinity", output=tmp_path / "again", **both)
     assert again == report
 
     client = mlflow.MlflowClient(store)
@@ -274,9 +128,7 @@ def test_two_networks_side_by_side(
         assert np.asarray(Image.open(tmp_path / "out" / picture)).std() > 10
 
     # A later look without the other network leaves none of its figures.
-    explanation.main(
-        runs / "affinity", data=str(faces.root), output=tmp_path / "out", tracked=False
-    )
+    explain(runs / "affinity", data=str(faces.root), output=tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == pictures - {
         "attention-against.png"
     }
@@ -285,7 +137,7 @@ def test_two_networks_side_by_side(
 def test_given_images(runs: Path, photographs: Path, tmp_path: Path) -> None:
     """By the documented command; the broken one is named, left out, and fails it."""
     done = run(
-        sys.executable, REPOSITORY / "launch" / "explain.py", runs / "affinity", "--no-tracking",
+        sys.executable, LAUNCH / "explain.py", runs / "affinity", "--no-tracking",
         photographs, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
@@ -305,22 +157,20 @@ def test_given_images(runs: Path, photographs: Path, tmp_path: Path) -> None:
 def test_predictions_are_the_networks(
     runs: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [photographs / "0.png"]
-    prediction.main(runs / "affinity", given, as_json=True)
-    said = json.loads(capsys.readouterr().out)
-    (face,) = explanation.main(runs / "affinity", given, tracked=False)["faces"]
-    assert face["predicted"] == said["class"]
-    assert face["probability"] == pytest.approx(max(said["probabilities"].values()), abs=1e-5)
+    given = photographs / "0.png"
+    prediction.main(PredictOptions(checkpoint=runs / "affinity", images=(given,), json=True))
+    line = json.loads(capsys.readouterr().out)
+    (face,) = explain(runs / "affinity", given)["faces"]
+    assert face["predicted"] == line["class"]
+    assert face["probability"] == pytest.approx(max(line["probabilities"].values()), abs=1e-5)
 
 
 def test_baseline_where_maps_have_one_place(
     runs: Path, faces: ShardSet, photographs: Path, tmp_path: Path
 ) -> None:
-    """Given images for the maps, shards for the features; all maps are empty, and said to be."""
-    given = [photographs / "1.png"]
-    report = explanation.main(
-        runs / "baseline", given, data=str(faces.root), output=tmp_path / "out", tracked=False
-    )
+    """Given images for the maps, shards for the features; all maps are empty, and named so."""
+    given = photographs / "1.png"
+    report = explain(runs / "baseline", given, data=str(faces.root), output=tmp_path / "out")
     assert report["heads"] == 0 and report["empty_maps"] == {"backbone": 1}
     assert report["head_overlap"] is None and report["overlap_images"] == 0
     assert report["faces"][0]["empty"] == ["backbone"]
@@ -334,11 +184,11 @@ def test_features_are_of_every_image_once_and_in_order(runs: Path, faces: ShardS
     trained = load_trained(runs / "baseline")
     split = faces.split("train")
     world = World(0, 0, 1, 1, torch.device("cpu"))
-    features = explanation.pooled(trained, split, faces.image_size, world)
+    features = pooled(trained, split, world)
     assert features.shape == (80, 512)
     for k in (0, 63, 64, 79):
         alone = replace(split, index=split.index[k : k + 1])
-        (expected,) = explanation.pooled(trained, alone, faces.image_size, world)
+        (expected,) = pooled(trained, alone, world)
         assert np.allclose(features[k], expected, rtol=1e-4, atol=1e-5), k
 
 
@@ -367,25 +217,25 @@ Case = Callable[[Path, Path, ShardSet], tuple[Path, list[Path], dict[str, Any]]]
          r"other\.pt was trained on 8 classes \(indifferent"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_explained_is_said_in_one_line(
+def test_an_explanation_is_refused_in_one_line(
     runs: Path, photographs: Path, faces: ShardSet, tmp_path: Path, case: Case, line: str
 ) -> None:
     path, given, options = case(runs, photographs, faces)
     with pytest.raises((ValueError, OSError), match=line):
-        explanation.main(path, given, output=tmp_path / "out", tracked=False, **options)
+        explain(path, *given, output=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_libraries_and_many_ranks_are_said_in_one_line(
+def test_missing_libraries_and_many_ranks_are_refused_in_one_line(
     runs: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
     def two_ranks(*_: object, **__: object) -> Iterator[tuple[World, None]]:
         yield World(0, 0, 2, 2, torch.device("cpu")), None
 
-    monkeypatch.setattr(explanation, "joined", two_ranks)
+    monkeypatch.setattr(explanation, "session", two_ranks)
     with pytest.raises(ValueError, match="2 ranks: explain runs as one"):
-        explanation.main(runs / "baseline", [photographs], tracked=False)
+        explain(runs / "baseline", photographs)
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
     with pytest.raises(OSError, match=r"pip install -e '\.\[explain\]'"):
-        explanation.main(runs / "baseline", [photographs], tracked=False)
+        explain(runs / "baseline", photographs)

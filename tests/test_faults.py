@@ -1,6 +1,5 @@
 """What a run survives: signals, killed ranks, damaged shards, what is not finite."""
 
-from dan_dist.run.folder import newest, mark_damage, step_path
 import errno
 import json
 import logging
@@ -23,21 +22,22 @@ import pytest
 import torch
 
 from conftest import DAN, SCRIPT, outcome, single, start, until
-from dan_dist.run import checkpoint
-from dan_dist.engine import ddp as engine
-from dan_dist.model import dan as networks
 from dan_dist import train as story
-from dan_dist.data.augment import Augment
 from dan_dist.config import load_config
+from dan_dist.data.augment import Augment
 from dan_dist.data.loader import Batch, train_loader
-from dan_dist.data.reader import Reader, TooMuchDamageError
 from dan_dist.data.order import TrainOrder
-from dan_dist.engine.ddp import Engine
-from dan_dist.tracking.journal import read_records
-from dan_dist.model.losses import Objective
-from shards.format import ShardSet, open_shardset
-from dan_dist.run.signals import Stopped, StopRequest
+from dan_dist.data.reader import Reader, TooMuchDamageError
 from dan_dist.distributed.world import World
+from dan_dist.engine import ddp as engine
+from dan_dist.engine.ddp import Engine
+from dan_dist.model import dan as networks
+from dan_dist.model.losses import Objective
+from dan_dist.run import checkpoint
+from dan_dist.run.folder import mark_damage, newest, step_path
+from dan_dist.run.signals import Stopped, StopRequest
+from dan_dist.tracking.journal import read_records
+from shards.format import ShardSet, open_shardset
 
 Write = Callable[[str], Path]
 

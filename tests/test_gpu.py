@@ -11,8 +11,8 @@ import torch
 
 from conftest import DAN
 from dan_dist import train as story
-from dan_dist.data.augment import Augment
 from dan_dist.config import load_config
+from dan_dist.data.augment import Augment
 from dan_dist.data.loader import Batch, train_loader
 from shards.format import ShardSet
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dan_dist.model.dan import DAN
 from dan_dist.model.losses import (
     VARIANCE_GUARD,
     Margin,
@@ -16,7 +17,6 @@ from dan_dist.model.losses import (
     partition_batch_loss,
     partition_loss,
 )
-from dan_dist.model.dan import DAN
 
 FEATURES = torch.tensor([[1.0, 2.0], [0.0, -1.0], [3.0, 0.0]], dtype=torch.float64)
 CENTERS = torch.tensor([[0.0, 0.0], [2.0, 4.0]], dtype=torch.float64)

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torchvision
 
-from dan_dist.run import checkpoint
-from dan_dist.model.losses import Objective
-from dan_dist.model.dan import DAN
 from dan_dist.model.backbone import load_backbone
+from dan_dist.model.dan import DAN
+from dan_dist.model.losses import Objective
+from dan_dist.run import checkpoint
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from torch.distributed import HashStore
 from conftest import SCRIPT, outcome, run, start, until
 from dan_dist.distributed import heartbeat as pulse
 from dan_dist.distributed.heartbeat import Heartbeat
-from dan_dist.run.signals import Stopped
-from dan_dist.distributed.world import World
 from dan_dist.distributed.rendezvous import _meet
+from dan_dist.distributed.world import World
+from dan_dist.run.signals import Stopped
 
 Write = Callable[[str], Path]
 

@@ -1,6 +1,5 @@
 """The shipped Slurm scripts, submitted to a real Slurm of two nodes on this machine."""
 
-from dan_dist.run.folder import step_path, steps_saved
 import json
 import os
 import re
@@ -21,8 +20,9 @@ from chaos import CONFIG, DAN, IDENTITY
 from test_train import largest_difference, weights
 
 from conftest import REPOSITORY, train
-from shards.format import ShardSet, open_shardset
 from dan_dist.model.backbone import BACKBONE
+from dan_dist.run.folder import step_path, steps_saved
+from shards.format import ShardSet, open_shardset
 
 NODES, CPUS, GPUS = 2, 64, 8
 DAEMONS = ("munged", "slurmctld", "slurmd")

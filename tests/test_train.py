@@ -1,7 +1,5 @@
 """Whole trainings of the real network at small size: the claims that users rely on."""
 
-from dan_dist.run.folder import newest, step_path, steps_saved
-from shards.demo import ensure
 import json
 import sys
 from collections.abc import Callable
@@ -11,15 +9,17 @@ import pytest
 import torch
 
 from conftest import DAN, REPOSITORY, run, single, train
-from dan_dist.run import checkpoint
-from dan_dist.tracking import tracker as tracking
-from dan_dist.model import dan as networks
 from dan_dist.config import load_config
 from dan_dist.data.loader import Batch
-from dan_dist.engine.ddp import Engine, StepFlags
-from dan_dist.model.losses import Objective
-from shards.format import ShardSet
 from dan_dist.distributed.world import World
+from dan_dist.engine.ddp import Engine, StepFlags
+from dan_dist.model import dan as networks
+from dan_dist.model.losses import Objective
+from dan_dist.run import checkpoint
+from dan_dist.run.folder import newest, step_path, steps_saved
+from dan_dist.tracking import tracker as tracking
+from shards.demo import ensure
+from shards.format import ShardSet
 
 Write = Callable[[str], Path]
 

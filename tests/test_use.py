@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,24 +20,24 @@ from PIL import Image
 from torch import nn
 
 from conftest import DAN as OPTIONS
-from conftest import REPOSITORY, run, single
+from conftest import LAUNCH, STEPS, copied, run, single
 from dan_dist.data import crops
-from dan_dist.evaluation import evaluate as evaluation
-from dan_dist.inference import export
-from dan_dist.tracking import logged_model
-from dan_dist.inference import predict as prediction
-from dan_dist.tracking import tracker as tracking
-from dan_dist.data.reader import Reader
-from dan_dist.model.dan import DAN, Output
 from dan_dist.data.augment import MEAN, STD
+from dan_dist.data.reader import Reader
 from dan_dist.distributed.heartbeat import session
-from shards.format import ShardSet
-from dan_dist.tracking.store import connect
+from dan_dist.evaluation.predictions import predict as outputs
+from dan_dist.inference import export
+from dan_dist.inference import predict as prediction
+from dan_dist.model.dan import DAN, Output
 from dan_dist.model.weights import load_trained
+from dan_dist.options import ExportOptions, PredictOptions
+from dan_dist.tracking import logged_model
+from dan_dist.tracking import tracker as tracking
+from dan_dist.tracking.store import connect
+from shards.format import ShardSet
 from shards.images import decode
 
 Write = Callable[[str], Path]
-STEPS = ["optim.name=adam", "optim.lr=1e-3", "train.max_steps=4"]
 
 
 def crop_files(faces: ShardSet, folder: Path) -> list[Path]:
@@ -52,21 +54,15 @@ def crop_files(faces: ShardSet, folder: Path) -> list[Path]:
 def evaluated(folder: Path, faces: ShardSet) -> NDArray[np.float32]:
     with session("cpu", timeout_s=60, on_loss=print) as (world, heart):
         split = faces.split("val")
-        return evaluation.predict(load_trained(folder), split, 32, world, heart, "auto")
-
-
-def predict(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
-    done = run(sys.executable, REPOSITORY / "launch" / "predict.py", *arguments, cwd=cwd)
-    return done.returncode, done.stdout, done.stderr
+        return outputs(load_trained(folder), split, world, heart, "auto")
 
 
 def test_predictions_are_those_of_the_evaluation(
-    tiny: Write, faces: ShardSet, tmp_path: Path
+    dan_run: Path, faces: ShardSet, tmp_path: Path
 ) -> None:
     """To the bit; beside a file that is no image, a larger one, and one that lies on its side."""
-    single(tiny("run"), *OPTIONS, *STEPS, "train.precision=float32")  # tells near images apart
     paths = crop_files(faces, tmp_path / "crops")
-    expected = evaluated(tmp_path / "run", faces)
+    expected = evaluated(dan_run, faces)
     whole = paths[0].read_bytes()
     (tmp_path / "crops" / "broken.png").write_bytes(whole[:300])
     (tmp_path / "crops" / "cut.jpg").write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")
@@ -78,9 +74,11 @@ def test_predictions_are_those_of_the_evaluation(
     turned = image.transpose(Image.Transpose.ROTATE_90)
     turned.save(tmp_path / "crops" / "inside" / "turned.jpg", exif=exif, quality=100)
     image.resize((64, 64), Image.Resampling.NEAREST).save(tmp_path / "crops" / "inside" / "2.png")
-    code, out, err = predict(tmp_path / "run", tmp_path / "crops", "--json", cwd=tmp_path)
-    assert code == 1 and err == "each image is taken for the crop of one face\n"
-    rows = {Path(row["image"]).name: row for row in map(json.loads, out.splitlines())}
+    script, folder = LAUNCH / "predict.py", tmp_path / "crops"
+    done = run(sys.executable, script, dan_run, folder, "--json", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "each image is taken for the crop of one face\n"
+    rows = {Path(row["image"]).name: row for row in map(json.loads, done.stdout.splitlines())}
     assert list(rows)[-4:] == ["broken.png", "cut.jpg", "2.png", "turned.jpg"]
     for name in ("broken.png", "cut.jpg"):
         assert rows.pop(name)["error"].startswith("cannot be decoded")
@@ -96,34 +94,36 @@ def test_predictions_are_those_of_the_evaluation(
         assert near < 0.5 * np.abs(np.delete(expected, 3, axis=0) - expected[3]).max(axis=1).min()
 
 
-def test_predictions_as_a_table(tiny: Write, faces: ShardSet, tmp_path: Path) -> None:
-    single(tiny("run"), *STEPS)
+def test_predictions_as_a_table(
+    baseline_run: Path, faces: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = crop_files(faces, tmp_path / "crops")
-    expected = evaluated(tmp_path / "run", faces)[1]
-    code, out, _ = predict(tmp_path / "run" / "best.pt", paths[1], cwd=tmp_path)
-    head, row = (line.split() for line in out.splitlines())
-    assert code == 0 and head == ["image", "class", *faces.class_names]
+    expected = evaluated(baseline_run, faces)[1]
+    best = baseline_run / "best.pt"
+    unread = prediction.main(PredictOptions(checkpoint=best, images=(paths[1],)))
+    head, row = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert unread == 0 and head == ["image", "class", *faces.class_names]
     assert row[:2] == [str(paths[1]), faces.class_names[expected.argmax()]]
     # one image alone, where there were sixteen: the last bits may differ
     assert [float(v[:-1]) for v in row[2:]] == pytest.approx(100 * expected, abs=0.06)
     assert prediction.readable(Path("a\n\x1b[31m\udce9é")) == r"a\n\x1b[31m\udce9é"
     for path, images, line in (
-        ("run", "none.jpg", r"none\.jpg: no such file or folder"),
-        ("run", "run", r"run: no image in it \(\.bmp"),
-        ("x.pt", "crops", r"x\.pt: no such checkpoint"),
+        (best, tmp_path / "none.jpg", r"none\.jpg: no such file or folder"),
+        (best, baseline_run, r"run: no image in it \(\.bmp"),
+        (tmp_path / "x.pt", tmp_path / "crops", r"x\.pt: no such checkpoint"),
     ):
         with pytest.raises(FileNotFoundError, match=line):
-            prediction.main(tmp_path / path, [tmp_path / images])
+            prediction.main(PredictOptions(checkpoint=path, images=(images,)))
 
 
 def test_many_crops_keep_their_order(faces: ShardSet, tmp_path: Path) -> None:
     paths = crop_files(faces, tmp_path / "crops") * 10
     paths[77] = tmp_path / "gone.jpg"
-    staged = crops.stage(paths, tmp_path, faces.class_names, size=32, threads=3)
-    assert staged.faults == {paths[77]: "No such file or directory"}
-    assert staged.paths == paths[:77] + paths[78:]
-    reader = Reader(staged.split, max_bad=0)
-    assert all(reader.read(k).tobytes() == p.read_bytes() for k, p in enumerate(staged.paths))
+    packed = crops.pack_images(paths, tmp_path, size=32, threads=3)
+    assert packed.faults == {paths[77]: "No such file or directory"}
+    assert packed.paths == paths[:77] + paths[78:]
+    reader = Reader(packed.split, max_bad=0)
+    assert all(reader.read(k).tobytes() == p.read_bytes() for k, p in enumerate(packed.paths))
     reader.close()
 
 
@@ -136,8 +136,8 @@ def settled(heads: int) -> DAN:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
     with torch.no_grad():
-        for _ in range(20):
-            network.train()(torch.randn(8, 3, 64, 64))
+        for _ in range(10):
+            network.train()(torch.randn(4, 3, 64, 64))
     return network.eval()
 
 
@@ -159,14 +159,15 @@ def test_the_merged_network_is_the_network(heads: int) -> None:
 
 
 def test_exported_files_give_the_networks_logits(
-    tiny: Write, faces: ShardSet, tmp_path: Path, caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    caplog.set_level("INFO", "dan_dist.export")
-    single(tiny("run"), *OPTIONS, *STEPS)
-    network = load_trained(tmp_path / "run").network
-    onnx, program = export.main(tmp_path / "run", output=tmp_path / "out")
-    assert "times as fast as the network" in caplog.text
+    dan_run: Path, faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, out = load_trained(dan_run).network, tmp_path / "out"
+    script = LAUNCH / "export.py"
+    done = run(sys.executable, script, dan_run, "--output", out, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "times as fast as the network" in done.stdout
+    onnx, program = out / "best.onnx", out / "best.pt2"
+    assert set(out.iterdir()) == {onnx, program}
     session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
     extra = {"metadata.json": ""}
     module = torch.export.load(program, extra_files=extra).module()
@@ -195,7 +196,7 @@ def test_exported_files_give_the_networks_logits(
     exact = export.merge
     monkeypatch.setattr(export, "merge", lambda network: spoilt(exact(network)))
     with pytest.raises(ValueError, match=r"merged: logits are .* off, at most 0\.0001"):
-        export.main(tmp_path / "run", output=tmp_path / "spoilt")
+        export.main(ExportOptions(checkpoint=dan_run, output=tmp_path / "spoilt"))
     assert not list((tmp_path / "spoilt").iterdir())
 
 
@@ -205,14 +206,11 @@ def logged(client: Any) -> list[Any]:
 
 
 def test_the_best_model_is_in_mlflow(
-    tiny: Write, faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dan_run: Path, tiny: Write, faces: ShardSet, tmp_path: Path, store: str
 ) -> None:
-    """Loaded from there, it tells named probabilities from image bytes; nothing is pickled."""
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    options = [*OPTIONS, "tracking.enabled=true", "optim.name=adam", "optim.lr=1e-3",
-               "train.precision=float32"]  # fmt: skip
-    single(tiny("run"), *options, "train.max_steps=4")
+    """Loaded from there, it gives named probabilities for image bytes; nothing is pickled."""
+    copied(dan_run, tmp_path / "run")
+    shutil.copy(dan_run.parent / "mlflow.db", tmp_path)
     client = connect(store)
     (model,) = logged(client)
     assert model.status == "READY" and model.params["heads"] == "2"
@@ -234,7 +232,7 @@ def test_the_best_model_is_in_mlflow(
     many = loaded.predict(pd.DataFrame({"image": [p.read_bytes() for p in paths * 5]}))
     assert len(many) == 80 and np.allclose(many[64:], found, atol=1e-6)  # more than a batch
     assert tuple(loaded.metadata.signature.outputs.input_names()) == faces.class_names
-    assert np.abs(found.to_numpy() - evaluated(tmp_path / "run", faces)).max() < 1e-5
+    assert np.abs(found.to_numpy() - evaluated(dan_run, faces)).max() < 1e-5
     buffer = io.BytesIO()
     Image.new("L", (50, 70), 90).save(buffer, "PNG")
     other = loaded.predict(pd.DataFrame({"image": [buffer.getvalue()]}))
@@ -247,7 +245,8 @@ def test_the_best_model_is_in_mlflow(
     assert mlflow.pyfunc.load_model("models:/faces/1").metadata.signature
 
     # A run that goes on and finds a better one logs that one too.
-    single(tiny("run"), *options, "train.max_steps=20", "train.epochs=9")
+    tracked = [*OPTIONS, *STEPS, "tracking.enabled=true"]
+    single(tiny("run"), *tracked, "train.max_steps=20", "train.epochs=9")
     assert len(logged(client)) == 1 + (load_trained(tmp_path / "run").step > best.step)
 
 
@@ -256,11 +255,10 @@ def test_the_best_model_is_in_mlflow(
 )
 @pytest.mark.parametrize("done", [False, True])
 def test_a_model_whose_logging_broke_off_is_logged_after_all(
-    tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, done: bool
-) -> None:
+    baseline_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str,
+    call: str, done: bool,
+) -> None:  # fmt: skip
     """Before the call arrived, or when only its answer was lost; the run has ended either way."""
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.setattr(tracking, "RETRY_S", 0.0)
     original = getattr(mlflow.MlflowClient, call)
 
@@ -269,14 +267,19 @@ def test_a_model_whose_logging_broke_off_is_logged_after_all(
             original(*arguments, **options)
         raise ConnectionError("reset by peer")
 
+    (folder := tmp_path / "run").mkdir()
+    os.link(baseline_run / "best.pt", folder / "best.pt")
+    record = tracking.RunRecord(experiment="dan_dist", name="run", params={}, config={})
     with monkeypatch.context() as broken:
         broken.setattr(mlflow.MlflowClient, call, breaks)
-        single(tiny("run"), "tracking.enabled=true", "train.max_steps=1")
+        with tracking.MlflowTracker(folder, record) as tracker:  # as a training ends
+            tracker.metrics({"val/accuracy": 0.5}, 2)
+            tracker.conclude("FINISHED", folder / "best.pt")
     client = connect(store)
     (found,) = client.search_runs([client.get_experiment_by_name("dan_dist").experiment_id])
     assert found.info.status == "FINISHED"
-    assert tracking.replay(tmp_path / "run", store) == 1 and not tracking.replay(tmp_path / "run")
+    assert tracking.replay(folder, store) == 1 and not tracking.replay(folder)
     ready = [m for m in logged(client) if m.status == "READY"]
     assert len(logged(client)) == len(ready) == 1
-    outputs = client.get_run(found.info.run_id).outputs.model_outputs
-    assert [m.model_id for m in outputs] == [ready[0].model_id]
+    models = client.get_run(found.info.run_id).outputs.model_outputs
+    assert [m.model_id for m in models] == [ready[0].model_id]

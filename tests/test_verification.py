@@ -1,7 +1,6 @@
 """Verification by pairs, and what a training on identities leaves: a backbone that others load."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,8 @@ import torch
 import torchvision
 from sklearn.metrics import roc_auc_score
 
-from conftest import REPOSITORY, outcome, run, single, train
-from dan_dist.run import checkpoint
+from conftest import launch, outcome, single, train
 from dan_dist.evaluation import evaluate as evaluation
-from dan_dist.model.dan import DAN
-from shards.format import ShardSet
 from dan_dist.evaluation.verification import (
     FAR,
     FOLDS,
@@ -27,8 +23,13 @@ from dan_dist.evaluation.verification import (
     similarities,
     verify,
 )
+from dan_dist.model import backbone
 from dan_dist.model.backbone import BACKBONE, load_backbone
+from dan_dist.model.dan import DAN
 from dan_dist.model.weights import load_trained
+from dan_dist.options import EvaluateOptions
+from dan_dist.run import checkpoint
+from shards.format import ShardSet
 
 Write = Callable[[str], Path]
 
@@ -77,8 +78,8 @@ def lfw(similarity: np.ndarray, pairs: Pairs) -> float:
     for k in range(FOLDS):
         rest, own = pairs.fold != k, pairs.fold == k
         choices = sorted({*similarity[rest].tolist(), np.inf}, reverse=True)
-        told = [((similarity[rest] >= t) == pairs.same[rest]).mean() for t in choices]
-        best = choices[int(np.argmax(told))]
+        hits = [((similarity[rest] >= t) == pairs.same[rest]).mean() for t in choices]
+        best = choices[int(np.argmax(hits))]
         folds.append(((similarity[own] >= best) == pairs.same[own]).mean())
     return float(np.mean(folds))
 
@@ -195,11 +196,9 @@ def test_trainings_that_cannot_be(tiny: Write, task: list[str], case: str) -> No
 @pytest.mark.parametrize("task", ["identity"], indirect=True)
 def test_a_backbone_from_training_to_dan(
     tiny: Write, task: list[str], faces: ShardSet, people: ShardSet, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    store: str, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """On two ranks under DeepSpeed, with ArcFace; judged by pairs, in MLflow, and started from."""
-    store = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     options = [*task, "loss.classification=arcface", "engine.name=deepspeed", "engine.zero_stage=3",
                "optim.lr=1e-4", "train.max_steps=4", "tracking.enabled=true"]  # fmt: skip
     out = train(2, tiny("run"), *options, cwd=tmp_path)
@@ -212,17 +211,17 @@ def test_a_backbone_from_training_to_dan(
     torchvision.models.resnet18().load_state_dict(content["state_dict"], strict=True)
     client = mlflow.MlflowClient(store)
     (logged,) = client.search_runs([client.get_experiment_by_name("dan_dist").experiment_id])
-    said = content["provenance"]
-    assert said["run_id"] == logged.info.run_id and said["fingerprint"] == people.fingerprint
-    assert said["auc"] == best["best"]["auc"] == logged.data.metrics["val/auc"]
-    assert said["identities"] == 16 and said["image_size"] == 32
+    facts = content["provenance"]
+    assert facts["run_id"] == logged.info.run_id and facts["fingerprint"] == people.fingerprint
+    assert facts["auc"] == best["best"]["auc"] == logged.data.metrics["val/auc"]
+    assert facts["identities"] == 16 and facts["image_size"] == 32
     assert {a.path for a in client.list_artifacts(logged.info.run_id)} >= {BACKBONE, "roc.png"}
     assert not (logged.outputs and logged.outputs.model_outputs)  # nobody is served 16 strangers
 
     for source in (BACKBONE, checkpoint.BEST):
         network = DAN(8, 2)
         line = load_backbone(network, str(tmp_path / "run" / source))
-        assert "100 tensors" in line and (said["run_id"] in line) == (source == BACKBONE)
+        assert "100 tensors" in line and (facts["run_id"] in line) == (source == BACKBONE)
         name = "network.backbone.layer4.1.conv2.weight"
         assert torch.equal(network.backbone.layer4[1].conv2.weight, best["objective"][name])
     with pytest.raises(ValueError, match="trained on task identity, expected expression"):
@@ -231,29 +230,30 @@ def test_a_backbone_from_training_to_dan(
     caplog.set_level("INFO")
     start = f"model.backbone={tmp_path / 'run' / BACKBONE}"
     assert single(tiny("dan"), start, "train.max_steps=2").status == "finished"
-    assert f"it says: run_id {said['run_id']}, accuracy 0." in caplog.text
+    assert f"provenance: run_id {facts['run_id']}, accuracy 0." in caplog.text
 
     # Judged once more by itself, on any number of ranks
-    script, reports = REPOSITORY / "launch" / "evaluate.py", []
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for start_ in ([], torchrun):
-        done = run(sys.executable, *start_, script, tmp_path / "run", "--data", people.root,
-                   "--pairs", "60", "--no-tracking", cwd=tmp_path)  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        folder = tmp_path / "run" / "best-synthetic-val"
-        reports.append((folder / evaluation.REPORT).read_bytes())
-        assert (folder / "roc.png").stat().st_size > 10_000
-    assert reports[0] == reports[1]
-    found = json.loads(reports[0])
+    report = tmp_path / "run" / "best-synthetic-val" / evaluation.REPORT
+    own = {"checkpoint": tmp_path / "run", "data": str(people.root), "no_tracking": True}
+    evaluation.main(EvaluateOptions(**own, pairs=60))
+    one = report.read_bytes()
+    report.unlink()
+    words = [tmp_path / "run", "--data", people.root, "--pairs", "60", "--no-tracking"]
+    done = launch("evaluate", 2, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report.read_bytes() == one
+    assert (report.parent / "roc.png").stat().st_size > 10_000
+    found = json.loads(one)
     assert {key: found[key] for key in ("accuracy", "auc")} == {
         key: best["best"][key] for key in ("accuracy", "auc")
     }
     assert found["pairs"] == 60 and found["images"] <= 60
     path = tmp_path / "pairs.txt"
     path.write_text("\n".join(pair_lines(people, "LFW's")))
-    by_file = evaluation.main(tmp_path / "run", str(people.root), pairs_file=str(path),
-                              output=tmp_path / "by-file", tracked=False)  # fmt: skip
-    assert by_file["pairs"] == 20
+    by_file = evaluation.main(
+        EvaluateOptions(**own, pairs_file=str(path), output=tmp_path / "by-file")
+    )
+    assert by_file["pairs"] == 20 and by_file["pairs_file"] == "pairs.txt"
 
 
 @pytest.mark.parametrize("task", ["identity"], indirect=True)
@@ -268,7 +268,7 @@ def test_a_run_has_not_finished_before_its_backbone_is_there(
         save(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", full)
+        patch.setattr(backbone, "save", full)
         with pytest.raises(OSError, match="No space left"):
             single(tiny("run"), *task, "train.max_steps=2")
     assert outcome(tmp_path / "run")["status"] == "failed"

@@ -6,142 +6,32 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from authors import Reference, State, authors_state
 from torch import Tensor
 
 from conftest import DAN as OPTIONS
-from conftest import single, train
-from dan_dist.run import checkpoint
-from dan_dist.evaluation import evaluate as evaluation
+from conftest import single
 from dan_dist.data.loader import evaluation_loader
-from dan_dist.model.dan import DAN
-from shards.format import ShardSet
-from dan_dist.model.authors import class_order, columns_of
+from dan_dist.evaluation import evaluate as evaluation
 from dan_dist.model.backbone import load_backbone
+from dan_dist.model.classes import class_order, columns_of
+from dan_dist.model.dan import DAN
 from dan_dist.model.weights import load_trained, load_weights
-from shards.releases import affectnet
-from shards.releases import rafdb
-from shards.releases import sfew
+from dan_dist.options import EvaluateOptions
+from dan_dist.run import checkpoint
+from shards.format import ShardSet
+from shards.releases import affectnet, rafdb, sfew
 
 Write = Callable[[str], Path]
-State = dict[str, Tensor]
-SPATIAL = {"conv1x1": (256, 512, 1, 1), "conv_3x3": (512, 256, 3, 3),
-           "conv_1x3": (512, 256, 1, 3), "conv_3x1": (512, 256, 3, 1)}  # fmt: skip
-
-
-def authors_state(classes: int, heads: int) -> State:
-    """Random weights in the layout of the authors' files, double precision."""
-    random = torch.Generator().manual_seed(classes + heads)
-    state: State = {}
-
-    def put(name: str, *shape: int) -> None:
-        deviation = (2 / torch.Size(shape[1:] or (1,)).numel()) ** 0.5
-        state[f"{name}.weight"] = torch.randn(shape, generator=random).double() * deviation
-
-    def norm(name: str, channels: int) -> None:
-        state[f"{name}.weight"] = 1 + 0.2 * torch.randn(channels, generator=random).double()
-        for part in ("bias", "running_mean"):
-            state[f"{name}.{part}"] = 0.2 * torch.randn(channels, generator=random).double()
-        state[f"{name}.running_var"] = 0.5 + torch.rand(channels, generator=random).double()
-        state[f"{name}.num_batches_tracked"] = torch.tensor(3)
-
-    def with_bias(name: str, *shape: int) -> None:
-        put(name, *shape)
-        state[f"{name}.bias"] = 0.1 * torch.randn(shape[0], generator=random).double()
-
-    put("features.0", 64, 3, 7, 7)
-    norm("features.1", 64)
-    width = 64
-    for stage, wide in enumerate((64, 128, 256, 512), start=4):
-        for block in range(2):
-            name = f"features.{stage}.{block}"
-            put(f"{name}.conv1", wide, width, 3, 3)
-            norm(f"{name}.bn1", wide)
-            put(f"{name}.conv2", wide, wide, 3, 3)
-            norm(f"{name}.bn2", wide)
-            if wide != width:
-                put(f"{name}.downsample.0", wide, width, 1, 1)
-                norm(f"{name}.downsample.1", wide)
-            width = wide
-    for head in range(heads):
-        for conv, shape in SPATIAL.items():
-            with_bias(f"cat_head{head}.sa.{conv}.0", *shape)
-            norm(f"cat_head{head}.sa.{conv}.1", shape[0])
-        with_bias(f"cat_head{head}.ca.attention.0", 32, 512)
-        norm(f"cat_head{head}.ca.attention.1", 32)
-        with_bias(f"cat_head{head}.ca.attention.3", 512, 32)
-    with_bias("fc", classes, 512)
-    norm("bn", classes)
-    return state
-
-
-class Reference:
-    """DAN's equations by plain functions of tensors; in `settling`, BatchNorm learns its batch."""
-
-    def __init__(self, state: State, heads: int) -> None:
-        self.state, self.heads, self.settling = state, heads, False
-
-    def norm(self, x: Tensor, name: str) -> Tensor:
-        weight, bias, mean, var = (
-            self.state[f"{name}.{part}"] for part in ("weight", "bias", "running_mean",
-                                                      "running_var")
-        )  # fmt: skip
-        if self.settling:
-            axes = [0, *range(2, x.ndim)]
-            mean.copy_(x.mean(dim=axes))
-            var.copy_(x.var(dim=axes) + 1e-3)
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        scale = weight / torch.sqrt(var + 1e-5)
-        return (x - mean.view(shape)) * scale.view(shape) + bias.view(shape)
-
-    def conv(self, x: Tensor, name: str, stride: int = 1) -> Tensor:
-        weight = self.state[f"{name}.weight"]
-        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-        return F.conv2d(x, weight, self.state.get(f"{name}.bias"), stride, padding)
-
-    def linear(self, x: Tensor, name: str) -> Tensor:
-        return x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
-
-    def block(self, x: Tensor, name: str, stride: int) -> Tensor:
-        y = torch.relu(self.norm(self.conv(x, f"{name}.conv1", stride), f"{name}.bn1"))
-        y = self.norm(self.conv(y, f"{name}.conv2"), f"{name}.bn2")
-        if f"{name}.downsample.0.weight" in self.state:
-            x = self.norm(self.conv(x, f"{name}.downsample.0", stride), f"{name}.downsample.1")
-        return torch.relu(x + y)
-
-    def head(self, x: Tensor, name: str) -> Tensor:
-        """Equations 3 and 4."""
-
-        def branch(y: Tensor, part: str) -> Tensor:
-            return self.norm(self.conv(y, f"{name}.sa.{part}.0"), f"{name}.sa.{part}.1")
-
-        y = branch(x, "conv1x1")
-        y = torch.relu(branch(y, "conv_3x3") + branch(y, "conv_1x3") + branch(y, "conv_3x1"))
-        pooled = (x * y.sum(dim=1, keepdim=True)).mean(dim=(2, 3))
-        gate = f"{name}.ca.attention"
-        hidden = torch.relu(self.norm(self.linear(pooled, f"{gate}.0"), f"{gate}.1"))
-        return pooled * torch.sigmoid(self.linear(hidden, f"{gate}.3"))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.conv(images, "features.0", 2), "features.1"))
-        x = F.max_pool2d(x, 3, 2, 1)
-        for stage in range(4, 8):
-            for block in range(2):
-                x = self.block(x, f"features.{stage}.{block}", 2 if stage > 4 and not block else 1)
-        heads = torch.stack([self.head(x, f"cat_head{k}") for k in range(self.heads)])
-        if self.heads > 1:  # equation 5
-            heads = heads - heads.logsumexp(dim=0)
-        return self.norm(self.linear(heads.sum(dim=0), "fc"), "bn")
 
 
 def batches(faces: ShardSet, split: str) -> Tensor:
     """Faces as the network gets them, (n, 3, 32, 32) in double precision."""
-    loader, steps = evaluation_loader(
-        faces.split(split), rank=0, world_size=1, image_size=32, shard_image_size=32,
-        device=torch.device("cpu"), threads=1,
-    )  # fmt: skip
-    found = [next(loader) for _ in range(steps)]
-    loader.close()
+    with evaluation_loader(
+        faces.split(split), rank=0, world_size=1, image_size=32, device=torch.device("cpu"),
+        threads=1,
+    ) as loader:  # fmt: skip
+        found = [next(loader) for _ in range(loader.order.steps)]
     return torch.cat([b.images[b.ids >= 0] for b in found]).double()
 
 
@@ -220,7 +110,7 @@ def broken(state: State) -> State:
          r"missing or of another shape: fc\.weight; unknown: none"),
     ],
 )  # fmt: skip
-def test_what_is_not_the_authors_network_is_said(
+def test_another_network_than_the_authors_is_refused(
     tmp_path: Path, classes: int, change: Callable[[State], object], order: str | None, line: str
 ) -> None:
     torch.save(change(authors_state(classes, 1)), tmp_path / "dan.pth")
@@ -257,6 +147,14 @@ def test_our_own_layout_with_other_content_is_refused(
     assert load_trained(own_checkpoint(tmp_path)).class_names == ("a", "b")
     with pytest.raises(ValueError, match=r"own\.pt"):
         load_trained(own_checkpoint(tmp_path, **changes))
+
+
+def test_checkpoints_with_the_former_names_of_the_weights_of_losses_load(tmp_path: Path) -> None:
+    """`loss.lambda_affinity` and `loss.lambda_partition` are lambda_fcn and lambda_afn today."""
+    former = {"fcn": "none", "lambda_affinity": 1.0, "lambda_partition": 0.5}
+    config = checkpoint.load(own_checkpoint(tmp_path), keys=("config",))["config"]
+    trained = load_trained(own_checkpoint(tmp_path, config={**config, "loss": former}))
+    assert trained.config["loss"] == former and trained.class_names == ("a", "b")
 
 
 def test_damage_is_noticed_wherever_weights_are_read(authors: Path, tmp_path: Path) -> None:
@@ -327,14 +225,17 @@ def test_the_classifier_follows_the_names(authors: Path) -> None:
         load_weights(DAN(8, 2), affectnet.CLASSES, str(authors))
 
 
-def test_a_training_starts_from_it(authors: Path, tiny: Write, tmp_path: Path) -> None:
+def test_a_training_starts_from_it(
+    authors: Path, tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """One step of next to nothing leaves the weights; without the file, the run goes on."""
     state = torch.load(authors, weights_only=True)
     torch.save(state, start := tmp_path / "start.pth")
     options = [f"model.weights={start}", "model.heads=4", *OPTIONS[1:], "optim.lr=1e-30",
                "train.precision=float64"]  # fmt: skip
-    out = train(1, tiny("run"), *options, "train.max_steps=1", cwd=tmp_path)
-    assert f"network: from {start}, classifier and all" in out
+    caplog.set_level("INFO")
+    single(tiny("run"), *options, "train.max_steps=1")
+    assert f"network: from {start}, classifier and all" in caplog.text
     objective = checkpoint.load(tmp_path / "run" / "best.pt")["objective"]
     for key, ours in (("fc.weight", "classifier.weight"), ("features.0.weight",
                       "backbone.conv1.weight"), ("cat_head3.sa.conv_1x3.0.weight",
@@ -348,7 +249,7 @@ def test_a_training_starts_from_it(authors: Path, tiny: Write, tmp_path: Path) -
 
 
 def test_evaluated_under_classes_in_another_order(authors: Path, faces: ShardSet) -> None:
-    """The same network, once told that its classes stand in another order: as many are right."""
+    """The same network with its classes named in another order: as many are right."""
     state = torch.load(authors, weights_only=True)
     rows = [7, 6, 5, 4, 3, 2, 1, 0]
     ending = [k for k in state["model_state_dict"] if re.match(r"(fc|bn)\.", k)]
@@ -356,8 +257,11 @@ def test_evaluated_under_classes_in_another_order(authors: Path, faces: ShardSet
         if state["model_state_dict"][key].ndim:
             state["model_state_dict"][key] = state["model_state_dict"][key][rows]
     torch.save(state, turned := authors.with_name("turned.pth"))
-    first = evaluation.main(authors, str(faces.root), tracked=False)
     order = ",".join(reversed(affectnet.CLASSES))
-    second = evaluation.main(turned, str(faces.root), classes=order, tracked=False)
+    first, second = (
+        evaluation.main(EvaluateOptions(checkpoint=path, data=str(faces.root), classes=classes,
+                                        no_tracking=True))
+        for path, classes in ((authors, None), (turned, order))
+    )  # fmt: skip
     assert first["confusion_matrix"] == second["confusion_matrix"]
     assert first["classes"] == second["classes"] and first["images"] == 16

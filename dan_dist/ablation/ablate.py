@@ -1,11 +1,11 @@
-"""The story of an ablation: a grid, the training of what is missing of it, the comparison."""
+"""The story of an ablation: a grid, the training of its missing runs, the comparison."""
 
 from pathlib import Path
 
 import torch
 
 from dan_dist.ablation import comparison, grid
-from dan_dist.ablation.runs import read, train_missing
+from dan_dist.ablation.runs import read_summary, train_missing
 from dan_dist.config import load_config
 from dan_dist.options import AblateOptions
 from dan_dist.run.cli import FAILED
@@ -22,7 +22,7 @@ def main(options: AblateOptions, stop: StopRequest) -> int:
     """
     name, axes, overrides = grid.parse(options.words)
     folder = options.output or Path("runs") / name
-    runs = grid.children(options.config, axes, overrides, options.seeds, folder, name)
+    runs = grid.grid_runs(options.config, axes, overrides, options.seeds, folder, name)
     if options.child is not None:
         if not 0 <= options.child < len(runs):
             raise ValueError(f"--child is {options.child}, the grid has runs 0 to {len(runs) - 1}")
@@ -34,24 +34,25 @@ def main(options: AblateOptions, stop: StopRequest) -> int:
             train_missing(options.config, runs, folder, ranks, stop)
             stop.wait_for_step = False
     configs = [load_config(options.config, run.overrides) for run in runs]
-    results = [read(run, c) for run, c in zip(runs, configs, strict=True)]
+    summaries = [read_summary(run, c) for run, c in zip(runs, configs, strict=True)]
     if options.list:
-        for number, r in enumerate(results):
-            print(f"{number:4} {r.child.name:40} {r.status}{': ' + r.reason if r.reason else ''}")
+        for number, r in enumerate(summaries):
+            print(f"{number:4} {r.run.name:40} {r.status}{': ' + r.reason if r.reason else ''}")
         return 0
     if stop.signal:
         print(f"{stop.signal}: stopped; the same command goes on")
-        if not any(r.status == "finished" for r in results):
+        if not any(r.status == "finished" for r in summaries):
             return PREEMPTED
     parent = grid.ablation_id(folder, name)
     taken = f"another process works on {folder} (comparison)"
     with locked(folder / "comparison.lock", taken, wait=True):  # the last of several sees all
-        results = [read(run, c) for run, c in zip(runs, configs, strict=True)]
-        page = comparison.summarise(name, parent, configs[0].tracking.experiment, results, folder)
+        summaries = [read_summary(run, c) for run, c in zip(runs, configs, strict=True)]
+        experiment = configs[0].tracking.experiment
+        page = comparison.publish_comparison(name, parent, experiment, summaries, folder)
     print(f"tables and figures: {folder / comparison.FOLDER}")
     if not (uri := store()[0]).startswith("http"):
         print(f"mlflow ui --backend-store-uri {uri}")
     print(f"compare in MLflow: {page}")
     if stop.signal:
         return PREEMPTED
-    return 0 if all(r.status == "finished" for r in results) else FAILED
+    return 0 if all(r.status == "finished" for r in summaries) else FAILED

@@ -1,18 +1,18 @@
 """How the runs of an ablation compare: tables, a paired test, figures, and MLflow's own pages."""
 
-import csv
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from statsmodels.stats.contingency_tables import mcnemar
+import pandas as pd
+from scipy.stats import binom
 
 from dan_dist.ablation.figures import accuracy_figure, curves_figure
-from dan_dist.ablation.runs import Result
+from dan_dist.ablation.runs import RunSummary
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.journal import read_sent
 from dan_dist.tracking.store import store
@@ -24,16 +24,16 @@ LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` serves a store that is a fi
 Row = dict[str, Any]
 
 
-def table(results: Sequence[Result]) -> list[Row]:
+def table(summaries: Sequence[RunSummary]) -> list[Row]:
     """A row for each setting, in the grid's order: means and deviations over its finished runs.
 
     Accuracies and the like are in per cent; a deviation is the sample's, 0 for a single run.
     """
     rows = []
-    for setting in dict.fromkeys(r.child.setting for r in results):
-        own = [r for r in results if r.child.setting == setting]
+    for setting in dict.fromkeys(r.run.setting for r in summaries):
+        own = [r for r in summaries if r.run.setting == setting]
         done = [r for r in own if r.status == "finished"]
-        row: Row = {**own[0].child.values, "runs": len(own), "finished": len(done)}
+        row: Row = {**own[0].run.values, "runs": len(own), "finished": len(done)}
         if done:
             row |= _spread("last_accuracy", [100 * r.last["accuracy"] for r in done])
             row |= _spread("best_accuracy", [100 * r.best["accuracy"] for r in done])
@@ -49,8 +49,8 @@ def table(results: Sequence[Result]) -> list[Row]:
     return rows
 
 
-def _others(done: Sequence[Result]) -> list[str]:
-    """What is told of a network beside its accuracy, for all classes together."""
+def _others(done: Sequence[RunSummary]) -> list[str]:
+    """The names of the metrics of all classes together, beside the accuracy."""
     return [name for name in done[0].last if "/" not in name and name != "accuracy"]
 
 
@@ -71,36 +71,38 @@ class Pair(NamedTuple):
     p: float  # McNemar's exact test: as unequal or more by chance
 
 
-def pairs(results: Sequence[Result]) -> list[Pair]:
+def pairs(summaries: Sequence[RunSummary]) -> list[Pair]:
     """Every two settings, for each seed that both have finished.
 
     Pairs of images share persons and images: McNemar's test, which wants independent ones, is not
-    for them.
-
-    Raises:
-        ValueError: they were evaluated on other images.
+    for them. Runs that were evaluated on other images are a ValueError.
     """
     found = []
-    for a, b in combinations(results, 2):
-        if a.child.seed != b.child.seed or a.right is None or b.right is None:
+    for a, b in combinations(summaries, 2):
+        if a.run.seed != b.run.seed or a.right is None or b.right is None:
             continue
         if a.fingerprint != b.fingerprint:
-            raise ValueError(f"{a.child.name} and {b.child.name} were trained on other data")
+            raise ValueError(f"{a.run.name} and {b.run.name} were trained on other data")
         only_first, only_second = int((a.right & ~b.right).sum()), int((b.right & ~a.right).sum())
-        p = mcnemar([[0, only_first], [only_second, 0]], exact=True).pvalue
         difference = 100 * (only_first - only_second) / len(a.right)
         found.append(Pair(
-            a.child.setting, b.child.setting, a.child.seed, difference, only_first, only_second,
-            float(min(p, 1.0)),
+            a.run.setting, b.run.setting, a.run.seed, difference, only_first, only_second,
+            mcnemar(only_first, only_second),
         ))  # fmt: skip
     return found
 
 
-def markdown(name: str, results: Sequence[Result], rows: Sequence[Row], found: Sequence[Pair],
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The p of McNemar's exact test: twice the chance of so few heads among fair coins, at most 1."""
+    few, coins = min(only_first, only_second), only_first + only_second
+    return min(1.0, 2 * float(binom.cdf(few, coins, 0.5)))
+
+
+def markdown(name: str, summaries: Sequence[RunSummary], rows: Sequence[Row], found: Sequence[Pair],
              judged: str) -> str:  # fmt: skip
     """The comparison as people read it."""
-    axes = list(results[0].child.values)
-    others = _others([r for r in results if r.status == "finished"])
+    axes = list(summaries[0].run.values)
+    others = _others([r for r in summaries if r.status == "finished"])
     head = [*axes, "runs", "accuracy, last epoch", "accuracy, best epoch",
             *(f"{name.replace('_', ' ')}, last" for name in others),
             "parameters", "GFLOPs", "img/s", "minutes"]  # fmt: skip
@@ -118,7 +120,7 @@ def markdown(name: str, results: Sequence[Result], rows: Sequence[Row], found: S
                 f"{row['minutes']:.1f}",
             ]  # fmt: skip
         lines.append(_line([*cells, *["–"] * (len(head) - len(cells))]))
-    seeds = {r.child.seed for r in results}
+    seeds = {r.run.seed for r in summaries}
     lines += [
         "",
         f"Per cent of {judged}"
@@ -129,10 +131,10 @@ def markdown(name: str, results: Sequence[Result], rows: Sequence[Row], found: S
         )
         + " GFLOPs: one image's forward pass, 2 a multiply-add.",
     ]
-    missing = [r for r in results if r.status != "finished"]
+    missing = [r for r in summaries if r.status != "finished"]
     if missing:
         lines += ["", "Not finished:", ""]
-        lines += [f"- {r.child.name}: {r.status}{': ' + r.reason if r.reason else ''}"
+        lines += [f"- {r.run.name}: {r.status}{': ' + r.reason if r.reason else ''}"
                   for r in missing]  # fmt: skip
     if found:
         lines += ["", *_paired_lines(rows, axes, found)]
@@ -179,54 +181,42 @@ def _line(cells: Sequence[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """Rows with a header; a cell that a row lacks is empty."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, keys)
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows, dtype=object).to_csv(path, index=False, lineterminator="\r\n")
 
 
-def compare(name: str, results: Sequence[Result], folder: Path) -> str:
-    """Writes tables and figures of the finished children into `folder`; returns the Markdown.
-
-    Raises:
-        ValueError: no child has finished, or they were evaluated on other images.
-    """
-    done = [r for r in results if r.status == "finished"]
+def compare(name: str, summaries: Sequence[RunSummary], folder: Path) -> str:
+    """Writes tables and figures of the finished runs into `folder`; returns the Markdown."""
+    done = [r for r in summaries if r.status == "finished"]
     if not done:
-        states = ", ".join(f"{r.child.name} {r.status}" for r in results)
+        states = ", ".join(f"{r.run.name} {r.status}" for r in summaries)
         raise ValueError(f"no run has finished, there is nothing to compare: {states}")
-    rows, found = table(results), pairs([r for r in done if r.judged != "pairs"])
+    rows, found = table(summaries), pairs([r for r in done if r.judged != "pairs"])
     judged = f"{0 if done[0].right is None else len(done[0].right)} {done[0].judged}"
-    text = markdown(name, results, rows, found, judged)
+    text = markdown(name, summaries, rows, found, judged)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.md").write_text(text)
     write_csv(folder / "comparison.csv", rows)
     write_csv(folder / "pairs.csv", [pair._asdict() for pair in found])
-    runs = [{**r.child._asdict(), "status": r.status, "reason": r.reason, "run_id": r.run_id,
-             "last": r.last, "best": r.best, "minutes": r.minutes} for r in results]  # fmt: skip
+    runs = [{**r.run._asdict(), "status": r.status, "reason": r.reason, "run_id": r.run_id,
+             "last": r.last, "best": r.best, "minutes": r.minutes} for r in summaries]  # fmt: skip
     content = {"settings": rows, "runs": runs, "pairs": [pair._asdict() for pair in found]}
     (folder / "comparison.json").write_text(json.dumps(content, indent=1) + "\n")
-    axes = list(results[0].child.values)
+    axes = list(summaries[0].run.values)
     save(accuracy_figure(rows, axes, name, judged), folder / "accuracy.png")
-    save(curves_figure([(r.child.setting, r.curves) for r in done], name), folder / "curves.png")
+    save(curves_figure([(r.run.setting, r.curves) for r in done], name), folder / "curves.png")
     return text
 
 
-def summarise(
-    name: str, parent: str, experiment: str, results: Sequence[Result], folder: Path
+def publish_comparison(
+    name: str, parent: str, experiment: str, summaries: Sequence[RunSummary], folder: Path
 ) -> str:
-    """Compares what there is, on disk and in MLflow; returns the address of MLflow's own page.
-
-    Raises:
-        ValueError: nothing to compare. OSError: MLflow cannot be reached; the files are there.
-    """
-    ended = [folder / r.child.name for r in results if r.status != "missing"]
-    states = {r.status for r in results}
+    """Compares the finished runs, on disk and in MLflow; returns the address of MLflow's page."""
+    ended = [folder / r.run.name for r in summaries if r.status != "missing"]
+    states = {r.status for r in summaries}
     status = "RUNNING" if "missing" in states else "FINISHED"
-    text = compare(name, results, folder / FOLDER)
+    text = compare(name, summaries, folder / FOLDER)
     print(text)
     number = publish(
         folder / FOLDER,
@@ -236,8 +226,8 @@ def summarise(
         status="FAILED" if "failed" in states else status,
         journals=ended,
     )
-    runs = [run_id for child in ended if (run_id := read_sent(child)[1])]
-    return address(runs, number)
+    run_ids = [run_id for own in ended if (run_id := read_sent(own)[1])]
+    return address(run_ids, number)
 
 
 def address(run_ids: Sequence[str], experiment: str) -> str:

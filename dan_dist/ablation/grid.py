@@ -1,7 +1,6 @@
 """The grid of an ablation: its axes, and a training run for each of its points and seeds.
 
-A run of the grid has a folder of its own in the ablation's, and a run of its own in MLflow under the
-ablation's.
+Each has a folder of its own in the ablation's, and a run of its own in MLflow under the ablation's.
 """
 
 import json
@@ -53,8 +52,8 @@ class AblationRun(NamedTuple):
 def parse(words: Sequence[str]) -> tuple[str, list[Axis], list[str]]:
     """Name, axes and further overrides of a command line: `heads`, `loss.fcn=none,center`, `k=v`.
 
-    Raises:
-        ValueError: an unknown word, nothing varied, a key set by two axes, a value given twice.
+    An unknown word, nothing varied, a key that two axes set, or a value that stands there twice is
+    a ValueError.
     """
     axes: list[Axis] = []
     overrides: list[str] = []
@@ -87,14 +86,10 @@ def parse(words: Sequence[str]) -> tuple[str, list[Axis], list[str]]:
     return "-".join(axis.name for axis in axes), axes, overrides
 
 
-def children(
+def grid_runs(
     config: str, axes: Sequence[Axis], overrides: Sequence[str], seeds: int, folder: Path, name: str
 ) -> list[AblationRun]:
-    """All runs of the grid, the first seed's before the second's.
-
-    Raises:
-        ValueError: a configuration that cannot be; names the key.
-    """
+    """All runs of the grid, the first seed's before the second's, with checked configurations."""
     first = load_config(config, overrides)
     if not first.tracking.enabled:
         raise ValueError("tracking.enabled=false: an ablation is compared in MLflow")
@@ -108,22 +103,21 @@ def children(
             ]
             words = [word for pair in values.items() for word in pair]
             own = re.sub(r"[^\w.-]", "_", "-".join([*words, "seed", str(seed)]))
-            child = AblationRun(own, values, seed, [
+            run = AblationRun(own, values, seed, [
                 *overrides, *chosen, f"train.seed={seed}", f"train.output={folder / own}",
                 f"tracking.run_name={own}", f"tracking.parent={parent}",
                 f"tracking.tags.ablation={name}",
             ])  # fmt: skip
-            child.overrides.append(f"tracking.tags.setting={json.dumps(child.setting)}")
-            load_config(config, child.overrides)
-            found.append(child)
+            run.overrides.append(f"tracking.tags.setting={json.dumps(run.setting)}")
+            load_config(config, run.overrides)
+            found.append(run)
     return found
 
 
 def ablation_id(folder: Path, name: str) -> str:
-    """What tells this ablation from others of its name: written once into its folder, then kept.
+    """The ablation's name and a number of its own, which is drawn once and kept in its folder.
 
-    Raises:
-        ValueError: the folder is another ablation's. OSError: it cannot be written.
+    A folder of another ablation is a ValueError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / IDENTITY

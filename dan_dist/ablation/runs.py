@@ -1,4 +1,4 @@
-"""The runs of an ablation: their training under torchrun, and what became of each."""
+"""The runs of an ablation: their training under torchrun, and the summary of each."""
 
 import json
 import logging
@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 
 CODE = Path(__file__).resolve().parent.parent.parent  # where dan_dist and shards lie
 STOP_POLL_S = 0.2
-LENGTH_KEYS = ("train.epochs", "train.max_steps")  # a run of another length is not this child
+LENGTH_KEYS = ("train.epochs", "train.max_steps")  # a run of another length is not the grid's
 
 
-class Result(NamedTuple):
-    """What became of a child; the figures are empty unless it has finished."""
+class RunSummary(NamedTuple):
+    """What a run's folder holds of it; without numbers unless it has finished."""
 
-    child: AblationRun
+    run: AblationRun
     status: str  # finished, preempted, failed, or missing: never started, or killed
     reason: str
     run_id: str | None
@@ -43,18 +43,17 @@ class Result(NamedTuple):
     judged: str  # "validation images", or "pairs" of them
 
 
-def read(child: AblationRun, config: Config) -> Result:
-    """What became of a child; one that finished with another length counts as missing.
+def read_summary(run: AblationRun, config: Config) -> RunSummary:
+    """The summary of a run; one that finished with another length counts as missing.
 
-    Raises:
-        ValueError: its folder holds a run of another configuration.
+    A folder that holds a run of another configuration is a ValueError.
     """
     folder = Path(config.train.output)
     outcome = folder / OUTCOME
     found = json.loads(outcome.read_text()) if outcome.is_file() else {}
     status, reason = found.get("status", "missing"), found.get("reason", "")
     judged = "pairs" if config.task == "identity" else "validation images"
-    empty = Result(child, status, reason, read_sent(folder)[1], {}, {}, None, "", {}, 0.0, judged)
+    empty = RunSummary(run, status, reason, read_sent(folder)[1], {}, {}, None, "", {}, 0.0, judged)
     newest = newest_checkpoint(folder)
     if newest is None:
         return empty if status != "finished" else empty._replace(status="missing")
@@ -79,43 +78,42 @@ def read(child: AblationRun, config: Config) -> Result:
 def train_missing(
     config: str, grid: Sequence[AblationRun], folder: Path, ranks: int, stop: StopRequest
 ) -> None:
-    """Trains the children that have not finished, one after another, each under torchrun.
+    """Trains the runs that have not finished, one after another, each under torchrun.
 
     One that fails does not keep the others from being trained. A stop signal is passed on to the
-    one that is under way, which writes a checkpoint, and ends this.
-
-    Raises:
-        ValueError: a child's folder holds a run of another configuration; nothing was started.
+    one that is under way, which writes a checkpoint, and ends this. Where a folder holds a run of
+    another configuration, nothing is started.
     """
-    results = [read(child, load_config(config, child.overrides)) for child in grid]
+    summaries = [read_summary(run, load_config(config, run.overrides)) for run in grid]
     stop.wait_for_step = True
-    for number, result in enumerate(results, 1):
-        name = f"{number} of {len(grid)}: {result.child.name}"
-        if result.status == "finished":
+    for number, summary in enumerate(summaries, 1):
+        name = f"{number} of {len(grid)}: {summary.run.name}"
+        if summary.status == "finished":
             log.info("%s has finished", name)
             continue
         log.info("%s", name)
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             f"--nproc-per-node={ranks}", "-m", "dan_dist", "train", config,
-            *result.child.overrides,
+            *summary.run.overrides,
         ]  # fmt: skip
         code = _run(command, stop)
         if stop.signal:
             return
         if code:
-            log.warning("%s failed", result.child.name)
-            record_end(folder / result.child.name, code)
+            log.warning("%s failed", summary.run.name)
+            record_end(folder / summary.run.name, code)
 
 
 def _run(command: Sequence[str], stop: StopRequest) -> int:
     """Runs a training, to which a stop signal is passed on; returns its exit code."""
     path = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
+    # SAFEPATH: `python -m` would import another clone's code where that is the working folder.
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     # In a session of its own, so that Ctrl-C comes from here alone; killed along with this.
     process = subprocess.Popen(
-        command, start_new_session=True, preexec_fn=end_with_parent,
-        env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+        command, start_new_session=True, preexec_fn=end_with_parent, env=environment
+    )
     asked = False
     while True:
         if stop.signal and not asked:
@@ -130,7 +128,7 @@ def _run(command: Sequence[str], stop: StopRequest) -> int:
 def record_end(folder: Path, code: int) -> None:
     """Writes for a run that was killed what it could not write itself."""
     if not (folder / OUTCOME).is_file():
-        reason = f"it ended with exit code {code}, and said nothing"
+        reason = f"it ended with exit code {code} and left no outcome"
         write_outcome(folder, "failed", step=None, reason=reason)
         record_failure(folder)
 
@@ -145,7 +143,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, f
 
 
 def _minutes(records: Sequence[Mapping[str, Any]]) -> float:
-    """From each start to the last sign of that attempt, all attempts together."""
+    """From each start to the last record of that attempt, all attempts together."""
     attempts: list[list[int]] = []
     for record in records:
         if record["kind"] == "status" and record["status"] == "RUNNING":

@@ -17,26 +17,26 @@ AHEAD = 64  # images that are prepared before they are written
 
 
 class PackedImages(NamedTuple):
-    """Images as a split, and those that could not be read."""
+    """Images as a split, and the faults of those that could not be read."""
 
-    split: Split  # those that could be read, in their order; its labels say nothing
-    found: list[tuple[Path, str]]  # each one that was given, in that order, and what is wrong
+    split: Split  # the readable ones, in their order; without classes, all labels are 0
+    given: list[tuple[Path, str]]  # every image, in its order, with its fault, or ""
 
     @property
     def paths(self) -> list[Path]:
-        """Of the split's images."""
-        return [path for path, fault in self.found if not fault]
+        """The files of the split's images."""
+        return [path for path, fault in self.given if not fault]
 
     @property
     def faults(self) -> dict[Path, str]:
-        return {path: fault for path, fault in self.found if fault}
+        """The files that could not be read, and why."""
+        return {path: fault for path, fault in self.given if fault}
 
 
 def find_images(given: Sequence[Path]) -> list[Path]:
     """The files that are named, and all images in the folders that are, by name.
 
-    Raises:
-        FileNotFoundError: one does not exist, or a folder holds no image.
+    A path that does not exist, or a folder without images, is a FileNotFoundError.
     """
     found: list[Path] = []
     for path in given:
@@ -53,25 +53,23 @@ def find_images(given: Sequence[Path]) -> list[Path]:
     return found
 
 
-def pack_images(
-    paths: Sequence[Path], folder: Path, class_names: tuple[str, ...], *, size: int, threads: int
-) -> PackedImages:
+def pack_images(paths: Sequence[Path], folder: Path, *, size: int, threads: int) -> PackedImages:
     """Writes images into a shard in `folder` as the packer would, `size` pixels wide and high."""
-    found: list[tuple[Path, str]] = []
+    given: list[tuple[Path, str]] = []
 
     def samples() -> Iterator[Sample]:
         for path, (jpeg, fault) in zip(paths, _prepared(paths, size, threads), strict=True):
-            found.append((path, fault))
+            given.append((path, fault))
             if not fault:
-                yield Sample(f"{len(found):09d}", jpeg, 0)
+                yield Sample(f"{len(given):09d}", jpeg, 0)
 
     shard, index = write_shard(folder / "crops.tar", samples())
     index = index if shard.samples else np.empty(0, INDEX_DTYPE)
-    return PackedImages(Split("crops", folder, (shard,), index, class_names, size), found)
+    return PackedImages(Split("crops", folder, (shard,), index, (), size), given)
 
 
 def _prepared(paths: Sequence[Path], size: int, threads: int) -> Iterator[tuple[bytes, str]]:
-    """Each image's JPEG bytes, or what is wrong with it, in order; a bounded number in memory."""
+    """Each image's JPEG bytes, or its fault, in order; a bounded number in memory."""
     hidden = len(paths) <= AHEAD
     with ThreadPoolExecutor(threads) as pool, tqdm(paths, "reading", disable=hidden) as bar:
         for start in range(0, len(paths), AHEAD):
@@ -86,7 +84,7 @@ def _prepare(path: Path, size: int) -> tuple[bytes, str]:
             return b"", f"{length} bytes, at most {MAX_BYTES} are read"
         jpeg, is_original = to_jpeg(path.read_bytes(), size)
         if is_original:
-            decode(jpeg)  # bytes that are kept have not been looked into
+            decode(jpeg)  # bytes that are kept as they are have not been decoded yet
         return jpeg, ""
     except OSError as error:
         return b"", error.strerror or str(error)

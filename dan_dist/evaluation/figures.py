@@ -109,7 +109,7 @@ def reliability_figure(calibration: Calibration, title: str) -> Figure:
 def mistakes_figure(images: Sequence[Image.Image], mistakes: Sequence[Any], title: str) -> Figure:
     """Wrongly classified images under their true and predicted class and the confidence.
 
-    mistakes: as `evaluation.Mistake`, one an image.
+    mistakes: as `judge.Mistake`, one an image.
     """
     columns = 6
     rows = max(1, -(-len(images) // columns))

@@ -1,56 +1,29 @@
-"""What is learned and how it is judged: a value that training takes. Expressions, or identities."""
+"""The tasks of a training, expressions and identities: classes, validation images, judge."""
 
 import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dan_dist.evaluation.figures import confusion_figure, verification_figure
-from dan_dist.evaluation.metrics import confusion, summarise
-from dan_dist.evaluation.verification import (
-    FAR,
-    Pairs,
-    draw_pairs,
-    read_pairs,
-    similarities,
-    verify,
-)
+from dan_dist.evaluation.judge import EvaluationResult, Rows, judge_classes, judge_pairs
+from dan_dist.evaluation.verification import FAR, Pairs, draw_pairs, read_pairs
 from dan_dist.model.dan import Output, features, probabilities
 from shards.format import ShardSet, Split
 
 log = logging.getLogger(__name__)
 
-Rows = NDArray[np.float32]  # (images, D): what an evaluation keeps of the network's output
-
-
-class LazyFigure(NamedTuple):
-    """A figure that is not drawn yet."""
-
-    name: str  # of its file
-    draw: Callable[..., Figure]
-    values: tuple[Any, ...]  # of which it is drawn
-
-
-class EvaluationResult(NamedTuple):
-    """What an evaluation says of a network."""
-
-    metrics: dict[str, float]  # "accuracy" chooses the best
-    right: NDArray[np.bool_]  # of each image, or pair
-    figure: LazyFigure
-
 
 class Task(NamedTuple):
-    """What training needs to know of what is learned, beside the objective."""
+    """All that a training knows of its task, beside the objective."""
 
     classes: int  # of the network: the first ones of the shards
-    val: Split  # the images that are looked at in an evaluation
+    val: Split  # the images that an evaluation looks at
     select: Callable[[Output], Tensor]  # see `engine.evaluate`
     judge: Callable[[Rows], EvaluationResult]
     chance: float  # the accuracy of guessing
@@ -58,11 +31,7 @@ class Task(NamedTuple):
 
 
 def expressions(shards: ShardSet, train: Split, val_split: str) -> Task:
-    """Each image's class.
-
-    Raises:
-        ValueError: no such split, it is empty, or holds a class that is not in training.
-    """
+    """Each image's class. A split that cannot judge it is a ValueError that names the reason."""
     val, classes = shards.split(val_split), len(shards.class_names)
     if not len(val):
         raise ValueError(f"{shards.root}: split '{val_split}' is empty")
@@ -72,28 +41,15 @@ def expressions(shards: ShardSet, train: Split, val_split: str) -> Task:
             f"{shards.root}: '{shards.class_names[unknown[0]]}' of split '{val_split}' has no "
             "training images; task=identity is judged by persons whom training does not know"
         )
-    return Task(classes, val, probabilities, partial(_judge_classes, val), 1 / classes, False)
-
-
-def _judge_classes(val: Split, rows: Rows) -> EvaluationResult:
-    labels = val.index["label"]
-    matrix = confusion(rows, labels)
-    figure = LazyFigure("confusion_matrix.png", confusion_figure, (matrix, val.class_names))
-    return EvaluationResult(
-        summarise(matrix, val.class_names), rows.argmax(axis=1) == labels, figure
-    )
+    return Task(classes, val, probabilities, partial(judge_classes, split=val), 1 / classes, False)
 
 
 def identities(
     shards: ShardSet, train: Split, val_split: str, *, pairs: int, pairs_file: str | None
 ) -> Task:
-    """Who an image shows; judged by pairs of images of persons whom training does not know.
+    """The person of an image; judged by pairs of images of persons whom training does not know.
 
     pairs, pairs_file: how many are drawn, or the file that lists them.
-
-    Raises:
-        FileNotFoundError, ValueError: no such split or file, a person of it is in training as well,
-            or no such pairs.
     """
     if val_split not in shards.splits:
         raise ValueError(
@@ -110,7 +66,7 @@ def identities(
         )
     own, chosen = pairs_of(val, pairs=pairs, pairs_file=pairs_file)
     classes = int(trained[-1]) + 1
-    return Task(classes, own, features, partial(judge_pairs, chosen), 0.5, True)
+    return Task(classes, own, features, partial(judge_pairs, pairs=chosen), 0.5, True)
 
 
 def _present(split: Split) -> NDArray[np.intp]:
@@ -119,11 +75,7 @@ def _present(split: Split) -> NDArray[np.intp]:
 
 
 def pairs_of(split: Split, *, pairs: int, pairs_file: str | None) -> tuple[Split, Pairs]:
-    """The images of a split that are in pairs, as a split of its own, and the pairs in it.
-
-    Raises:
-        as `read_pairs` and `draw_pairs`.
-    """
+    """The images of a split that are in pairs, as a split of its own, and the pairs in it."""
     if pairs_file is not None:
         found = read_pairs(Path(pairs_file), split)
     else:
@@ -140,11 +92,3 @@ def pairs_of(split: Split, *, pairs: int, pairs_file: str | None) -> tuple[Split
                     "none at all", impostors, 1 / FAR, FAR)  # fmt: skip
     first, second = (np.searchsorted(ids, samples) for samples in (found.first, found.second))
     return own, found._replace(first=first, second=second)
-
-
-def judge_pairs(pairs: Pairs, rows: Rows, title: str = "Verification") -> EvaluationResult:
-    """How well pairs of one person are told from pairs of two, by (images, D) features."""
-    similarity = similarities(rows, pairs)
-    found = verify(similarity, pairs)
-    figure = LazyFigure("roc.png", verification_figure, (found, similarity, pairs, title))
-    return EvaluationResult(found.metrics, found.right, figure)

@@ -1,4 +1,4 @@
-"""Verification: do two images show the same person? Pairs, and how well features tell, as on LFW.
+"""Verification: do two images show the same person? Pairs of images, judged as on LFW.
 
 Huang et al., Labeled Faces in the Wild (2007), protocol "image-restricted": ten folds that share no
 person, half of the pairs of one person each.
@@ -14,7 +14,7 @@ from shards.format import Split
 from shards.releases.source import lines, safe_key
 
 FOLDS = 10
-FAR = 1e-3  # false accept rate at which the true accept rate is told
+FAR = 1e-3  # false accept rate at which the true accept rate is given
 TRIES = 4  # pairs drawn for each that is wanted: of few images, many are drawn twice
 
 
@@ -28,10 +28,10 @@ class Pairs(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """How well similarities tell pairs of one person from pairs of two."""
+    """How well similarities separate pairs of one person from pairs of two."""
 
     metrics: dict[str, float]  # accuracy (mean over folds), auc, tar_at_far_0.001
-    right: NDArray[np.bool_]  # (n,) told as they are, at the threshold of the other folds
+    right: NDArray[np.bool_]  # (n,) classified rightly, at the threshold of the other folds
     false_accepts: NDArray[np.float64]  # the ROC's points: rates of pairs of two persons …
     true_accepts: NDArray[np.float64]  # … and of one that are taken for one
 
@@ -43,8 +43,7 @@ def draw_pairs(labels: NDArray[np.integer], count: int, seed: int = 0) -> Pairs:
     persons and an image of each; where there are fewer pairs than wanted of one kind, there are as
     few of the other.
 
-    Raises:
-        ValueError: too few pairs or persons, or no person of a fold has two images.
+    Too few pairs or persons, or a fold in which no person has two images, are a ValueError.
     """
     if count < 2 * FOLDS:
         raise ValueError(f"{count} pairs, at least {2 * FOLDS} are needed, for {FOLDS} folds")
@@ -96,13 +95,11 @@ def _distinct(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
 def read_pairs(path: Path, split: Split) -> Pairs:
     """The pairs of a text file, a line each, in FOLDS folds of consecutive lines.
 
-    Lines are those of LFW's pairs.txt, `PERSON n m` and `PERSON n PERSON m` (its first tells the
+    Lines are those of LFW's pairs.txt, `PERSON n m` and `PERSON n PERSON m` (its first line is the
     number of folds), or `PERSON/FILE PERSON/FILE`, separated by tabs or, without any, by spaces.
 
-    Raises:
-        FileNotFoundError: no such file. ValueError: not such a line, an image that the split does
-            not hold or holds twice, an image beside itself, or a fold without pairs of both kinds;
-            names the line.
+    A ValueError names the line: of another form, with an image that the split does not hold or
+    holds twice, with an image beside itself; or the fold that lacks pairs of one kind.
     """
     if not path.is_file():
         raise FileNotFoundError(f"data.pairs_file {path}: no such file")
@@ -141,11 +138,7 @@ def read_pairs(path: Path, split: Split) -> Pairs:
 
 
 def _as_paths(words: list[str]) -> list[str]:
-    """`PERSON/FILE` of both images of a line.
-
-    Raises:
-        ValueError: it has another number of words, or no number where LFW's lines have one.
-    """
+    """`PERSON/FILE` of both images of a line; a ValueError where it is of another form."""
     match words:
         case [person, n, m]:
             return _as_paths([person, n, person, m])
@@ -174,8 +167,7 @@ def _numbers(split: Split) -> dict[tuple[str, str], list[int]]:
 def similarities(features: NDArray[np.float32], pairs: Pairs) -> NDArray[np.float64]:
     """The cosine of each pair's (images, D) features; 0 where one of them is all zero.
 
-    Raises:
-        FloatingPointError: features are not finite.
+    Features that are not finite are a FloatingPointError.
     """
     if bad := int((~np.isfinite(features)).any(axis=1).sum()):
         raise FloatingPointError(f"the features of {bad} of {len(features)} images are not finite")
@@ -188,9 +180,9 @@ def similarities(features: NDArray[np.float32], pairs: Pairs) -> NDArray[np.floa
 def verify(similarity: NDArray[np.float64], pairs: Pairs) -> Verification:
     """ROC, its area, the true accept rate at FAR, and the accuracy over folds.
 
-    Each fold's pairs are told by the threshold that tells the most of the others' (of several, the
-    highest). The rate at FAR is the largest whose false accept rate is at most that: with fewer
-    than 1 / FAR pairs of two persons, that of none.
+    Each fold's pairs are classified by the threshold that is right for the most of the others' (of
+    several, the highest). The rate at FAR is the largest whose false accept rate is at most that:
+    with fewer than 1 / FAR pairs of two persons, that of none.
     """
     from sklearn.metrics import roc_auc_score, roc_curve  # takes a second to import
 
@@ -199,8 +191,8 @@ def verify(similarity: NDArray[np.float64], pairs: Pairs) -> Verification:
         own = pairs.fold == fold
         rest = pairs.same[~own]
         far, tar, thresholds = roc_curve(rest, similarity[~own], drop_intermediate=False)
-        told = tar * rest.sum() + (1 - far) * (~rest).sum()
-        right[own] = (similarity[own] >= thresholds[told.argmax()]) == pairs.same[own]
+        hits = tar * rest.sum() + (1 - far) * (~rest).sum()
+        right[own] = (similarity[own] >= thresholds[hits.argmax()]) == pairs.same[own]
     far, tar, _ = roc_curve(pairs.same, similarity, drop_intermediate=False)
     metrics = {
         "accuracy": float(np.mean([right[pairs.fold == k].mean() for k in range(FOLDS)])),

@@ -34,9 +34,6 @@ def attention_maps(network: DAN, images: Tensor) -> tuple[Tensor, NDArray[np.flo
 
     network: float32, in evaluation mode; afterwards only its last stage wants gradients.
     images: (n, 3, S, S), normalised. The maps: (n, heads + 1, S, S), 0 to 1.
-
-    Raises:
-        ImportError: grad-cam is not installed.
     """
     from pytorch_grad_cam import GradCAMPlusPlus
 

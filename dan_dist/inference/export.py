@@ -6,6 +6,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -102,40 +103,24 @@ def main(options: ExportOptions) -> list[Path]:
         ValueError, OSError: bad input, an export that does not give the network's logits, or the
             packages that it needs are not installed.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  # torch's exporter needs it
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{error.name} is missing: exporting needs the packages of pip install -e '.[export]'"
-        ) from error
+    require_libraries()
     trained = load_trained(options.checkpoint, options.classes)
     output = options.output or trained.path.parent
     check_writable(output, "--output")
     size, plain = trained.image_size, Classifier(trained.network.float()).eval()
     merged = Classifier(merge(plain.network)).eval()
-    example = torch.rand(2, 3, size, size) * 255
-    batch = torch.export.Dim("batch", min=1)
     log.info("exporting %s: %d px, %d classes", trained.path, size, len(trained.class_names))
+    example, batch = torch.rand(2, 3, size, size) * 255, torch.export.Dim("batch", min=1)
     program = torch.export.export(merged, (example,), dynamic_shapes=({0: batch},))
     files = [output / f"{trained.path.stem}.{kind}" for kind in ("onnx", "pt2")]
     partial = [file.with_name(f"{file.stem}.partial{file.suffix}") for file in files]
-    facts = describe(trained)
     try:
-        try:
-            write_onnx(program, partial[0], facts)
-            torch.export.save(program, partial[1], extra_files={"metadata.json": json.dumps(facts)})
-        except (OSError, RuntimeError) as error:  # torch's writer makes ENOSPC a RuntimeError
-            raise OSError(f"{output} cannot be written: {error}") from error
-        session = onnxruntime.InferenceSession(partial[0], providers=["CPUExecutionProvider"])
-        module = torch.export.load(partial[1]).module()
+        write(program, partial[0], partial[1], describe(trained))
         forms: dict[str, Callable[[Tensor], Tensor]] = {
             "network": lambda x: plain(x)[0],
             "merged": lambda x: merged(x)[0],
-            "torch.export": lambda x: module(x)[0],
-            "ONNX Runtime": lambda x: torch.from_numpy(
-                session.run(["logits"], {"pixels": x.numpy()})[0]
-            ),
+            "torch.export": load_program(partial[1]),
+            "ONNX Runtime": load_onnx(partial[0]),
         }
         check(forms, size)
         for before, after in zip(partial, files, strict=True):
@@ -149,8 +134,19 @@ def main(options: ExportOptions) -> list[Path]:
     return files
 
 
+def require_libraries() -> None:
+    """Imports what only an export needs, which takes seconds."""
+    try:
+        for name in ("onnxruntime", "onnxscript"):  # torch's exporter needs the second one
+            import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error.name} is missing: exporting needs the packages of pip install -e '.[export]'"
+        ) from error
+
+
 def describe(trained: Trained) -> dict[str, Any]:
-    """What goes into the files beside the graph."""
+    """The metadata of the files, plain values."""
     return {
         "class_names": list(trained.class_names),
         "input": "pixels: (batch, 3, size, size) float32, RGB face crops, 0 to 255",
@@ -163,6 +159,31 @@ def describe(trained: Trained) -> dict[str, Any]:
         "step": trained.step,
         "run_id": trained.run_id or "",
     }
+
+
+def write(
+    program: torch.export.ExportedProgram, onnx: Path, exported: Path, facts: dict[str, Any]
+) -> None:
+    """Writes a program in both formats, with its metadata."""
+    try:
+        write_onnx(program, onnx, facts)
+        torch.export.save(program, exported, extra_files={"metadata.json": json.dumps(facts)})
+    except (OSError, RuntimeError) as error:  # torch's writer makes ENOSPC a RuntimeError
+        raise OSError(f"{onnx.parent} cannot be written: {error}") from error
+
+
+def load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    """The logits of pixels by a file of ONNX."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(["logits"], {"pixels": x.numpy()})[0])
+
+
+def load_program(path: Path) -> Callable[[Tensor], Tensor]:
+    """The logits of pixels by a file of `torch.export`."""
+    module = torch.export.load(path).module()
+    return lambda x: module(x)[0]
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, facts: dict[str, Any]) -> None:
@@ -180,8 +201,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, facts: dict[st
 def check(forms: dict[str, Callable[[Tensor], Tensor]], size: int) -> None:
     """Compares each form's logits with the first's on noise, for one image and for several.
 
-    Raises:
-        ValueError: they are further apart than TOLERANCE of the largest logit.
+    Logits that are further apart than TOLERANCE of the largest one are a ValueError.
     """
     random = torch.Generator().manual_seed(0)
     (_, network), *others = forms.items()
@@ -201,7 +221,7 @@ def check(forms: dict[str, Callable[[Tensor], Tensor]], size: int) -> None:
 
 @torch.no_grad()
 def compare_speed(forms: dict[str, Callable[[Tensor], Tensor]], size: int) -> None:
-    """Tells each form's time on the CPU, and how it compares with the first; repeats interleave."""
+    """Logs each form's time on the CPU, beside the first one's; repeats interleave."""
     pixels = torch.rand(TIMED_BATCH, 3, size, size) * 255
     times_ms: dict[str, list[float]] = {name: [] for name in forms}
     for repeat in range(REPEATS + 1):

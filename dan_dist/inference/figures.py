@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 
 def attention_figure(faces: Sequence[Any], panels: Sequence[str], title: str) -> Figure:
-    """A row a face: what is said of it, the image, and a map for each panel (paper, figure 1).
+    """A row a face: its classes, the image, and a map for each panel (paper, figure 1).
 
     faces: as `explanation.Face`, at least one.
     """

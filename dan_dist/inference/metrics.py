@@ -1,10 +1,11 @@
-"""Numbers of a look inside a network: pure numpy."""
+"""Numbers of a look inside a network, from its maps and features as arrays."""
 
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
+PERPLEXITY = 30.0  # of t-SNE, scikit-learn's own
 AREA = 0.2  # of an image: the share of its pixels that counts as what a head looks at
 
 
@@ -44,3 +45,15 @@ def class_separation(features: NDArray[np.floating], labels: NDArray[np.integer]
     within = np.linalg.norm(features - means[numbers], axis=1).mean()
     between = [np.linalg.norm(a - b) for a, b in combinations(means, 2)]
     return float(np.mean(between) / within) if between and within else float("nan")
+
+
+def project(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(images, 2) by t-SNE; all in one point where the features are."""
+    from sklearn.manifold import TSNE  # takes a second to import
+
+    if not np.ptp(features, axis=0).any():
+        return np.zeros((len(features), 2), np.float32)
+    perplexity = min(PERPLEXITY, (len(features) - 1) / 3)  # neighbours; there must be more images
+    tsne = TSNE(2, perplexity=perplexity, init="pca", random_state=0)
+    points: NDArray[np.float32] = tsne.fit_transform(features)
+    return points

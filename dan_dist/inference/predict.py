@@ -1,4 +1,4 @@
-"""The story of a prediction: a network from a file, image files, each one's class."""
+"""The story of a prediction: a network from a file, image files, the class of each."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dan_dist.data.crops import PackedImages, find_images, pack_images
 from dan_dist.distributed.heartbeat import session
-from dan_dist.evaluation.evaluate import predict
+from dan_dist.evaluation.predictions import predict
 from dan_dist.model.weights import load_trained
 from dan_dist.options import PredictOptions
 
@@ -29,27 +29,26 @@ def main(options: PredictOptions) -> int:
             raise ValueError(f"{world.size} ranks: predict runs as one; evaluate runs on many")
         trained = load_trained(options.checkpoint, options.classes)
         paths = find_images(options.images)
-        size = trained.image_size
+        names, size = trained.class_names, trained.image_size
         with tempfile.TemporaryDirectory(prefix="dan_dist-") as folder:
-            packed = pack_images(
-                paths, Path(folder), trained.class_names, size=size, threads=world.cores
-            )
+            packed = pack_images(paths, Path(folder), size=size, threads=world.cores)
+            rows = np.empty((0, len(names)), np.float32)
             if packed.paths:
-                found = predict(trained, packed.split, world, heart, options.precision)
-            else:
-                found = np.empty((0, len(trained.class_names)), np.float32)
+                rows = predict(trained, packed.split, world, heart, options.precision)
         try:
-            (print_json if options.json else print_table)(packed, found)
+            (print_json if options.json else print_table)(packed, names, rows)
             sys.stdout.flush()
-        except BrokenPipeError:  # who reads, has seen enough: `| head`
+        except BrokenPipeError:  # the reader has ended: `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return len(packed.faults)
 
 
-def print_json(packed: PackedImages, probabilities: NDArray[np.float32]) -> None:
+def print_json(
+    packed: PackedImages, names: tuple[str, ...], probabilities: NDArray[np.float32]
+) -> None:
     """A line of JSON an image: its name and class, each class's probability, or an error."""
-    names, rows = packed.split.class_names, iter(probabilities)
-    for path, fault in packed.found:
+    rows = iter(probabilities)
+    for path, fault in packed.given:
         line: dict[str, Any] = {"image": str(path)}
         if fault:
             line["error"] = fault
@@ -60,13 +59,14 @@ def print_json(packed: PackedImages, probabilities: NDArray[np.float32]) -> None
         print(json.dumps(line))
 
 
-def print_table(packed: PackedImages, probabilities: NDArray[np.float32]) -> None:
+def print_table(
+    packed: PackedImages, names: tuple[str, ...], probabilities: NDArray[np.float32]
+) -> None:
     """A row an image: its name and class, each class's probability in per cent, or an error."""
-    names, rows = packed.split.class_names, iter(probabilities)
-    paths = [readable(path) for path, _ in packed.found]
+    rows, paths = iter(probabilities), [readable(path) for path, _ in packed.given]
     width, classes = max(map(len, ["image", *paths])), max(map(len, ["class", *names]))
     print(f"{'image':{width}}  {'class':{classes}}  " + "  ".join(f"{n:>6}" for n in names))
-    for path, (_, fault) in zip(paths, packed.found, strict=True):
+    for path, (_, fault) in zip(paths, packed.given, strict=True):
         if fault:
             print(f"{path:{width}}  {fault}")
             continue

@@ -1,4 +1,4 @@
-"""The file format of the authors' DAN: their names for our tensors."""
+"""Files of the authors' DAN: their names for our tensors, their networks."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ _SPATIAL = {"reduce": "conv1x1", "square": "conv_3x3", "wide": "conv_1x3", "tall
 
 
 def authors_name(key: str) -> str:
-    """What the authors' release calls a tensor of ours."""
+    """The name that a tensor of ours has in the authors' release."""
     part, _, rest = key.partition(".")
     if part == "backbone":
         stage, _, rest = rest.partition(".")
@@ -33,12 +33,9 @@ def authors_name(key: str) -> str:
 def read_authors(
     path: Path, content: dict[str, Any], classes: str | None
 ) -> tuple[DAN, tuple[str, ...], int]:
-    """Network, class names and epochs of the authors' `{'iter', 'model_state_dict', …}`.
+    """Network, class names and epochs of a file of theirs, `{'iter', 'model_state_dict', …}`.
 
-    Or of the bare tensors of it. classes: as `class_order`; the format does not name them.
-
-    Raises:
-        ValueError: tensors are missing or too many, or the classes are not known or not as many.
+    The tensors may stand there bare, too. classes: as `class_order`; the format does not name them.
     """
     tensors = named_tensors(content)
     count = len(tensors["fc.bias"]) if tensors.get("fc.bias", torch.empty(())).ndim else 1
@@ -47,8 +44,8 @@ def read_authors(
     order = classes or ("affectnet8" if count == 8 else None)
     if order is None:
         raise ValueError(
-            f"{path} is of the authors' format, which does not name its {count} classes: say whose "
-            f"order it is by --classes (in a training, model.weights_classes): one of "
+            f"{path} is of the authors' format, which does not name its {count} classes: name "
+            f"their order by --classes (in a training, model.weights_classes): one of "
             f"{', '.join(ORDERS)}, or the names with commas"
         )
     names = class_order(order)

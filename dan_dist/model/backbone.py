@@ -20,11 +20,7 @@ def load_backbone(network: DAN, source: str) -> str:
     A file holds a ResNet-18 in torchvision's names, bare or under 'state_dict', 'model_state_dict'
     or 'model', with or without a 'module.' prefix; its classifier is left out. Or it is one of our
     own checkpoints, or of the authors', of which the backbone is taken. Only tensors are read.
-    Returns one line that says what was loaded.
-
-    Raises:
-        FileNotFoundError: the file does not exist (the message names the choices).
-        ValueError: not a readable weights file, or keys or shapes are not ResNet-18's.
+    Returns a log line on what was loaded.
     """
     if source == "none":
         return "backbone: random start"
@@ -53,7 +49,7 @@ def load_backbone(network: DAN, source: str) -> str:
 
 
 def _read_backbone(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors, and what the file says of the training that they come from."""
+    """The tensors, and the training that they come from, where the file names it."""
     if not path.is_file():
         raise FileNotFoundError(
             f"model.backbone {path}: no such file; give the path of a ResNet-18 weights file "
@@ -66,10 +62,10 @@ def _read_backbone(path: Path) -> tuple[dict[str, Tensor], str]:
     if isinstance(own := content.get("objective"), dict):  # one of our checkpoints
         return _own_backbone(own), ""
     tensors, origin = named_tensors(content), ""
-    if isinstance(said := content.get("provenance"), dict):
+    if isinstance(facts := content.get("provenance"), dict):
         wanted = ("run_id", "accuracy", "fingerprint")
-        known = {k: ascii(said[k]).strip("'")[:64] for k in wanted if said.get(k) is not None}
-        origin = f" (it says: {', '.join(f'{name} {value}' for name, value in known.items())})"
+        known = {k: ascii(facts[k]).strip("'")[:64] for k in wanted if facts.get(k) is not None}
+        origin = f" (provenance: {', '.join(f'{name} {value}' for name, value in known.items())})"
     if not any(key.startswith("features.0.") for key in tensors):
         return tensors, origin
     names = DAN(1, 0).backbone.state_dict()
@@ -86,11 +82,8 @@ def write_backbone(best: Path, *, run_id: str | None) -> Path:
     """Writes the backbone of a checkpoint of ours beside it, in the field's form; returns the file.
 
     `{'state_dict': …}` in torchvision's names, and `provenance`: MLflow's run, the data's
-    fingerprint, what was measured. The classifier is of persons whom nobody else knows: in its
-    place stands torchvision's, of 1,000 classes, all zero, for programs that want all names.
-
-    Raises:
-        ValueError, OSError: the checkpoint cannot be read, or the file not be written.
+    fingerprint, the best evaluation's metrics. The classifier is of persons whom nobody else knows:
+    in its place stands torchvision's, of 1,000 classes, all zero, for programs that want all names.
     """
     content = load(best)
     own = _own_backbone(content["objective"])

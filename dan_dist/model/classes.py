@@ -1,4 +1,4 @@
-"""The classes of data sets by name: their orders, and how one set's stand among another's."""
+"""The classes of data sets by name: their label orders, and one order among another."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +18,7 @@ SYNONYMS = {"happiness": "happy", "sadness": "sad", "angry": "anger"}  # as data
 def class_order(classes: str) -> tuple[str, ...]:
     """Class names in label order: those of a recipe in ORDERS, or names with commas.
 
-    Raises:
-        ValueError: neither, or a name stands there twice.
+    Anything else, or a name that stands there twice, is a ValueError.
     """
     if "," in classes:
         given = [name.strip() for name in classes.split(",")]
@@ -44,7 +43,7 @@ def columns_of(class_names: tuple[str, ...], wanted: tuple[str, ...]) -> list[in
 
 
 def check_names(names: Any, where: str) -> None:
-    """Raises ValueError for what is not a list of different names."""
+    """Refuses, as a ValueError, all but a list of different names."""
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
         raise ValueError(f"{where}: classes {names!r}, expected names")
     if len(set(names)) < len(names) or not names:

@@ -68,7 +68,7 @@ class ChannelAttention(nn.Module):
 class CosineClassifier(nn.Linear):
     """(B, D) features → (B, classes) cosines of the angles to each class's weights, in float32.
 
-    bfloat16, in which autocast would multiply, tells no angles below 5° apart.
+    bfloat16, in which autocast would multiply, resolves no angles below 5°.
     """
 
     def __init__(self, inputs: int, classes: int) -> None:
@@ -117,7 +117,7 @@ class DAN(nn.Module):
 def _pool(x: Tensor) -> Tensor:
     """(B,C) means over the places of (B,C,h,w), in float32 where autocast has made x bfloat16.
 
-    What the losses compare, heads and images, differs by less than bfloat16 could tell.
+    What the losses compare, heads and images, differs by less than bfloat16 resolves.
     """
     return x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 

@@ -1,6 +1,6 @@
 """The training objective: network, losses and class centres in one module (arXiv 2109.07270, §3).
 
-Identities, on which backbones are trained, are told apart by cross-entropy alone, or by ArcFace's.
+Identities, on which backbones are trained, are classified by cross-entropy alone, or by ArcFace's.
 
 The centres are Parameters beside the network's, so that whatever wraps the objective (DDP)
 synchronises them, the optimiser trains them and a checkpoint holds them.
@@ -20,7 +20,7 @@ FcnLoss = Literal["affinity", "center", "none"]
 AfnLoss = Literal["partition", "partition_batch", "none"]
 
 # Guard of the variance across heads in equation 6. The gradient of log(1 + k/σ²) grows like 1/σ
-# where heads agree; from scratch 1e-6 trains slower than 1e-3 (README, "The method").
+# where heads agree; from scratch 1e-6 trains slower than 1e-3.
 VARIANCE_GUARD = 1e-3
 
 

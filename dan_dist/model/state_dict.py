@@ -1,4 +1,4 @@
-"""Tensors by name, from files that may come from anywhere, into a network."""
+"""State dicts from files that may come from anywhere, and networks filled from them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,10 +31,10 @@ def fill_network(
     classes: int, heads: int, tensors: dict[str, Tensor], name_of: Callable[[str], str], path: Path,
     *, cosine: bool = False,
 ) -> DAN:  # fmt: skip
-    """A network that has all of its tensors from a file; `name_of` says what that calls one.
+    """A network that has all of its tensors from a file.
 
-    Raises:
-        ValueError: some are missing, of another shape or kind, or too many; lists them.
+    name_of: a tensor's name in the file, from its own. Tensors that are missing, of another shape
+    or kind, or too many, are a ValueError that lists them.
     """
     with torch.device("meta"):  # no memory: the file's tensors become the network's
         network = DAN(classes, heads, cosine=cosine)
@@ -60,7 +60,7 @@ def fill_network(
 
 
 def _fits(tensor: Any, wanted: Tensor) -> bool:
-    """Whether it may stand in for a tensor of the network, and holds as much as it says."""
+    """Whether it can replace a tensor of the network, and its storage holds its whole shape."""
     return (
         isinstance(tensor, Tensor)
         and tensor.shape == wanted.shape

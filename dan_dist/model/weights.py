@@ -11,7 +11,7 @@ from dan_dist.run.checkpoint import BEST, FORMAT, NETWORK, read
 
 
 class Trained(NamedTuple):
-    """A network with its weights, and what its file says of it."""
+    """A network with its weights, and its file's facts about it."""
 
     path: Path
     network: DAN  # on the CPU, in evaluation mode, float64 where the file is, else float32
@@ -23,12 +23,12 @@ class Trained(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What the training was called; of the authors' files, theirs."""
+        """The training's name, after its folder; of the authors' files, the file's."""
         return Path(self.config["train"]["output"]).name if self.config else self.path.stem
 
     @property
     def task(self) -> str:
-        """What it was trained on: "expression" or "identity"."""
+        """The task that it was trained on: "expression" or "identity"."""
         return str(self.config.get("task", "expression"))
 
     @property
@@ -42,15 +42,12 @@ def load_trained(
 ) -> Trained:
     """The network of one of our checkpoints, of a run's folder (its best), or of the authors' file.
 
-    task: what it must have been trained on, "expression" or "identity"; None takes both.
+    task: the one that it must have been trained on, "expression" or "identity"; None takes both.
 
     classes: the authors' files do not name theirs; see `class_order`. Theirs of eight classes are
     AffectNet's.
 
-    Raises:
-        FileNotFoundError: no such file. OSError: it cannot be read.
-        ValueError: damaged, neither of the two, too few of its keys match, or its classes are not
-            known.
+    A file that is none of these, or damaged, is a ValueError that names it.
     """
     path = path / BEST if path.is_dir() else path
     if not path.is_file():
@@ -76,7 +73,7 @@ def load_trained(
 
 
 def _ours(path: Path, content: dict[str, Any]) -> Trained:
-    """A checkpoint of ours, which may have been made elsewhere: what is used of it is looked at."""
+    """A checkpoint of ours, which may come from anywhere: every value is checked before use."""
     names, model, step = content["class_names"], content["config"]["model"], content["step"]
     check_names(names, str(path))
     size, heads = model["image_size"], model["heads"]
@@ -106,10 +103,7 @@ def load_weights(network: DAN, class_names: tuple[str, ...], source: str,
     """Starts the whole network from a file that `load_trained` reads; returns a line on it.
 
     The classifier follows the classes by name, wherever they stand; where the file knows other
-    classes, it stays as it is.
-
-    Raises:
-        as `load_trained`; ValueError: another number of heads.
+    classes, it stays as it is. Another number of heads is a ValueError.
     """
     try:
         trained = load_trained(Path(source), classes)

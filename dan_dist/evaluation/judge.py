@@ -1,0 +1,171 @@
+"""The judge of each task: what an evaluation finds, from the network's output for every image."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from dan_dist.data.reader import Reader
+from dan_dist.evaluation.figures import (
+    confusion_figure,
+    mistakes_figure,
+    reliability_figure,
+    verification_figure,
+)
+from dan_dist.evaluation.metrics import (
+    calibrate,
+    class_scores,
+    confusion,
+    format_metrics,
+    summarise,
+)
+from dan_dist.evaluation.verification import Pairs, similarities, verify
+from shards.format import Split
+
+MISTAKES = 24  # of the most confident ones
+
+Rows = NDArray[np.float32]  # (images, D): the selected part of the network's output
+
+
+class LazyFigure(NamedTuple):
+    """A figure that is not drawn yet."""
+
+    name: str  # of its file
+    draw: Callable[..., Figure]
+    values: tuple[Any, ...]  # of which it is drawn
+
+
+class Details(NamedTuple):
+    """The part of a result that a report holds and a training does not need."""
+
+    values: dict[str, Any]  # plain ones, for the JSON file
+    metrics: dict[str, float]  # for MLflow
+    figures: tuple[LazyFigure, ...]
+    lines: list[str]  # for the log
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The result of an evaluation of a network."""
+
+    metrics: dict[str, float]  # "accuracy" chooses the best
+    right: NDArray[np.bool_]  # of each image, or pair
+    figure: LazyFigure  # the one that a training draws of its best
+    details: Callable[[], Details]  # computed when called
+
+
+class Mistake(NamedTuple):
+    """An image that the network takes for another class."""
+
+    key: str  # <shard>/<key>
+    true: str
+    predicted: str
+    confidence: float
+
+
+def judge_classes(rows: Rows, split: Split, title: str = "Validation") -> EvaluationResult:
+    """How well (images, classes) probabilities name each image's class."""
+    labels, names = split.index["label"], split.class_names
+    matrix = confusion(rows, labels)
+    figure = LazyFigure("confusion_matrix.png", confusion_figure, (matrix, names, title))
+    return EvaluationResult(
+        summarise(matrix, names),
+        rows.argmax(axis=1) == labels,
+        figure,
+        partial(_class_details, rows, split, title, matrix, figure),
+    )
+
+
+def _class_details(
+    rows: Rows, split: Split, title: str, matrix: NDArray[np.int64], first: LazyFigure
+) -> Details:
+    """Each class's scores, the calibration, the surest mistakes."""
+    labels, names = split.index["label"], split.class_names
+    scores, calibration = class_scores(matrix, names), calibrate(rows, labels)
+    summary = summarise(matrix, names)
+    whole = {
+        "accuracy": summary["accuracy"],
+        "mean_recall": summary["mean_recall"],
+        "calibration_error": calibration.error,
+    }
+    metrics = dict(whole)
+    for name, own in scores.items():
+        metrics |= {f"{key}/{name}": own[key] for key in ("precision", "recall", "f1")}
+    samples = surest_mistakes(rows, labels)
+    mistakes = [
+        Mistake(split.key(k), names[labels[k]], names[rows[k].argmax()], float(rows[k].max()))
+        for k in samples
+    ]
+    values = {
+        **whole,
+        "classes": scores,
+        "confusion_matrix": matrix.tolist(),
+        "calibration": {
+            "images": calibration.images.tolist(),
+            "confidence": calibration.confidence.tolist(),
+            "accuracy": calibration.accuracy.tolist(),
+        },
+        "mistakes": [mistake._asdict() for mistake in mistakes],
+    }
+    figures = (
+        first,
+        LazyFigure("reliability.png", reliability_figure, (calibration, title)),
+        LazyFigure("mistakes.png", _draw_mistakes, (split, samples, mistakes, title)),
+    )
+    lines = [*_score_lines(scores), f"{format_metrics(whole)}, {len(labels)} images"]
+    return Details(values, metrics, figures, lines)
+
+
+def judge_pairs(rows: Rows, pairs: Pairs, title: str = "Verification") -> EvaluationResult:
+    """How well (images, D) features separate pairs of one person from pairs of two."""
+    similarity = similarities(rows, pairs)
+    found = verify(similarity, pairs)
+    figure = LazyFigure("roc.png", verification_figure, (found, similarity, pairs, title))
+    count = len(pairs.same)
+    details = Details(
+        {"pairs": count, **found.metrics},
+        found.metrics,
+        (figure,),
+        [f"{format_metrics(found.metrics)}, {count} pairs"],
+    )
+    return EvaluationResult(found.metrics, found.right, figure, lambda: details)
+
+
+def surest_mistakes(rows: Rows, labels: NDArray[np.integer]) -> list[int]:
+    """The wrongly classified images of which the network is surest, at most MISTAKES, in order."""
+    wrong = np.flatnonzero(rows.argmax(axis=1) != labels)
+    surest = np.argsort(-rows[wrong].max(axis=1), kind="stable")
+    return [int(k) for k in wrong[surest[:MISTAKES]]]
+
+
+def _draw_mistakes(
+    split: Split, samples: Sequence[int], mistakes: Sequence[Mistake], title: str
+) -> Figure:
+    return mistakes_figure(read_images(split, samples), mistakes, title)
+
+
+def read_images(split: Split, samples: Sequence[int]) -> list[Image.Image]:
+    """Images of a split as they are."""
+    reader = Reader(split, max_bad=0)
+    images = [Image.open(io.BytesIO(reader.read(k).tobytes())).convert("RGB") for k in samples]
+    reader.close()
+    return images
+
+
+def _score_lines(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Each class's scores as lines of a table."""
+    width = max(map(len, scores))
+    return [
+        f"{'':{width}}  precision  recall      F1  images",
+        *(
+            f"{name:{width}}  {100 * s['precision']:8.2f} %  {100 * s['recall']:5.2f} %  "
+            f"{s['f1']:.4f}  {s['images']:6d}"
+            for name, s in scores.items()
+        ),
+    ]

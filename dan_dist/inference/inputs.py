@@ -1,0 +1,103 @@
+"""The images with which a look inside is taken: of a split of shards, or files that are given."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dan_dist.data.cache import localise
+from dan_dist.data.crops import find_images, pack_images
+from dan_dist.data.sampler import epoch_order, group_samples
+from dan_dist.evaluation.evaluate import open_split
+from dan_dist.model.weights import Trained
+from dan_dist.options import ExplainOptions
+from shards.format import Split, open_shardset
+
+log = logging.getLogger(__name__)
+
+OVERLAP_IMAGES = 256  # of a split, of which maps are made
+FEATURE_IMAGES = 2000  # of a split, of which features are drawn
+
+
+class Faces(NamedTuple):
+    """The images of which maps are made."""
+
+    split: Split
+    names: list[str]  # a file, or <shard>/<key>
+    true: list[str | None]  # classes; None where they are not known
+    faults: dict[Path, str]  # given images that could not be read
+
+
+class Inputs(NamedTuple):
+    """The images with which all networks are looked into."""
+
+    faces: Faces
+    labelled: Split | None  # of these, features are drawn
+    origin: dict[str, Any]  # of the labelled images: data set, release, fingerprint, split
+
+    @property
+    def where(self) -> str:
+        """The images' origin as a part of names: of folders, of MLflow's runs."""
+        if self.labelled is None:
+            return f"{len(self.faces.split)}-images"
+        return f"{self.origin['dataset']}-{self.origin['split']}"
+
+
+def open_inputs(
+    options: ExplainOptions, networks: Sequence[Trained], folder: Path, threads: int
+) -> Inputs:
+    """The images that the options name; given ones are packed into `folder`."""
+    labelled, origin = None, dict.fromkeys(("dataset", "release", "fingerprint", "split"))
+    if options.data is not None:
+        shards = open_shardset(localise(options.data, options.cache))
+        _, split = open_split(shards, options.split, networks[0])
+        for other in networks[1:]:
+            open_split(shards, split.name, other)
+        labelled = evenly(split, FEATURE_IMAGES)
+        origin = {
+            "dataset": shards.dataset,
+            "release": shards.release,
+            "fingerprint": shards.fingerprint,
+            "split": split.name,
+        }
+    if options.images:
+        size = max(trained.image_size for trained in networks)
+        faces = given_faces(options.images, folder, size, threads)
+    else:
+        assert labelled is not None  # `main` has refused options without images and shards
+        faces = first_faces(labelled)
+    return Inputs(faces, labelled, origin)
+
+
+def evenly(split: Split, count: int) -> Split:
+    """At most `count` images of a split, the classes in turn, none twice; always the same ones.
+
+    No class has more than its share of `count`; those of fewer images have all.
+    """
+    groups = group_samples(split.index["label"], balanced=True)
+    turns = epoch_order(groups, global_batch=min(count, len(split)), seed=0, epoch=0)[0]
+    _, first = np.unique(turns, return_index=True)  # in small classes, images come round again
+    return replace(split, index=split.index[turns[np.sort(first)]])
+
+
+def first_faces(labelled: Split) -> Faces:
+    """The first of the labelled images."""
+    split = replace(labelled, index=labelled.index[:OVERLAP_IMAGES])
+    names = [split.key(k) for k in range(len(split))]
+    true: list[str | None] = [split.class_names[k] for k in split.index["label"]]
+    return Faces(split, names, true, {})
+
+
+def given_faces(given: Sequence[Path], folder: Path, size: int, threads: int) -> Faces:
+    """Images from files and folders, packed into `folder`; the log names the unreadable ones."""
+    paths = find_images(given)
+    packed = pack_images(paths, folder, size=size, threads=threads)
+    for path, fault in packed.faults.items():
+        log.warning("left out %s: %s", path, fault)
+    if not packed.paths:
+        raise ValueError(f"none of {len(paths)} images could be read")
+    names = [str(path) for path in packed.paths]
+    return Faces(packed.split, names, [None] * len(names), packed.faults)
