@@ -1,4 +1,4 @@
-"""The options of the programs, a frozen value each; `dan_dist.run.cli` makes the parsers of them."""
+"""The options of the programs, a frozen value each; `dan_dist.run.cli` makes their parsers."""
 
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path

@@ -13,8 +13,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DAN_DIST = [
     ["__main__"],
     ["programs"],
+    ["dry_run"],
     ["train"],
-    ["build", "monitor"],
+    ["build", "monitor", "header"],
     ["inference", "ablation"],
     ["evaluation"],
     ["engine", "tracking"],
@@ -22,6 +23,8 @@ DAN_DIST = [
     ["data", "distributed"],
     ["run"],
     ["config", "options"],
+    ["keys"],
+    ["schema"],
 ]
 SHARDS = [
     ["pack"],
