@@ -17,7 +17,7 @@ from dan_dist.config import Config
 from dan_dist.data.cache import is_remote, localise, read_manifest
 from dan_dist.distributed.device import choose_device
 from dan_dist.distributed.world import World
-from dan_dist.header import log_data, log_place
+from dan_dist.header import hide_password, log_data, log_place
 from dan_dist.run.folder import check_writable, checkpoint_to_resume, run_folder
 from dan_dist.run.plan import make_plan
 from dan_dist.tracking.store import connect, store
@@ -150,8 +150,8 @@ def check_store(uri: str) -> None:
             connect(uri)
             state = "reachable"
     except Exception as error:  # mlflow's errors share no base but Exception
-        reason = str(error).split("\n")[0]
-        log.warning("MLflow at %s is not reachable: %s; a training keeps a journal", uri, reason)
+        line = hide_password(f"MLflow at {uri} is not reachable: {error}".split("\n")[0])
+        log.warning("%s; a training keeps a journal", line)
     else:
         log.info("MLflow: %s", state)
 

@@ -24,8 +24,7 @@ def log_place(config: Config, world: World) -> None:
         device_name(world.device), _count(world.size, "rank"), _count(nodes, "node"),
         resolve_precision(config.train.precision, world.device),
     )  # fmt: skip
-    uri = re.sub(r"//[^/@]*@", "//…@", store()[0])  # without a password
-    tracking = f"MLflow, {uri}" if config.tracking.enabled else "off"
+    tracking = f"MLflow, {hide_password(store()[0])}" if config.tracking.enabled else "off"
     log.info("output: %s; tracking: %s", config.train.output, tracking)
 
 
@@ -46,6 +45,11 @@ def log_data(config: Config, world: World, shards: ShardSet, train: Split, val: 
     in_parts = f", in {passes} micro-steps" if passes > 1 else ""
     log.info("batch: %d images, %s on each rank%s", batch, share, in_parts)
     log.info("steps: %s an epoch, %s in all", f"{plan.steps_per_epoch:,}", f"{plan.total:,}")
+
+
+def hide_password(text: str) -> str:
+    """A text whose addresses name no user and no password."""
+    return re.sub(r"//[^/@\s]*@", "//…@", text)
 
 
 def _count(number: int, thing: str) -> str:

@@ -4,7 +4,7 @@ Nothing heavy is imported before a program's command line has been read.
 """
 
 import difflib
-import logging
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
@@ -155,8 +155,7 @@ def _dry_run(config: Config, ranks: int | None) -> int:
     launch = read_launch()
     if launch.rank:
         return 0
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(logging.Formatter("# %(message)s"))
+    cli.set_log_lines(prefix="# ")
     from dan_dist.dry_run import check
 
     check(config, ranks or launch.world_size)
@@ -174,6 +173,8 @@ def _evaluate(arguments: list[str], stop: StopRequest) -> int:
 
 def _predict(arguments: list[str], stop: StopRequest) -> int:
     options = cli.parse(PredictOptions, arguments)
+    if options.json:  # which alone goes to the standard output
+        cli.set_log_lines(stream=sys.stderr)
     from dan_dist.inference.predict import main
 
     return cli.FAILED if main(options) else 0
@@ -199,6 +200,9 @@ def _ablate(arguments: list[str], stop: StopRequest) -> int:
     for name in ("seeds", "nproc"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name} is {value}, expected 1 or more")
+    from dan_dist.ablation import grid
+
+    load_config(options.config, grid.parse(options.words)[2])
     from dan_dist.ablation.ablate import main
 
     return main(options, stop)
