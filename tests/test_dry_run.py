@@ -1,7 +1,6 @@
 """A dry run finds what a training would end with, and leaves nothing behind."""
 
 import logging
-import os
 import socketserver
 import sys
 import threading
@@ -136,7 +135,7 @@ def test_a_run_that_is_there_goes_on_or_is_refused(
     check(load_config(tiny("new"), [*DAN, f"model.weights={path}"]), 1)
     assert f"network: from {path}, classifier and all" in caplog.messages
     check(load_config(tiny("new"), [*DAN, f"model.backbone={path}"]), 1)
-    with pytest.raises(ValueError, match="has 2 heads, model.heads is 3"):
+    with pytest.raises(ValueError, match=r"has 2 heads, model\.heads is 3"):
         check(load_config(tiny("new"), [*DAN, "model.heads=3", f"model.weights={path}"]), 1)
     assert tree(tmp_path / "run") == before and not (tmp_path / "new").exists()
 
@@ -226,7 +225,7 @@ def test_mlflow_is_reachable_or_not(
     (tmp_path / "mlflow.db").write_text("a text, long enough for no database\n" * 100)
     check(config, 1)
     assert "is not reachable: file is not a database; a training keeps a journal" in caplog.text
-    assert sorted(os.listdir(tmp_path)) == ["mlflow.db", "run.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "run.yaml"]
 
 
 def test_a_run_s_folder_holds_its_configuration_from_the_start(

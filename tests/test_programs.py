@@ -10,9 +10,11 @@ import pytest
 
 from conftest import REPOSITORY
 from dan_dist import options, programs
+from dan_dist.ablation.runs import _run as run_ablation
 from dan_dist.options import argument, option
 from dan_dist.programs import TrainCommand, read_train_command
 from dan_dist.run import cli
+from dan_dist.run.signals import StopRequest
 
 TRAIN = str(REPOSITORY / "launch" / "train.py")
 HEAVY = ("torch", "torchvision", "nvidia", "mlflow", "matplotlib", "deepspeed")
@@ -239,6 +241,13 @@ finally:
         )  # fmt: skip
         assert done.returncode == 0 and "launch/" in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1] == str(REPOSITORY / "dan_dist" / "__init__.py")
+
+
+def test_an_ablation_s_trainings_run_the_same_code(tmp_path: Path) -> None:
+    """Another one in the working folder, where `python -m` looks first, is left alone."""
+    (tmp_path / "dan_dist").mkdir()
+    (tmp_path / "dan_dist" / "__main__.py").write_text("raise SystemExit(7)\n")
+    assert run_ablation([sys.executable, "-m", "dan_dist", "train", "a=b"], StopRequest()) == 2
 
 
 def test_launch_has_a_script_for_each_program() -> None:

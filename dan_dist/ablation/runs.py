@@ -114,7 +114,8 @@ def _run(command: Sequence[str], stop: StopRequest) -> int:
     # In a session of its own, so that Ctrl-C comes from here alone; killed along with this.
     process = subprocess.Popen(
         command, start_new_session=True, preexec_fn=end_with_parent,
-        env={**os.environ, "PYTHONPATH": path},
+        # Not the code of the working folder, where another clone may lie
+        env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
     )  # fmt: skip
     asked = False
     while True:
