@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from dan_dist.config import Augmentation, Config, flatten
+from dan_dist import __version__
+from dan_dist.config import Augmentation, Config, Synthetic, flatten
 from dan_dist.data.augment import Augment
 from dan_dist.data.cache import is_remote, localise
 from dan_dist.data.loader import Loader, evaluation_loader
@@ -28,6 +29,7 @@ from dan_dist.run.state import TrainState
 from dan_dist.tracking.tracker import MlflowTracker, NullTracker, RunRecord
 from shards import demo
 from shards.format import ShardSet, Split, open_shardset
+from shards.release import Release
 from shards.releases import synthetic
 
 log = logging.getLogger(__name__)
@@ -63,34 +65,34 @@ def open_data(config: Config, world: World) -> TrainingData:
     """
     world.run_once(lambda: make_synthetic(config))
     folder = world.run_once(lambda: localise(config.data.shards, config.data.cache), per_node=True)
-    return world.run_on_all(lambda: check_data(config, world, folder))
+    return world.run_on_all(lambda: check_data(config, world, open_shardset(folder)))
 
 
 def make_synthetic(config: Config) -> None:
     """Packs the drawn faces of the configuration where they are not yet."""
-    faces = config.data.synthetic
-    if faces is None:
-        return
-    if is_remote(config.data.shards):
-        raise ValueError(f"data.synthetic: faces cannot be packed into {config.data.shards}")
+    if (faces := config.data.synthetic) is not None:
+        demo.ensure(config.data.shards, list_faces(faces, config.data.shards), size=faces.size)
+
+
+def list_faces(faces: Synthetic, shards: str) -> Release:
+    """The faces that are to be drawn for the folder `shards`."""
+    if is_remote(shards):
+        raise ValueError(f"data.synthetic: faces cannot be packed into {shards}")
     if faces.by == "identity":
-        wanted = synthetic.identity_release(
+        return synthetic.identity_release(
             faces.train, faces.val, identities=faces.identities, held_out=faces.held_out,
             size=faces.size, seed=faces.seed,
         )  # fmt: skip
-    else:
-        wanted = synthetic.release(faces.train, faces.val, size=faces.size, seed=faces.seed)
-    demo.ensure(config.data.shards, wanted, size=faces.size)
+    return synthetic.release(faces.train, faces.val, size=faces.size, seed=faces.seed)
 
 
-def check_data(config: Config, world: World, folder: str) -> TrainingData:
-    """The shards in `folder` and the task, checked against the configuration and the ranks.
+def check_data(config: Config, world: World, shards: ShardSet) -> TrainingData:
+    """The shards and the task, checked against the configuration and the ranks.
 
     Raises:
         FileNotFoundError, ValueError: classes, splits or the global batch do not fit, or
             `train.output` cannot be written.
     """
-    shards = open_shardset(folder)
     expected = config.data.classes
     if expected is not None and tuple(expected) != shards.class_names:
         raise ValueError(
@@ -232,6 +234,7 @@ def open_tracker(
                 "dataset": shards.dataset,
                 "release": shards.release,
                 "fingerprint": shards.fingerprint,
+                "version": __version__,
                 "world_size": str(world.size),
                 "device": world.device.type,
                 "precision": resolve_precision(config.train.precision, world.device),

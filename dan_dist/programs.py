@@ -3,9 +3,13 @@
 Nothing heavy is imported before a program's command line has been read.
 """
 
-from typing import NoReturn
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
 
-from dan_dist.config import load_config
+from dan_dist.config import Config, load_config, shipped_folder, to_yaml
+from dan_dist.keys import candidates, describe, names
 from dan_dist.options import (
     AblateOptions,
     EvaluateOptions,
@@ -14,13 +18,25 @@ from dan_dist.options import (
     PredictOptions,
 )
 from dan_dist.run import cli
-from dan_dist.run.environment import has_launcher, is_deepspeed_launched
+from dan_dist.run.environment import has_launcher, is_deepspeed_launched, read_launch
 from dan_dist.run.signals import PREEMPTED, StopRequest
 
-TRAIN = """Trains DAN: torchrun launch/train.py [config.yaml] [section.key=value …]
+OPTIONS = ("--config", "--dry-run", "--ranks", "--help")
 
-Without a configuration: configs/demo.yaml, which draws its own faces. `python launch/train.py` is
-world size 1. SIGTERM, SIGUSR1 or Ctrl-C end the run after a checkpoint; the same command goes on."""
+TRAIN = """Trains DAN: torchrun launch/train.py [CONFIG] [section.key=value …]
+
+CONFIG is a YAML file, or the name of a shipped one:
+{shipped}.
+Without it: demo, which draws its own faces. `python launch/train.py` is world size 1. SIGTERM,
+SIGUSR1 or Ctrl-C end the run after a checkpoint; the same command goes on.
+
+  --config CONFIG  the same as CONFIG
+  --dry-run        checks all that needs no training, and prints the resolved configuration
+  --ranks N        with --dry-run: checks a training on N ranks
+
+The keys, each as key [values; default]:
+
+{keys}"""
 
 
 def train() -> NoReturn:
@@ -53,23 +69,98 @@ def ablate() -> NoReturn:
     cli.run(_ablate)
 
 
+class TrainCommand(NamedTuple):
+    """The command line of a training."""
+
+    config: str
+    overrides: list[str]
+    dry_run: bool = False
+    ranks: int | None = None  # of a dry run
+    help: bool = False
+
+
+def read_train_command(arguments: Sequence[str]) -> TrainCommand:
+    """The parts of a command line; keys are not looked at yet.
+
+    Raises:
+        ValueError: an unknown option, with the key that may be meant; a second configuration.
+    """
+    configs: list[str] = []
+    found = TrainCommand("", [])
+    words = iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option in ("--config", "--ranks") and not equals:
+            value = next(words, "")
+        if option == "--local_rank":  # of DeepSpeed's launcher; its environment has that too
+            continue
+        elif word in ("-h", "--help"):
+            return found._replace(help=True)
+        elif word == "--dry-run":
+            found = found._replace(dry_run=True)
+        elif option == "--ranks":
+            if not value.isdecimal() or int(value) < 1:
+                raise ValueError(f"--ranks is {value!r}, expected 1 or more")
+            found = found._replace(ranks=int(value))
+        elif option == "--config":
+            if not value:
+                raise ValueError("--config: expected a configuration")
+            configs.append(value)
+        elif word.startswith("-"):
+            raise ValueError(_unknown_option(option, value or next(words, "")))
+        elif equals:
+            found.overrides.append(word)
+        else:
+            configs.append(word)
+    if len(configs) > 1:
+        raise ValueError(
+            f"'{configs[1]}': the configuration is {configs[0]} already, expected section.key=value"
+        )
+    if found.ranks and not found.dry_run:
+        raise ValueError("--ranks: only --dry-run takes it; torchrun starts a training's ranks")
+    if is_deepspeed_launched() and not any(o.startswith("engine.name=") for o in found.overrides):
+        found.overrides.append("engine.name=deepspeed")
+    return found._replace(config=configs[0] if configs else "demo")
+
+
+def _unknown_option(option: str, value: str) -> str:
+    name = option.lstrip("-").replace("-", "_")
+    if near := difflib.get_close_matches(option, OPTIONS, 1, cutoff=0.8):
+        return f"unknown option {option}; did you mean {near[0]}?"
+    value = "…" if not value or "=" in value or value.startswith("-") else value
+    meant = [f"{key}={value}" for key in ([name] if name in names() else candidates(name))]
+    if not meant:
+        return f"unknown option {option}; --help lists the options and the keys"
+    return f"unknown option {option}; keys are no options, type {' or '.join(meant)}"
+
+
 def _train(arguments: list[str], stop: StopRequest) -> int:
-    if {"-h", "--help"} & set(arguments):
-        print(TRAIN)
+    command = read_train_command(arguments)
+    if command.help:
+        shipped = ", ".join(sorted(path.stem for path in shipped_folder().glob("*.yaml")))
+        print(TRAIN.format(shipped=shipped, keys=describe()))
         return 0
-    # DeepSpeed's launcher adds --local_rank=N, unless told not to; its environment says that too.
-    own = [a for a in arguments if not a.startswith("--local_rank")]
-    if is_deepspeed_launched() and not any(a.startswith("engine.name=") for a in own):
-        own.append("engine.name=deepspeed")
-    path = "configs/demo.yaml"
-    if own and "=" not in own[0]:
-        path, *own = own
-    config = load_config(path, own)
+    config = load_config(command.config, command.overrides)
+    if command.dry_run:
+        return _dry_run(config, command.ranks)
     stop.wait_for_step = has_launcher()  # until this rank can tell the others
     from dan_dist.train import main
 
     status = main(config, stop).status
     return PREEMPTED if status == "preempted" and not has_launcher() else 0
+
+
+def _dry_run(config: Config, ranks: int | None) -> int:
+    """All that is printed is the resolved YAML, and comments in it."""
+    launch = read_launch()
+    if launch.rank:
+        return 0
+    cli.set_log_lines(prefix="# ")
+    from dan_dist.dry_run import check
+
+    check(config, ranks or launch.world_size)
+    print(to_yaml(config), end="")
+    return 0
 
 
 def _evaluate(arguments: list[str], stop: StopRequest) -> int:
@@ -82,6 +173,8 @@ def _evaluate(arguments: list[str], stop: StopRequest) -> int:
 
 def _predict(arguments: list[str], stop: StopRequest) -> int:
     options = cli.parse(PredictOptions, arguments)
+    if options.json:  # which alone goes to the standard output
+        cli.set_log_lines(stream=sys.stderr)
     from dan_dist.inference.predict import main
 
     return cli.FAILED if main(options) else 0
@@ -107,6 +200,9 @@ def _ablate(arguments: list[str], stop: StopRequest) -> int:
     for name in ("seeds", "nproc"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name} is {value}, expected 1 or more")
+    from dan_dist.ablation import grid
+
+    load_config(options.config, grid.parse(options.words)[2])
     from dan_dist.ablation.ablate import main
 
     return main(options, stop)

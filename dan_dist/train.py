@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dan_dist.build import (
     TrainingData,
@@ -18,11 +18,12 @@ from dan_dist.build import (
     open_val_loader,
     open_writer,
 )
-from dan_dist.config import Config, flatten, resolve
+from dan_dist.config import Config, flatten, resolve, write_config
 from dan_dist.distributed.heartbeat import Heartbeat, session
 from dan_dist.distributed.world import World
 from dan_dist.engine.ddp import Engine
 from dan_dist.evaluation.metrics import format_metrics
+from dan_dist.header import log_data, log_place
 from dan_dist.model.backbone import write_backbone
 from dan_dist.monitor import Monitor, save_evidence
 from dan_dist.run.checkpoint import BEST, RESUMED, load
@@ -33,6 +34,7 @@ from dan_dist.run.folder import (
     run_folder,
     set_aside_after,
     step_path,
+    steps_saved,
 )
 from dan_dist.run.outcome import Status, open_outcome, write_failure, write_outcome
 from dan_dist.run.plan import Plan, make_plan
@@ -77,6 +79,8 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
             lock = run_folder(folder) if world.is_main else ExitStack()
             world.run_on_all(lambda: held.enter_context(lock))
             began_s = time.time()
+            if world.is_main and not steps_saved(folder):  # an earlier run's stays until it goes on
+                write_config(config, folder)
             return run(config, world, stop, heart)
     except Exception as error:
         fail(str(error).split("\n")[0])
@@ -94,7 +98,9 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
 def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> RunResult:
     """One training run in a world that is already there."""
     folder = Path(config.train.output)
+    log_place(config, world)
     data = open_data(config, world)
+    log_data(config, world, data.shards, data.train, data.task.val)
     resumed = world.run_once(lambda: checkpoint_to_resume(folder, config.train.resume))
     objective = world.run_on_all(
         lambda: build_objective(config, data.class_names, is_new=not resumed)
@@ -104,7 +110,7 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
     plan = make_plan(config, images=len(data.train), start=state.step)
     with (
         world.run_on_all(lambda: open_tracker(config, world, data, state)) as tracker,
-        claim_folder(folder, world, plan.start),
+        claim_folder(config, world, plan.start),
         open_train_loader(config, world, data.train, start=plan.start) as batches,
         open_val_loader(config, world, data.task.val) as validation,
         open_writer(config, world) as writer,
@@ -145,6 +151,18 @@ def resume(path: str, config: Config, engine: Engine, data: TrainingData) -> Tra
     """
     if not path:
         return TrainState()
+    content = read_checkpoint(path, config, data)
+    engine.load_state(content)
+    log.info("resumed after step %d from %s", content["step"], path)
+    return TrainState.from_checkpoint(content)
+
+
+def read_checkpoint(path: str, config: Config, data: TrainingData) -> dict[str, Any]:
+    """The content of a checkpoint that this configuration can go on from.
+
+    Raises:
+        ValueError: it is of another configuration, data set or step. OSError: it cannot be read.
+    """
     content = load(Path(path), keys=RESUMED)
     if Path(path) != step_path(Path(path).parent, content["step"]):
         raise ValueError(f"{path} is of step {content['step']}")
@@ -154,17 +172,17 @@ def resume(path: str, config: Config, engine: Engine, data: TrainingData) -> Tra
         flatten(config.model_dump()),
         same_data=content["fingerprint"] == data.shards.fingerprint,
     )
-    engine.load_state(content)
-    log.info("resumed after step %d from %s", content["step"], path)
-    return TrainState.from_checkpoint(content)
+    return content
 
 
 @contextmanager
-def claim_folder(folder: Path, world: World, step: int) -> Iterator[None]:
-    """Makes `folder` this run's own: what an earlier one left beyond `step` is set aside."""
+def claim_folder(config: Config, world: World, step: int) -> Iterator[None]:
+    """Makes the folder this run's own: what an earlier one left beyond `step` is set aside."""
+    folder = Path(config.train.output)
 
     def claim() -> None:
         set_aside_after(folder, step)
+        write_config(config, folder)
         open_outcome(folder)
 
     world.run_once(claim)

@@ -1,4 +1,4 @@
-"""Looks inside: launch/explain.py CHECKPOINT [IMAGE|FOLDER…] [--data SHARDS] [--against CHECKPOINT]"""
+"""Looks inside: launch/explain.py CHECKPOINT [IMAGE|FOLDER…] [--data SHARDS] [--against OTHER]"""
 
 import sys
 from pathlib import Path

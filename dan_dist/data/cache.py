@@ -88,6 +88,15 @@ def localise(source: str, cache: str | None) -> str:
     return str(folder)
 
 
+def read_manifest(source: str) -> bytes:
+    """The manifest of the set in a folder or at a URL.
+
+    Raises:
+        ValueError: a URL of no known protocol. OSError: it cannot be read.
+    """
+    return _origin(source).read(MANIFEST)
+
+
 def _origin(source: str) -> Source:
     """How the files of a folder or URL are read."""
     protocol = source.split(":", 1)[0] if is_remote(source) else "file"

@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from dan_dist.distributed.device import choose_device
 from dan_dist.distributed.rendezvous import meet
 from dan_dist.run.environment import read_launch
 
@@ -117,25 +118,16 @@ class World:
 def init_world(device: str = "auto") -> World:
     """Reads torchrun's environment (alone: world size 1) and joins the process group.
 
-    device: "auto" (a GPU where there is one), "cpu" or "cuda". nccl on GPUs, gloo on CPUs.
+    device: see `choose_device`. nccl on GPUs, gloo on CPUs.
 
     Raises:
         ValueError: "cuda" without a usable GPU, or more ranks on this node than GPUs.
     """
     rank, local_rank, size, local_size = read_launch()
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
-    if device == "cuda" and not gpus:
-        raise ValueError("train.device is cuda, but torch finds no GPU on this machine")
-    if gpus and local_size > gpus:
-        raise ValueError(f"{local_size} ranks on a node of {gpus} GPUs; start one rank per GPU")
-    if gpus:
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(place)
-    else:
-        place = torch.device("cpu")
-        # torchrun gives each of several ranks one thread; share the cores instead.
-        if local_size > 1:
-            torch.set_num_threads(max(1, core_count() // local_size))
+    place = choose_device(device, local_rank, local_size)
+    # torchrun gives each of several ranks one thread; share the cores instead.
+    if place.type == "cpu" and local_size > 1:
+        torch.set_num_threads(max(1, core_count() // local_size))
     os.environ["DS_ACCELERATOR"] = place.type  # DeepSpeed reads it when it is imported
     store = None
     if size > 1:
@@ -146,12 +138,12 @@ def init_world(device: str = "auto") -> World:
         shared, _, _ = next(rendezvous("env://"))
         store = PrefixStore(meet(shared, rank, size), shared)
         dist.init_process_group(
-            "nccl" if gpus else "gloo",
+            "nccl" if place.type == "cuda" else "gloo",
             store=PrefixStore("group", store),
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=COLLECTIVE_S),
-            device_id=place if gpus else None,
+            device_id=place if place.type == "cuda" else None,
         )
     return World(rank, local_rank, size, local_size, place, store)
 

@@ -14,7 +14,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
 from dan_dist.run.environment import has_launcher, read_launch
 from dan_dist.run.signals import Stopped, StopRequest, end_with_parent
@@ -79,6 +79,14 @@ def _run_logged(
             time.sleep(0.1)
         print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
         return FAILED if isinstance(error, ConnectionError) else USAGE
+
+
+def set_log_lines(*, prefix: str = "", stream: TextIO = sys.stdout) -> None:
+    """From now on, log lines have this prefix and go to this stream."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(stream)
 
 
 def parse(options: type[T], arguments: Sequence[str]) -> T:

@@ -261,9 +261,11 @@ def record_failure(folder: Path) -> None:
 
 
 def commit() -> str:
-    """The git commit of this code, or "unknown" outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The git commit of this code, or "unknown" outside a checkout of it."""
+    file = Path(__file__)  # an installed copy may lie in somebody else's checkout, untracked
+    command = ["git", "-C", str(file.parent), "rev-parse", "HEAD", f"HEAD:./{file.name}"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

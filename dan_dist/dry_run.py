@@ -1,0 +1,178 @@
+"""Every check of a training that needs no training: nothing is computed, nothing stays behind."""
+
+import logging
+import shutil
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from dan_dist.build import TrainingData, build_objective, check_data, list_faces, make_synthetic
+from dan_dist.config import Config
+from dan_dist.data.cache import is_remote, localise, read_manifest
+from dan_dist.distributed.device import choose_device
+from dan_dist.distributed.world import World
+from dan_dist.header import hide_password, log_data, log_place
+from dan_dist.run.folder import check_writable, checkpoint_to_resume, run_folder
+from dan_dist.run.plan import make_plan
+from dan_dist.tracking.store import connect, store
+from dan_dist.train import read_checkpoint
+from shards.format import (
+    INDEX_DTYPE,
+    MANIFEST,
+    ShardSet,
+    Split,
+    copy_name,
+    open_shardset,
+    parse_manifest,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Outline(ShardSet):
+    """A set whose images are not here: its splits have labels alone."""
+
+    def split(self, name: str) -> Split:
+        if name not in self.counts:
+            raise ValueError(f"{self.root}: no split '{name}', it has {', '.join(self.splits)}")
+        counts = self.counts[name]
+        index = np.zeros(sum(counts), INDEX_DTYPE)
+        index["label"] = np.repeat(np.arange(len(counts)), counts)
+        return Split(name, self.root, (), index, self.class_names, self.image_size)
+
+
+def check(config: Config, ranks: int) -> None:
+    """Logs what each check of a training on so many ranks has found.
+
+    Raises:
+        ValueError, OSError: as the training would.
+    """
+    folder = Path(config.train.output)
+    device = choose_device(config.train.device, 0, 1)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else ranks
+    world = World(0, 0, ranks, min(ranks, gpus), device)
+    log_place(config, world)
+    shards = find_shards(config)
+    with no_new_folders(folder), run_folder(folder):
+        data = check_data(without_pairs_file(config, shards), world, shards)
+        log_data(config, world, shards, data.train, data.task.val)
+        check_start(config, data)
+    if config.engine.name == "deepspeed":
+        from dan_dist.engine.deepspeed import check_extra  # takes seconds to import
+
+        check_extra(config.engine.deepspeed)
+    if config.tracking.enabled:
+        check_store(store()[0])
+    log.info("all checks passed; the configuration:")
+
+
+def find_shards(config: Config) -> ShardSet:
+    """The set that is trained on, or its outline where the training draws or copies it first."""
+    source, cache, faces = config.data.shards, config.data.cache, config.data.synthetic
+    if faces is not None and not (Path(source) / MANIFEST).exists():
+        drawn = list_faces(faces, source)
+        with no_new_folders(Path(source)):
+            check_writable(Path(source), "data.shards")
+        labels = {name: Counter(i.label for i in items) for name, items in drawn.splits.items()}
+        classes = range(len(drawn.class_names))
+        counts = {name: tuple(found[k] for k in classes) for name, found in labels.items()}
+        log.info("data.shards %s: not there yet; the training draws the faces", source)
+        return Outline(
+            Path(source), drawn.dataset, drawn.release, drawn.class_names, faces.size, "", counts,
+            dict.fromkeys(counts, ()), {}, {}, {},
+        )  # fmt: skip
+    make_synthetic(config)  # they are there: compares them
+    if cache is None:
+        return open_shardset(localise(source, None))
+    content = read_manifest(source)
+    copied = Path(cache) / copy_name(content)
+    if (copied / MANIFEST).exists():
+        return open_shardset(copied)
+    found = parse_manifest(Path(source), content)
+    with no_new_folders(Path(cache)):
+        check_writable(Path(cache), "data.cache")
+        free = shutil.disk_usage(cache).free
+    needed = sum(shard.size_bytes for own in found.shards.values() for shard in own)
+    if needed > free:
+        raise OSError(
+            f"data.cache {cache}: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free"
+        )
+    log.info("data.cache %s: the training copies %.1f MB into it", cache, needed / 1e6)
+    return Outline(**vars(found)) if is_remote(source) else open_shardset(source)
+
+
+def without_pairs_file(config: Config, shards: ShardSet) -> Config:
+    """A file of pairs names images, of which an outline has none: it is looked for, not read."""
+    path = config.data.pairs_file
+    if path is None or not isinstance(shards, Outline):
+        return config
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"data.pairs_file {path}: no such file")
+    return config.model_copy(update={"data": config.data.model_copy(update={"pairs_file": None})})
+
+
+def check_start(config: Config, data: TrainingData) -> None:
+    """What the weights start from: a checkpoint that the run goes on from, or a file of weights."""
+    path = checkpoint_to_resume(Path(config.train.output), config.train.resume)
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
+    is_wanted = not path and not config.model.weights and config.model.backbone == "imagenet"
+    is_missing = is_wanted and not file.is_file()
+    if is_missing:
+        log.info("backbone: imagenet; the training downloads it to %s", file)
+    objective = build_objective(config, data.class_names, is_new=not path and not is_missing)
+    if not path:
+        log.info("no checkpoint in %s: a new run", config.train.output)
+    elif not data.shards.fingerprint:
+        log.info("%s: whether it is of these faces is known once they are drawn", path)
+    else:
+        content = read_checkpoint(path, config, data)
+        make_plan(config, images=len(data.train), start=content["step"])
+        objective.load_state_dict(content["objective"])
+        log.info("%s: the run goes on after step %d", path, content["step"])
+
+
+def check_store(uri: str) -> None:
+    """Whether MLflow's store can be used now; a training goes on without, and sends it all later.
+
+    A server is asked; a file is looked at, and not made.
+    """
+    try:
+        if uri.startswith("sqlite:///"):
+            state = _look_at(Path(uri.removeprefix("sqlite:///")))
+        else:
+            connect(uri)
+            state = "reachable"
+    except Exception as error:  # mlflow's errors share no base but Exception
+        line = hide_password(f"MLflow at {uri} is not reachable: {error}".split("\n")[0])
+        log.warning("%s; a training keeps a journal", line)
+    else:
+        log.info("MLflow: %s", state)
+
+
+def _look_at(file: Path) -> str:
+    if not file.exists():
+        with no_new_folders(file.parent):
+            check_writable(file.parent, "its folder")
+        return f"the training makes {file}"
+    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
+        database.execute("PRAGMA schema_version").fetchone()
+    return f"{file} is there"
+
+
+@contextmanager
+def no_new_folders(folder: Path) -> Iterator[None]:
+    """Removes what the block has made of a folder and of those that it lies in."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in new:
+            with suppress(OSError):  # another process may have put something there meanwhile
+                path.rmdir()

@@ -1,0 +1,305 @@
+"""The configuration's schema: every key with its type, its default and what it means."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Strict: no unknown keys, no silent conversions (an int is a valid float), no later change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Synthetic(Section):
+    """Drawn faces, packed into data.shards on first use; null draws none."""
+
+    train: Count = Field(
+        description="training images: of expressions in AffectNet's proportions, of identities "
+        "evenly"
+    )
+    val: Count = Field(description="validation images, evenly over the classes")
+    size: Count = Field(description="side of an image in pixels")
+    seed: int = Field(default=0, ge=0, description="of the drawing; another one draws other faces")
+    by: Literal["expression", "identity"] = Field(
+        default="expression", description="what the classes are"
+    )
+    identities: Count = Field(default=400, description="by identity: persons in training")
+    held_out: Count = Field(default=40, description="by identity: other persons, in validation")
+
+
+class Augmentation(Section):
+    """What happens to training images."""
+
+    flip_p: Probability = Field(default=0.5, description="probability that an image is mirrored")
+    affine_p: Probability = Field(default=0.0, description="probability that an image is warped")
+    degrees: float = Field(
+        default=0.0, ge=0, le=180, description="warp: largest rotation, either way"
+    )
+    scale: list[Positive] = Field(
+        default=[1.0, 1.0],
+        min_length=2,
+        max_length=2,
+        description="warp: smallest and largest scale",
+    )
+    translate: Probability = Field(
+        default=0.0, description="warp: largest shift on each axis, of the image's side"
+    )
+    erase_p: Probability = Field(
+        default=0.0, description="probability that a random rectangle is erased from an image"
+    )
+    erase_area: list[Probability] = Field(
+        default=[0.02, 0.33],
+        min_length=2,
+        max_length=2,
+        description="smallest and largest area of that rectangle, of the image's",
+    )
+
+
+class Data(Section):
+    """The images, and the order in which they come."""
+
+    shards: str = Field(
+        description="folder of shards (with manifest.json), or its URL; relative to the working "
+        "folder"
+    )
+    cache: str | None = Field(
+        default=None, description="folder on each node into which the shards are copied first"
+    )
+    classes: list[str] | None = Field(
+        default=None,
+        description="class names that the shards must have, in label order; null takes theirs",
+    )
+    val_split: str = Field(default="val", description="split of the evaluations")
+    pairs: int = Field(
+        default=6000, ge=20, description="task identity: pairs of images drawn from val_split"
+    )
+    pairs_file: str | None = Field(
+        default=None,
+        description="task identity: a file that lists the pairs, in place of drawn ones",
+    )
+    sampling: Literal["balanced", "shuffle"] = Field(
+        default="balanced",
+        description="training images: as many of each class, or each once an epoch",
+    )
+    augment: Augmentation = Augmentation()
+    max_bad_images: int = Field(
+        default=100,
+        ge=0,
+        description="damaged images over all ranks that are replaced; one more is an error",
+    )
+    threads: Count | None = Field(
+        default=None, description="cores that a rank decodes on; null: its share of the node's"
+    )
+    synthetic: Synthetic | None = None
+
+
+class Model(Section):
+    """The network, and what its weights start from."""
+
+    image_size: int = Field(
+        default=224, ge=32, multiple_of=32, description="side of the network's input in pixels"
+    )
+    heads: int = Field(default=4, ge=0, description="attention heads; 0 is the baseline ResNet-18")
+    backbone: str = Field(
+        default="none",
+        description="start of the ResNet-18: a weights file or checkpoint, 'imagenet', or "
+        "'none': at random",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="start of the whole network, in place of the backbone: a DAN of ours or "
+        "of the authors",
+    )
+    weights_classes: str | None = Field(
+        default=None,
+        description="classes of the authors' file: affectnet7, rafdb, …, or names with commas",
+    )
+    sync_bn: bool = Field(default=True, description="BatchNorm statistics over all ranks")
+
+
+class Loss(Section):
+    """The three parts of the loss."""
+
+    fcn: Literal["affinity", "center", "none"] = Field(
+        default="affinity", description="loss of the feature clustering network"
+    )
+    afn: Literal["partition", "partition_batch", "none"] = Field(
+        default="partition",
+        description="loss of the attention fusion network: per image as in the paper, "
+        "or over the batch as in the authors' release",
+    )
+    lambda_fcn: float = Field(default=1.0, ge=0, description="weight of loss.fcn")
+    lambda_afn: float = Field(default=1.0, ge=0, description="weight of loss.afn")
+    classification: Literal["softmax", "arcface"] = Field(
+        default="softmax", description="loss of the classifier; arcface for task identity alone"
+    )
+    arcface_s: Positive = Field(default=64.0, description="arcface: scale of the cosines")
+    arcface_m: float = Field(default=0.5, ge=0, lt=1.5, description="arcface: margin in radians")
+
+
+class Optim(Section):
+    """The optimiser."""
+
+    name: Literal["adam", "sgd"] = Field(default="adam", description="the optimiser")
+    lr: Positive = Field(default=1e-4, description="learning rate at the start")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="weight decay, added to the gradient"
+    )
+    clip_norm: Positive | None = Field(
+        default=None, description="largest norm of the whole gradient; null clips nothing"
+    )
+
+
+class Schedule(Section):
+    """The learning rate over the epochs."""
+
+    name: Literal["exponential", "step"] = Field(
+        default="exponential", description="multiplied by gamma each epoch, or each `every` epochs"
+    )
+    gamma: float = Field(default=1.0, gt=0, le=1, description="factor of the learning rate")
+    every: Count = Field(default=1, description="step: epochs from one multiplication to the next")
+
+
+class Train(Section):
+    """The run: its length, its batch, its device, its checkpoints."""
+
+    epochs: Count = Field(description="epochs, each of as many images as the training split has")
+    global_batch: Count = Field(
+        description="images a step over all ranks: the recipe's constant on any number of GPUs"
+    )
+    micro_batch: Count | None = Field(
+        default=None,
+        description="images that a rank computes at once; null: its whole share of a step",
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="of the start, the order and the augmentation"
+    )
+    precision: Literal["auto", "float32", "bf16", "float64"] = Field(
+        default="auto", description="of the arithmetic; auto: bf16 where the device is fast at it"
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        default="auto", description="where to compute; auto: a GPU where there is one"
+    )
+    compile: bool = Field(default=False, description="compile the network with torch.compile")
+    output: str = Field(description="folder of the run; relative to the working folder")
+    resume: Literal["auto", "never"] = Field(
+        default="auto",
+        description="go on with the run in train.output, or refuse to where there is one",
+    )
+    max_steps: Count | None = Field(
+        default=None, description="steps after which the run ends early"
+    )
+    keep_checkpoints: Count = Field(
+        default=2, description="newest checkpoints kept, beside the best one"
+    )
+    checkpoint_every: Count | None = Field(
+        default=None,
+        description="steps between checkpoints; the end of an epoch has one in any case",
+    )
+    checkpoint_minutes: Positive | None = Field(
+        default=15.0,
+        description="minutes since the last checkpoint until one is due; null: by steps alone",
+    )
+    checkpoint_errors: Literal["continue", "stop"] = Field(
+        default="continue", description="what a checkpoint that cannot be written does to the run"
+    )
+    max_skipped_steps: int = Field(
+        default=0,
+        ge=0,
+        description="steps skipped as their loss or gradient is not finite; one more ends the run",
+    )
+    log_every: Count = Field(default=20, description="steps between log lines")
+    timeout_s: Positive = Field(
+        default=60.0,
+        description="seconds without a step after which the job ends and names the rank",
+    )
+
+
+class EngineChoice(Section):
+    """Who does the data-parallel work."""
+
+    name: Literal["ddp", "deepspeed"] = Field(
+        default="ddp", description="torch's DDP, or DeepSpeed"
+    )
+    zero_stage: int = Field(
+        default=1,
+        ge=0,
+        le=3,
+        description="deepspeed: what is divided over the ranks: 0 nothing, 1 the "
+        "optimiser's state, 2 gradients too, 3 weights too",
+    )
+    deepspeed: dict[str, Any] = Field(
+        default={}, description="deepspeed: its own configuration, laid over the derived one"
+    )
+
+
+class Tracking(Section):
+    """The record in MLflow; MLFLOW_TRACKING_URI names a server."""
+
+    enabled: bool = Field(default=True, description="whether the run is recorded")
+    experiment: str = Field(default="dan_dist", description="MLflow's experiment")
+    run_name: str | None = Field(
+        default=None, description="the run's name; null: that of the folder train.output"
+    )
+    parent: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = Field(
+        default=None,
+        description="name of a run that holds this one and others, made where there is none",
+    )
+    tags: dict[str, str] = Field(
+        default={}, description="tags of the run, beside those of data, device and commit"
+    )
+
+
+class Config(Section):
+    """A whole configuration."""
+
+    task: Literal["expression", "identity"] = Field(
+        default="expression",
+        description="what is learned: expressions, or a backbone from identities",
+    )
+    data: Data
+    model: Model = Model()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    train: Train
+    engine: EngineChoice = EngineChoice()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "Config":
+        for name in ("scale", "erase_area"):
+            low, high = getattr(self.data.augment, name)
+            if low > high:
+                raise ValueError(f"data.augment.{name}: [{low}, {high}] is not [low, high]")
+        if self.model.weights_classes and not self.model.weights:
+            raise ValueError("model.weights_classes: only model.weights takes it")
+        if self.task == "identity":
+            self._only_a_backbone()
+        elif self.loss.classification == "arcface":
+            raise ValueError("loss.classification: only task=identity takes arcface")
+        elif self.data.pairs_file:
+            raise ValueError("data.pairs_file: only task=identity takes it")
+        if self.engine.name == "deepspeed" and self.train.precision == "float64":
+            raise ValueError("train.precision: float64 needs engine.name=ddp")
+        if self.schedule.name == "exponential" and self.schedule.every != 1:
+            raise ValueError("schedule.every: only schedule.name=step takes it")
+        return self
+
+    def _only_a_backbone(self) -> None:
+        """Identities train a ResNet-18 and its classifier: what DAN adds has no place there."""
+        for key, value, wanted in (
+            ("model.heads", self.model.heads, 0),
+            ("model.weights", self.model.weights, None),
+            ("loss.fcn", self.loss.fcn, "none"),
+            ("loss.afn", self.loss.afn, "none"),
+        ):
+            if value != wanted:
+                text = "null" if wanted is None else wanted
+                raise ValueError(f"task identity trains a backbone: {key} must be {text}")
