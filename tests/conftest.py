@@ -10,14 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from ranks import run_ranks
 
+from dan_dist import programs
 from dan_dist import train as story
 from dan_dist.config import load_config
+from dan_dist.distributed.world import World
+from dan_dist.run.folder import newest_checkpoint
+from shards.files import locked
 from shards.format import ShardSet, open_shardset
-from shards.releases import synthetic
 from shards.packing.writer import pack
+from shards.releases import synthetic
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+LAUNCH = REPOSITORY / "launch"
 SCRIPT = str(REPOSITORY / "launch" / "train.py")
 
 # A tiny run of the real story: the baseline network, which is the quickest; DAN turns it to DAN.
@@ -33,8 +40,14 @@ tracking: {{enabled: false}}
 """
 
 
+ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 DAN = ["model.heads=2", "loss.fcn=affinity", "loss.afn=partition"]
 IDENTITY = ["task=identity", "data.sampling=shuffle", "data.pairs=60"]
+
+
+# Two workers share two cores, and OpenMP's threads spin while they wait for each other: with two
+# threads in each worker a step took ten times as long.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -43,21 +56,34 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that one of pytest's workers makes, for all of them and the whole session."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with locked(base / f"{name}.lock", f"{name} is being made", wait=True):
+        if not (base / f"{name}.made").exists():
+            make(base / name)
+            (base / f"{name}.made").touch()
+    return base / name
+
+
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """80 training faces in AffectNet's proportions, 16 balanced for validation, 32 px."""
-    folder = tmp_path_factory.mktemp("faces") / "shards"
     release = synthetic.release(80, 16, size=32, seed=7)
-    pack(release, folder, size=32, workers=1, shard_size=20)
+    folder = shared(
+        tmp_path_factory, "faces", lambda f: pack(release, f, size=32, workers=1, shard_size=20)
+    )
     return open_shardset(folder)
 
 
 @pytest.fixture(scope="session")
 def people(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """80 training faces of 16 persons, 60 of 20 others for validation, 32 px."""
-    folder = tmp_path_factory.mktemp("people") / "shards"
     release = synthetic.identity_release(80, 60, identities=16, held_out=20, size=32, seed=7)
-    pack(release, folder, size=32, workers=1, shard_size=20)
+    folder = shared(
+        tmp_path_factory, "people", lambda f: pack(release, f, size=32, workers=1, shard_size=20)
+    )
     return open_shardset(folder)
 
 
@@ -112,18 +138,63 @@ def run(
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def train(ranks: int, *arguments: str | Path, cwd: Path, timeout_s: float = 240) -> str:
-    """Trains on `ranks` CPU processes by the documented command; returns what it printed."""
-    script = REPOSITORY / "launch" / "train.py"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
-    done = run(*command, script, *arguments, cwd=cwd, timeout_s=timeout_s)
+def call_program(program: str, words: list[str]) -> None:
+    """Runs a documented program in this process, which ends with it."""
+    sys.argv = [program, *words]
+    getattr(programs, program)()
+
+
+def launch(
+    program: str, ranks: int, *arguments: str | Path, cwd: Path, timeout_s: float = 120,
+    inside: Callable[[str, list[str]], None] = call_program,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """A documented program on `ranks` CPU processes, as torchrun would start it, but forked."""
+    words = [str(argument) for argument in arguments]
+    found = run_ranks(ranks, inside, program, words, cwd=cwd, timeout_s=timeout_s)
+    out, err = (
+        "".join(texts) for texts in zip(*((e.stdout, e.stderr) for e in found), strict=True)
+    )
+    codes = [ended.code for ended in found]
+    return subprocess.CompletedProcess([program, *words], codes[0] or max(codes), out, err)
+
+
+def train(ranks: int, *arguments: str | Path, cwd: Path, timeout_s: float = 120) -> str:
+    """Trains on `ranks` CPU processes; returns what they printed."""
+    done = launch("train", ranks, *arguments, cwd=cwd, timeout_s=timeout_s)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+def torchrun(ranks: int) -> list[str]:
+    """The documented start of so many ranks, to be followed by a program."""
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*agent, f"--nproc-per-node={ranks}"]
+
+
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The project's own lines about what is wrong."""
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
 def single(config: Path, *overrides: str) -> story.RunResult:
     return story.main(load_config(config, overrides))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, centres, statistics and optimiser state of a run's newest checkpoint."""
+    found = newest_checkpoint(folder)
+    assert found is not None
+    content = found[1]
+    moments = content["optimizer"]["state"]
+    flat = {f"{i}.{k}": v for i, s in moments.items() for k, v in s.items()}
+    return {**content["objective"], **{k: v for k, v in flat.items() if torch.is_tensor(v)}}
+
+
+def largest_difference(
+    a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], only: str = ""
+) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a if k.endswith(only))
 
 
 def outcome(folder: Path) -> dict:

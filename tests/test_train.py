@@ -1,7 +1,5 @@
 """Whole trainings of the real network at small size: the claims that users rely on."""
 
-from dan_dist.run.folder import newest, step_path, steps_saved
-from shards.demo import ensure
 import json
 import sys
 from collections.abc import Callable
@@ -10,35 +8,33 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import DAN, REPOSITORY, run, single, train
-from dan_dist.run import checkpoint
-from dan_dist.tracking import tracker as tracking
-from dan_dist.model import dan as networks
-from dan_dist.config import load_config
+from conftest import (
+    ALONE,
+    DAN,
+    REPOSITORY,
+    SCRIPT,
+    errors,
+    largest_difference,
+    launch,
+    run,
+    single,
+    torchrun,
+    train,
+    weights,
+)
+from dan_dist.config import Optim, load_config
 from dan_dist.data.loader import Batch
-from dan_dist.engine.ddp import Engine, StepFlags
+from dan_dist.engine.ddp import Engine, StepFlags, StepOptions
+from dan_dist.model.dan import DAN as NETWORK
 from dan_dist.model.losses import Objective
+from dan_dist.run import checkpoint
+from dan_dist.run.folder import newest_checkpoint, step_path, steps_saved
+from dan_dist.tracking import tracker as tracking
+from shards.demo import ensure
 from shards.format import ShardSet
-from dan_dist.distributed.world import World
+from shards.releases import synthetic
 
 Write = Callable[[str], Path]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights, centres, statistics and optimiser state of a run's newest checkpoint."""
-    found = newest(folder)
-    assert found is not None
-    content = found[1]
-    moments = content["optimizer"]["state"]
-    flat = {f"{i}.{k}": v for i, s in moments.items() for k, v in s.items()}
-    return {**content["objective"], **{k: v for k, v in flat.items() if torch.is_tensor(v)}}
-
-
-def largest_difference(
-    a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], only: str = ""
-) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[k] - b[k]).abs().max()) for k in a if k.endswith(only))
 
 
 # From a random start DAN is chaotic: a difference of 1e-16 grows to 1 within some 10 steps at
@@ -65,9 +61,10 @@ def test_two_and_three_ranks_equal_one(
     steps = 50 if case == "partition" else 15
     options = [*task, *EQUAL[case], "train.precision=float64", f"train.max_steps={steps}"]
     options += ["train.epochs=5"]
-    single(tiny("start"), *options, "train.max_steps=1")
+    single(tiny("one"), *options, "train.max_steps=1")
+    start = weights(tmp_path / "one")
     single(tiny("one"), *options)
-    start, one = weights(tmp_path / "start"), weights(tmp_path / "one")
+    one = weights(tmp_path / "one")
     assert largest_difference(start, one, only="weight") > 1e-6  # it was trained
     train(ranks, tiny("many"), *options, cwd=tmp_path)
     assert largest_difference(one, weights(tmp_path / "many")) < 1e-9
@@ -81,9 +78,8 @@ def test_accumulation_gives_the_same_gradient_where_no_batch_statistics_are_in_p
     for micro_batch in (None, 3):
         torch.manual_seed(1)
         engine = Engine(
-            Objective(networks.DAN(8, 2), 8), World(0, 0, 1, 1, torch.device("cpu")),
-            optimizer="sgd", lr=0.0, momentum=0.0, weight_decay=0.0, precision="float64",
-            sync_bn=True, compile=False, global_batch=8, micro_batch=micro_batch, may_skip=False,
+            Objective(NETWORK(8, 2), 8), ALONE, Optim(name="sgd"),
+            StepOptions(global_batch=8, micro_batch=micro_batch, precision="float64"),
         )  # fmt: skip
         for module in engine.objective.modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -214,7 +210,7 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(tiny: Write, tmp_path: Pa
     options = ["train.precision=float64", "train.max_steps=5"]
     one = single(tiny("one"), *options).metrics
     train(3, tiny("three"), *options, cwd=tmp_path)
-    content = newest(tmp_path / "three")
+    content = newest_checkpoint(tmp_path / "three")
     assert content is not None and content[1]["metrics"] == one
     assert one["accuracy"] * 16 == round(one["accuracy"] * 16)
 
@@ -263,32 +259,24 @@ def test_a_checkpoint_of_something_else_is_refused(
         single(tiny("run"), "model.heads=4")
     with pytest.raises(ValueError, match=r"of an earlier run; train\.resume=auto goes on"):
         single(tiny("run"), "train.resume=never")
-    from shards.releases import synthetic
-
     ensure(tmp_path / "other", synthetic.release(80, 16, size=32, seed=8), size=32)
     with pytest.raises(ValueError, match="was trained on other images"):
         single(tiny("run"), f"data.shards={tmp_path / 'other'}")
 
 
-def test_the_command_says_one_line_and_fails(tiny: Write, tmp_path: Path) -> None:
-    script = REPOSITORY / "launch" / "train.py"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    done = run(sys.executable, script, tiny("run"), "train.epoch=1", cwd=tmp_path)
+def test_the_command_prints_one_line_and_fails(tiny: Write, tmp_path: Path) -> None:
+    done = run(sys.executable, SCRIPT, tiny("run"), "train.epoch=1", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "epochs" in done.stderr
-    done = run(sys.executable, *torchrun, script, tiny("run"), "train.global_batch=2", cwd=tmp_path)
-    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    done = run(*torchrun(3), SCRIPT, tiny("run"), "train.global_batch=2", cwd=tmp_path)
     assert done.returncode != 0
-    assert ours == ["error: 3 ranks, more than train.global_batch (2)"]
+    assert errors(done) == ["error: 3 ranks, more than train.global_batch (2)"]
 
 
 def test_a_non_finite_loss_stops_all_ranks_and_names_the_step(tiny: Write, tmp_path: Path) -> None:
-    script = REPOSITORY / "launch" / "train.py"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = ["optim.lr=1e30", "loss.fcn=center"]
-    done = run(sys.executable, *torchrun, script, tiny("run"), *options, cwd=tmp_path)
-    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode != 0 and len(ours) == 1
-    assert "the loss is not finite at step 2 (loss " in ours[0]
+    done = launch("train", 2, tiny("run"), *options, cwd=tmp_path)
+    assert done.returncode != 0 and len(errors(done)) == 1
+    assert "the loss is not finite at step 2 (loss " in errors(done)[0]
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
