@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -42,6 +43,8 @@ tracking: {{enabled: false}}
 
 ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 DAN = ["model.heads=2", "loss.fcn=affinity", "loss.afn=partition"]
+STEPS = ["optim.name=adam", "optim.lr=1e-3", "train.max_steps=4", "train.precision=float32"]
+HALVES = ["train.max_steps=10", "train.checkpoint_every=5"]
 IDENTITY = ["task=identity", "data.sampling=shuffle", "data.pairs=60"]
 
 
@@ -85,6 +88,46 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
         tmp_path_factory, "people", lambda f: pack(release, f, size=32, workers=1, shard_size=20)
     )
     return open_shardset(folder)
+
+
+def trained(factory: pytest.TempPathFactory, name: str, data: ShardSet, options: list[str]) -> Path:
+    """The folder of a tracked run that is trained once a session; its store is beside it."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        config = folder / "run.yaml"
+        config.write_text(TINY.format(shards=data.root, output=folder / "run"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+            assert single(config, *options, "tracking.enabled=true").status == "finished"
+
+    return shared(factory, name, make) / "run"
+
+
+@pytest.fixture(scope="session")
+def dan_run(faces: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DAN of two heads after four steps that tell near images apart; see DAN and STEPS."""
+    return trained(tmp_path_factory, "dan", faces, [*DAN, *STEPS])
+
+
+@pytest.fixture(scope="session")
+def baseline_run(faces: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The baseline after ten steps, one epoch, with the checkpoint of step 5; see HALVES."""
+    return trained(tmp_path_factory, "baseline", faces, HALVES)
+
+
+def copied(run: Path, folder: Path) -> Path:
+    """A run's folder again, for a test that changes it; checkpoints are linked, not copied.
+
+    Checkpoints are only ever replaced by others; whoever writes into one unlinks it first.
+    """
+    folder.mkdir(parents=True)
+    for path in run.iterdir():
+        if path.suffix == ".pt":
+            os.link(path, folder / path.name)
+        elif path.is_file():
+            shutil.copy(path, folder / path.name)
+    return folder
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import SCRIPT, history, outcome, run, single
+from conftest import SCRIPT, copied, history, outcome, run, single
 from dan_dist import train as story
 from dan_dist.config import load_config
 from dan_dist.run import checkpoint
@@ -29,18 +29,23 @@ from dan_dist.tracking.journal import Journal
 Write = Callable[[str], Path]
 
 
+@pytest.mark.parametrize("fault", ["a bit", "cut off"])
 def test_a_damaged_checkpoint_is_passed_over(
-    tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    baseline_run: Path, tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
-    whole = single(tiny("whole")).metrics
-    single(tiny("run"), "train.max_steps=10", "train.checkpoint_every=5")
-    path = step_path(tmp_path / "run", 10)
+    """The run goes on from the one before, and ends as the undisturbed one."""
+    copied(baseline_run, tmp_path / "whole")
+    whole = single(tiny("whole"), "train.max_steps=13").metrics
+    path = step_path(copied(baseline_run, tmp_path / "run"), 10)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1  # torch.load would not notice
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"step-00000010\.pt: .*does not have its checksum"):
+    path.unlink()
+    path.write_bytes(content if fault == "a bit" else content[:1000])
+    line = "does not have its checksum" if fault == "a bit" else "not a readable checkpoint"
+    with pytest.raises(ValueError, match=rf"step-00000010\.pt: .*{line}"):
         checkpoint.load(path)
-    assert single(tiny("run")).metrics == whole
+    assert single(tiny("run"), "train.max_steps=13").metrics == whole
+    assert f"{path}: not a readable checkpoint" in caplog.text
     assert "trying the one before" in caplog.text
 
 
@@ -76,17 +81,18 @@ def test_checkpoints_that_cannot_be_read_are_kept(
     assert own.read_bytes() == b"PK"
 
 
-def test_all_ranks_go_on_from_what_one_has_chosen(tiny: Write, tmp_path: Path) -> None:
+def test_all_ranks_go_on_from_what_one_has_chosen(
+    baseline_run: Path, tiny: Write, tmp_path: Path
+) -> None:
     """A node that sees other files, or older ones, must not go on from them."""
-    config = load_config(tiny("run"), [])
-    single(tiny("run"), "train.max_steps=10", "train.checkpoint_every=5")
-    newest, older = steps_saved(tmp_path / "run")
-    chosen = checkpoint_to_resume(tmp_path / "run", "auto")
+    run, config = copied(baseline_run, tmp_path / "run"), load_config(tiny("run"), [])
+    newest, older = steps_saved(run)
+    chosen = checkpoint_to_resume(run, "auto")
     assert chosen == str(newest)
     newest.unlink()
     with pytest.raises(OSError, match=r"step-00000010\.pt cannot be read: No such file"):
         story.resume(chosen, config, None, None)  # type: ignore[arg-type]
-    newest.write_bytes(older.read_bytes())
+    os.link(older, newest)
     with pytest.raises(ValueError, match=r"step-00000010\.pt is of step 5"):
         story.resume(chosen, config, None, None)  # type: ignore[arg-type]
 
@@ -141,6 +147,7 @@ def test_loading_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["continue", "stop"])
 def test_a_full_disk_costs_a_checkpoint_and_no_more(
     tiny: Write, tmp_path: Path, policy: str
