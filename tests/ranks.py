@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -92,9 +93,13 @@ def free_port() -> int:
 
 
 def _start_server() -> None:
-    """Its own imports follow PYTHONPATH, its threads OMP_NUM_THREADS; it outlives the tests."""
-    from multiprocessing import forkserver
+    """Starts the server, once; in place of one that packing has started, as a process has one.
 
+    Its imports follow PYTHONPATH, its threads OMP_NUM_THREADS.
+    """
+    server = forkserver._forkserver
+    if server._forkserver_pid is not None and server._preload_modules != PRELOADED:
+        server._stop()
     kept = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
     os.environ |= {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
     _context.set_forkserver_preload(PRELOADED)

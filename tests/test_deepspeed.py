@@ -17,7 +17,7 @@ import torch
 from engines import STAGES, ContiguousDDP, build, distance, single_steps, step, train_all
 from ranks import free_port, ranks
 
-from conftest import ALONE, SCRIPT, TINY, run, shared, train
+from conftest import ALONE, SCRIPT, TINY, run, shared, torchrun
 from dan_dist import build as parts
 from dan_dist import train as story
 from dan_dist.config import load_config
@@ -122,8 +122,9 @@ def test_both_launchers_lead_to_the_same_training(two: Path, tiny: Write, tmp_pa
     content = checkpoint.load(step_path(tmp_path / "run", 3))
     assert content["config"]["engine"]["name"] == "deepspeed"
     assert same(learned(tmp_path / "run", 3), learned(two / "ddp", 3))
-    out = train(2, tiny("run"), *OPTIONS, *deepspeed(2), "train.max_steps=5", cwd=tmp_path)
-    assert "resumed after step 3" in out
+    options = [*OPTIONS, *deepspeed(2), "train.max_steps=5"]
+    done = run(*torchrun(2), SCRIPT, tiny("run"), *options, cwd=tmp_path)
+    assert done.returncode == 0 and "resumed after step 3" in done.stdout, done.stderr
     assert same(learned(tmp_path / "run", 5), learned(two / "ddp", 5))
 
 

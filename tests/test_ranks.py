@@ -1,8 +1,10 @@
 """The fork server itself: ranks that find each other, fail, hang and leave nothing behind."""
 
 import os
+import sys
 import threading
 import time
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 
 import pytest
@@ -61,8 +63,19 @@ def test_ranks_that_hang_are_killed(tmp_path: Path) -> None:
 
 def test_the_server_runs_one_thread() -> None:
     """A fork copies the thread that forks, and no other: locks of others would stay locked."""
-    from multiprocessing import forkserver
-
     ranks(1, look_around)
     pid = forkserver._forkserver._forkserver_pid
     assert len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
+
+
+def test_another_server_of_this_process_is_replaced() -> None:
+    """As packing starts one, which has imported nothing."""
+    forkserver._forkserver._stop()
+    get_context("forkserver").set_forkserver_preload(["__main__"])
+    forkserver.ensure_running()
+    (modules,) = ranks(1, imported)
+    assert "torch" in modules and "dan_dist.train" in modules
+
+
+def imported() -> list[str]:
+    return list(sys.modules)

@@ -265,9 +265,10 @@ def test_the_demo_makes_its_own_shards(tmp_path: Path) -> None:
     """The documented command from another working folder, with a smaller budget."""
     options = ["data.synthetic.train=64", "data.synthetic.val=8", "data.synthetic.size=32"]
     small = ["model.image_size=32", "train.global_batch=16", "train.epochs=1", "train.log_every=2"]
-    out = train(2, *options, *small, cwd=tmp_path)
-    assert "drawing 72 faces into data/demo" in out and "finished after 4 steps" in out
-    assert "img/s, waiting for data" in out
+    done = run(*torchrun(2), SCRIPT, *options, *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "drawing 72 faces into data/demo" in done.stdout
+    assert "finished after 4 steps" in done.stdout and "img/s, waiting for data" in done.stdout
     assert (tmp_path / "data" / "demo" / "contact_sheet.png").exists()
     assert (tmp_path / "mlflow.db").exists() and (tmp_path / "runs" / "demo" / "best.pt").exists()
 
