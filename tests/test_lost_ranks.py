@@ -74,6 +74,7 @@ def train_with_fault(fault: Callable[[], None], program: str, words: list[str]) 
         (die, r"rank 1 on \S+ \(evaluation step 1\) has ended or hangs"),
         (fail, r"train-00\.tar: broken"),
     ],
+    ids=["hang", "die", "fail"],
 )
 def test_a_rank_is_lost_in_evaluation(
     tiny: Write, tmp_path: Path, fault: Callable[[], None], line: str
