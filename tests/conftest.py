@@ -20,7 +20,6 @@ from dan_dist import train as story
 from dan_dist.config import load_config
 from dan_dist.distributed.world import World
 from dan_dist.run.folder import newest_checkpoint
-from dan_dist.tracking.store import connect
 from shards.files import locked
 from shards.format import ShardSet, open_shardset
 from shards.packing.writer import pack
@@ -281,23 +280,3 @@ def until(process: subprocess.Popen[str], words: str, timeout_s: float = 90) -> 
             return seen
     timer.cancel()
     raise AssertionError(f"'{words}' was not said:\n{seen}")
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's database with its tables and nothing in them, which takes seconds to make."""
-
-    def make(folder: Path) -> None:
-        folder.mkdir()
-        connect(f"sqlite:///{folder}/mlflow.db")
-
-    return shared(tmp_path_factory, "store", make) / "mlflow.db"
-
-
-@pytest.fixture
-def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of an empty store of the test's own, which MLflow is set to."""
-    shutil.copy(empty_store, tmp_path)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    return uri

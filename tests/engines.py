@@ -1,13 +1,6 @@
-"""What tests/test_deepspeed.py runs on the ranks of one torchrun: DDP and every ZeRO stage.
+"""What tests/test_deepspeed.py runs on two ranks: DDP and every ZeRO stage."""
 
-    torchrun --nproc-per-node=2 tests/engines.py FOLDER CONFIG [section.key=value ...]
-
-Leaves runs in FOLDER/ddp, zero0 …, and in FOLDER/steps.json how far single steps are apart.
-"""
-
-import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +8,11 @@ import torch
 
 from dan_dist import build as parts
 from dan_dist import train as story
-from dan_dist.config import load_config
+from dan_dist.config import EngineChoice, Optim, load_config
 from dan_dist.data.loader import Batch
 from dan_dist.distributed.heartbeat import session
 from dan_dist.distributed.world import World
-from dan_dist.engine.ddp import Engine, StepFlags, StepResult
+from dan_dist.engine.ddp import Engine, StepFlags, StepOptions, StepResult
 from dan_dist.model.dan import DAN
 from dan_dist.model.losses import Objective
 from dan_dist.run.checkpoint import to_cpu
@@ -40,20 +33,23 @@ class ContiguousDDP(Engine):
         return wrapped
 
 
-def build(world: World, stage: int | None, optimizer: str, **changes: Any) -> Engine:
+def build(
+    world: World, stage: int | None, optimizer: str, *, clip_norm: float | None = 1.0,
+    may_skip: bool = False, extra: dict[str, Any] | None = None,
+) -> Engine:  # fmt: skip
     """A fresh engine, always with the same weights; stage None: DDP."""
     torch.manual_seed(0)
     objective = Objective(DAN(CLASSES, 2), CLASSES, fcn="affinity", afn="partition")
-    options: dict[str, Any] = {
-        "optimizer": optimizer, "lr": LR[optimizer], "momentum": 0.9, "weight_decay": 0.0,
-        "precision": "float32", "sync_bn": True, "compile": False, "global_batch": GLOBAL_BATCH,
-        "micro_batch": 4 // world.size, "may_skip": False, "clip_norm": 1.0, **changes,
-    }  # fmt: skip
+    optim = Optim.model_validate(
+        {"name": optimizer, "lr": LR[optimizer], "momentum": 0.9, "clip_norm": clip_norm}
+    )
+    options = StepOptions(global_batch=GLOBAL_BATCH, micro_batch=4 // world.size, may_skip=may_skip)
     if stage is None:
-        return ContiguousDDP(objective, world, **options)
+        return ContiguousDDP(objective, world, optim, options)
     from dan_dist.engine.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(objective, world, zero_stage=stage, **{"extra": {}, **options})
+    choice = EngineChoice(name="deepspeed", zero_stage=stage, deepspeed=extra or {})
+    return DeepSpeedEngine(objective, world, optim, options, choice)
 
 
 def step(engine: Engine, number: int, *, poison: float = 0.0) -> StepResult:
@@ -94,8 +90,11 @@ def single_steps(world: World) -> dict[str, dict[str, float]]:
     return found
 
 
-def main(folder: Path, config: Path, overrides: list[str]) -> None:
-    """Each engine from the start to step 3, then each from where another one stopped to step 5."""
+def train_all(folder: Path, config: Path, overrides: list[str]) -> dict[str, dict[str, float]]:
+    """Each engine from the start to step 3, then each from where another one stopped to step 5.
+
+    Leaves their runs in FOLDER/ddp, 0 …, 0-ddp …; returns how far single steps are apart.
+    """
     vars(parts)["Engine"] = ContiguousDDP
     with session("cpu", timeout_s=60, on_loss=print) as (world, heart):
 
@@ -106,20 +105,14 @@ def main(folder: Path, config: Path, overrides: list[str]) -> None:
             story.run(load_config(config, options), world, StopRequest(), heart)
 
         engines = ["ddp", *map(str, STAGES)]
+        pairs = list(zip([*engines[1:], engines[0]], engines, strict=True))
         for engine in engines:
             run(engine, engine, 3)
         if world.is_main:
-            for before, engine in zip([*engines[1:], engines[0]], engines, strict=True):
+            for before, engine in pairs:
                 shutil.copytree(folder / before, folder / f"{before}-{engine}")
         torch.distributed.barrier()
-        for before, engine in zip([*engines[1:], engines[0]], engines, strict=True):
+        for before, engine in pairs:
             run(f"{before}-{engine}", engine, 5)
         run("ddp", "ddp", 5)
-        if world.is_main:
-            (folder / "steps.json").write_text(json.dumps(single_steps(world)))
-        else:
-            single_steps(world)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+        return single_steps(world)

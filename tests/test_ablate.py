@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chaos import Server
+from mlflow_server import Server
 from scipy.stats import binomtest
 
 from conftest import LAUNCH, REPOSITORY, run

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from conftest import run, train
+from conftest import SCRIPT, run, train
 from dan_dist.data import cache
 from dan_dist.data.cache import localise
 from shards.format import MANIFEST, ShardSet, open_shardset
 from shards.verify import verify
+
+COPY = "from dan_dist.data.cache import localise; import sys; print(localise(*sys.argv[1:]))"
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -99,9 +101,8 @@ def test_training_from_s3(bucket: str, tiny: Callable[[str], Path], tmp_path: Pa
     printed = train(2, tiny("s3"), f"data.shards={bucket}", f"data.cache={tmp_path / 'cache'}",
                     "train.epochs=1", cwd=tmp_path)  # fmt: skip
     assert "finished after 10 steps" in printed
-    done = run(sys.executable, "-c",
-               "from dan_dist.cache import localise; import sys; localise(*sys.argv[1:])",
-               f"{bucket}/elsewhere", tmp_path / "cache", cwd=tmp_path)  # fmt: skip
+    elsewhere = f"{bucket}/elsewhere"
+    done = run(sys.executable, "-c", COPY, elsewhere, tmp_path / "cache", cwd=tmp_path)
     assert f"FileNotFoundError: {bucket}/elsewhere/manifest.json not found" in done.stderr
 
 
@@ -129,9 +130,7 @@ def test_processes_at_once_share_one_copy(
     web: tuple[str, Path, list[str]], faces: ShardSet, tmp_path: Path
 ) -> None:
     url, _, asked = web
-    command = [sys.executable, "-c",
-               "from dan_dist.cache import localise; import sys; print(localise(*sys.argv[1:]))",
-               url, str(tmp_path / "cache")]  # fmt: skip
+    command = [sys.executable, "-c", COPY, url, str(tmp_path / "cache")]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     copies = {process.communicate(timeout=60)[0].strip() for process in processes}
     assert len(copies) == 1 and same(copies.pop(), faces)
@@ -204,7 +203,7 @@ def test_a_url_runs_nothing_and_opens_nothing_else(source: str, tmp_path: Path) 
 def test_a_url_needs_a_cache(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.shards https://host/set is remote: set data\.cac"):
         localise("https://host/set", None)
-    done = run(sys.executable, Path(__file__).parent.parent / "launch" / "train.py", tiny("x"),
+    done = run(sys.executable, SCRIPT, tiny("x"),
                "data.shards=https://host/set", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 2 and "error: data.shards https://host/set is remote" in done.stderr
 
@@ -216,7 +215,7 @@ def test_a_full_disk_says_how_much_is_needed(faces: ShardSet, tmp_path: Path, si
         pytest.skip("mounting needs root")
     disk = tmp_path / "disk"
     disk.mkdir()
-    script = ("from dan_dist.cache import localise; import sys\n"
+    script = ("from dan_dist.data.cache import localise; import sys\n"
               "try: localise(*sys.argv[1:])\nexcept OSError as error: print(error)")  # fmt: skip
     (tmp_path / "fill.py").write_text(script)
     command = (f"mount -t tmpfs -o size={size_kb}k tmpfs {disk}; "

@@ -12,28 +12,40 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import SCRIPT, history, outcome, run, single
+from conftest import SCRIPT, copied, history, outcome, run, single
 from dan_dist import train as story
 from dan_dist.config import load_config
 from dan_dist.run import checkpoint
-from dan_dist.run.folder import Writer, alone, step_path, steps_saved
+from dan_dist.run import folder as folders
+from dan_dist.run.folder import (
+    CheckpointWriter,
+    checkpoint_to_resume,
+    run_folder,
+    step_path,
+    steps_saved,
+)
 from dan_dist.tracking.journal import Journal
 
 Write = Callable[[str], Path]
 
 
+@pytest.mark.parametrize("fault", ["a bit", "cut off"])
 def test_a_damaged_checkpoint_is_passed_over(
-    tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    baseline_run: Path, tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
-    whole = single(tiny("whole")).metrics
-    single(tiny("run"), "train.max_steps=10", "train.checkpoint_every=5")
-    path = step_path(tmp_path / "run", 10)
+    """The run goes on from the one before, and ends as the undisturbed one."""
+    copied(baseline_run, tmp_path / "whole")
+    whole = single(tiny("whole"), "train.max_steps=13").metrics
+    path = step_path(copied(baseline_run, tmp_path / "run"), 10)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1  # torch.load would not notice
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"step-00000010\.pt: .*does not have its checksum"):
+    path.unlink()
+    path.write_bytes(content if fault == "a bit" else content[:1000])
+    line = "does not have its checksum" if fault == "a bit" else "not a readable checkpoint"
+    with pytest.raises(ValueError, match=rf"step-00000010\.pt: .*{line}"):
         checkpoint.load(path)
-    assert single(tiny("run")).metrics == whole
+    assert single(tiny("run"), "train.max_steps=13").metrics == whole
+    assert f"{path}: not a readable checkpoint" in caplog.text
     assert "trying the one before" in caplog.text
 
 
@@ -69,19 +81,20 @@ def test_checkpoints_that_cannot_be_read_are_kept(
     assert own.read_bytes() == b"PK"
 
 
-def test_all_ranks_go_on_from_what_one_has_chosen(tiny: Write, tmp_path: Path) -> None:
+def test_all_ranks_go_on_from_what_one_has_chosen(
+    baseline_run: Path, tiny: Write, tmp_path: Path
+) -> None:
     """A node that sees other files, or older ones, must not go on from them."""
-    config = load_config(tiny("run"), [])
-    single(tiny("run"), "train.max_steps=10", "train.checkpoint_every=5")
-    newest, older = steps_saved(tmp_path / "run")
-    chosen = story.choose(config)
+    run, config = copied(baseline_run, tmp_path / "run"), load_config(tiny("run"), [])
+    newest, older = steps_saved(run)
+    chosen = checkpoint_to_resume(run, "auto")
     assert chosen == str(newest)
     newest.unlink()
     with pytest.raises(OSError, match=r"step-00000010\.pt cannot be read: No such file"):
-        story.resume(config, None, None, chosen)  # type: ignore[arg-type]
-    newest.write_bytes(older.read_bytes())
+        story.resume(chosen, config, None, None)  # type: ignore[arg-type]
+    os.link(older, newest)
     with pytest.raises(ValueError, match=r"step-00000010\.pt is of step 5"):
-        story.resume(config, None, None, chosen)  # type: ignore[arg-type]
+        story.resume(chosen, config, None, None)  # type: ignore[arg-type]
 
 
 def test_the_best_checkpoint_is_there_whenever_another_says_so(
@@ -95,16 +108,14 @@ def test_the_best_checkpoint_is_there_whenever_another_says_so(
         save(path, content)
         written.append(f"{path.name} {content['best']}")
 
-    monkeypatch.setattr(checkpoint, "save", dying)
-    writer = Writer(tmp_path, keep=2, stop_on_error=False)
-    writer.write(5, {"step": 5, "best": 1, "optimizer": {}}, is_best=True)
-    writer.write(10, {"step": 10, "best": 2, "optimizer": {}}, is_best=True)
-    writer.wait()
-    assert writer.saved == 5 and "the one before stays" in caplog.text
-    monkeypatch.setattr(checkpoint, "save", lambda p, c: written.append(f"{p.name} {c['best']}"))
-    writer.write(15, {"step": 15, "best": 2, "optimizer": {}}, is_best=False)
-    writer.wait()
-    writer.close()
+    monkeypatch.setattr(folders, "save", dying)
+    with CheckpointWriter(tmp_path, keep=2, stop_on_error=False) as writer:
+        writer.write(5, {"step": 5, "best": 1, "optimizer": {}}, is_best=True)
+        writer.write(10, {"step": 10, "best": 2, "optimizer": {}}, is_best=True)
+        writer.wait()
+        assert writer.saved == 5 and "the one before stays" in caplog.text
+        monkeypatch.setattr(folders, "save", lambda p, c: written.append(f"{p.name} {c['best']}"))
+        writer.write(15, {"step": 15, "best": 2, "optimizer": {}}, is_best=False)
     assert written == [
         "best.pt 1", "step-00000005.pt 1", "best.pt 2", "step-00000015.pt 2"
     ]  # fmt: skip
@@ -136,6 +147,7 @@ def test_loading_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["continue", "stop"])
 def test_a_full_disk_costs_a_checkpoint_and_no_more(
     tiny: Write, tmp_path: Path, policy: str
@@ -168,7 +180,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
     assert "the one before stays, training goes on" in done.stdout and "step 14 loss" in done.stdout
     assert '"failed", "step": 4, "reason": "all 14 steps' in between, between
     assert "error: all 14 steps are done, but the last checkpoint" in done.stderr
-    assert "journal.jsonl: No space left on device; what it is to hold waits" in done.stdout
+    assert "journal.jsonl: No space left on device; its records wait in memory" in done.stdout
     points = history(f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert [step for step, _ in points] == list(range(1, 21))
 
@@ -179,7 +191,7 @@ def test_two_trainings_do_not_write_into_one_folder(tiny: Write, tmp_path: Path)
         single(tiny("run"), "tracking.enabled=true", "train.max_steps=1")
     journal.close()
     with (
-        alone(tmp_path / "other"),
+        run_folder(tmp_path / "other"),
         pytest.raises(OSError, match="other is in use by another process"),
     ):
         single(tiny("other"), "train.max_steps=1")

@@ -2,9 +2,11 @@
 
 import io
 import os
+import resource
 import shutil
 import threading
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,21 +18,32 @@ from torchvision.transforms import v2
 
 from dan_dist.data import loader as data
 from dan_dist.data.augment import ERASE_RATIO, MEAN, STD, UNIFORMS, Augment, placements
-from dan_dist.data.loader import ADVISED_AHEAD, Batch, Loader, evaluation_loader, train_loader
+from dan_dist.data.loader import ADVISED_AHEAD, Batch, Loader, evaluation_loader
 from dan_dist.data.order import TrainOrder
-from dan_dist.data.sampler import augmentation_uniforms
+from dan_dist.data.reader import Reader
+from dan_dist.data.sampler import augmentation_uniforms, rank_columns
 from shards.format import ShardSet, Split, open_shardset
 
 CPU = torch.device("cpu")
 AUGMENT = Augment(0.5, 0.7, 20, (0.8, 1.0), 0.2, 0.5)
 
 
-def training(split: Split, *, rank: int = 0, world: int = 1, start: int = 0, **change) -> Loader:
-    options = {
-        "global_batch": 12, "seed": 3, "balanced": True, "augment": AUGMENT, "max_bad": 0,
-        "image_size": 32, "shard_image_size": 32, "device": CPU, "threads": 1,
-    } | change  # fmt: skip
-    return train_loader(split, rank=rank, world_size=world, start=start, **options)
+def training(
+    split: Split, *, rank: int = 0, world: int = 1, global_batch: int = 12, max_bad: int = 0,
+    augment: Augment = AUGMENT, threads: int = 1, start: int = 0,
+) -> Loader:  # fmt: skip
+    columns = rank_columns(global_batch, rank, world)
+    order = TrainOrder(split, columns, global_batch=global_batch, seed=3, balanced=True)
+    return Loader(
+        Reader(split, max_bad), order, image_size=32, augment=augment, device=CPU,
+        threads=threads, start=start,
+    )  # fmt: skip
+
+
+def evaluation(split: Split, *, rank: int = 0, world: int = 1, image_size: int = 32) -> Loader:
+    return evaluation_loader(
+        split, rank=rank, world_size=world, image_size=image_size, device=CPU, threads=1
+    )
 
 
 def take(loader: Loader, steps: int) -> list[Batch]:
@@ -58,7 +71,7 @@ def test_every_world_size_sees_the_same_global_batches(
 
 @pytest.mark.parametrize("start", [1, 6, 10])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_resumed_stream_goes_on_as_if_never_stopped(
+def test_a_resumed_loader_goes_on_as_if_never_stopped(
     faces: ShardSet, uninterrupted: list[Batch], start: int, threads: int
 ) -> None:
     resumed = take(training(faces.split("train"), start=start, threads=threads), 15 - start)
@@ -75,10 +88,8 @@ def test_evaluation_gives_every_image_once(
     for repeat in range(2):  # two passes: nothing is left over from the first
         ids: list[int] = []
         for rank in range(world):
-            loader, steps = evaluation_loader(
-                split, rank=rank, world_size=world, image_size=32, shard_image_size=32,
-                device=CPU, threads=1,
-            )  # fmt: skip
+            loader = evaluation(split, rank=rank, world=world)
+            steps = loader.order.steps
             batches = take(loader, steps * (repeat + 1))[steps * repeat :]
             for batch in batches:
                 real = batch.labels >= 0
@@ -99,11 +110,7 @@ def pillow(split: Split, sample: int) -> Image.Image:
 
 def test_evaluation_pixels_are_pillows_and_normalised(faces: ShardSet) -> None:
     split = faces.split("val")
-    loader, _ = evaluation_loader(
-        split, rank=0, world_size=1, image_size=32, shard_image_size=32,
-        device=CPU, threads=1,
-    )  # fmt: skip
-    (batch,) = take(loader, 1)
+    (batch,) = take(evaluation(split), 1)
     transform = v2.Compose(
         [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     )
@@ -172,7 +179,7 @@ def damage(faces: ShardSet, folder: Path, kind: str, samples: list[int]) -> Spli
         else:  # zeros, with a checksum that agrees: only the decoder notices
             data[start : start + size] = bytes(size)
             index = np.load(folder / "index-train.npy")
-            index[sample]["crc32"] = __import__("zlib").crc32(bytes(size))
+            index[sample]["crc32"] = zlib.crc32(bytes(size))
             np.save(folder / "index-train.npy", index)
         path.write_bytes(data)
     return open_shardset(folder).split("train")
@@ -185,8 +192,8 @@ def test_damaged_images_are_replaced_within_their_class(
     whole = faces.split("train")
     bad = [0, 25, 26]
     split = damage(faces, tmp_path / "damaged", kind, bad)
-    streams = [training(split, max_bad=5) for _ in range(2)]
-    ours, again = (take(s, 12) for s in streams)
+    loaders = [training(split, max_bad=5) for _ in range(2)]
+    ours, again = (take(loader, 12) for loader in loaders)
     reference = take(training(whole), 12)
     replaced = 0
     for a, b, whole_batch in zip(ours, again, reference, strict=True):
@@ -197,9 +204,9 @@ def test_damaged_images_are_replaced_within_their_class(
         assert same[~hit].all()
         replaced += (hit & ~same).sum()
     assert replaced > 0
-    assert set(streams[0].reader.bad) <= set(bad)
+    assert set(loaders[0].reader.bad) <= set(bad)
     named = {record.args[0] for record in caplog.records}
-    assert {whole.key(s) for s in streams[0].reader.bad} <= named
+    assert {whole.key(sample) for sample in loaders[0].reader.bad} <= named
 
 
 @pytest.mark.parametrize("kind", ["flipped", "undecodable"])
@@ -211,11 +218,7 @@ def test_past_the_limit_the_image_is_named(faces: ShardSet, tmp_path: Path, kind
 
 
 def test_other_sizes_are_resized_in_one_linear_step(faces: ShardSet) -> None:
-    loader, _ = evaluation_loader(
-        faces.split("val"), rank=0, world_size=1, image_size=64,
-        shard_image_size=faces.image_size, device=CPU, threads=1,
-    )  # fmt: skip
-    (batch,) = take(loader, 1)
+    (batch,) = take(evaluation(faces.split("val"), image_size=64), 1)
     assert batch.images.shape == (16, 3, 64, 64)
     image = pillow(faces.split("val"), 0).resize((64, 64), Image.Resampling.BILINEAR)
     scale, mean = torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1)
@@ -223,26 +226,41 @@ def test_other_sizes_are_resized_in_one_linear_step(faces: ShardSet) -> None:
     assert (ours - v2.functional.pil_to_tensor(image)).abs().mean() < 1
 
 
-def test_the_kernel_is_told_of_reads_well_ahead(
+def test_the_kernel_knows_of_reads_well_ahead(
     faces: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split, told, lock = faces.split("train"), [], threading.Lock()
+    split, advised, lock = faces.split("train"), [], threading.Lock()
 
     def note(file: int, offset: int, size: int, advice: int) -> None:
         assert advice == os.POSIX_FADV_WILLNEED
         with lock:
-            told.append((str(Path(f"/proc/self/fd/{file}").readlink()), offset, size))
+            advised.append((str(Path(f"/proc/self/fd/{file}").readlink()), offset, size))
 
-    monkeypatch.setattr(data.os, "posix_fadvise", note)
+    monkeypatch.setattr(os, "posix_fadvise", note)
     loader = training(split)
     next(loader)
     deadline = time.monotonic() + 10
-    while len(told) < 12 * (ADVISED_AHEAD + 1) and time.monotonic() < deadline:
+    while len(advised) < 12 * (ADVISED_AHEAD + 1) and time.monotonic() < deadline:
         time.sleep(0.01)
     loader.close()
     order = TrainOrder(split, slice(None), global_batch=12, seed=3, balanced=True)
     for step in range(ADVISED_AHEAD + 1):
         for row in split.index[order(step).ids]:
             own = str(split.path(row["shard"])), row["offset"], row["size"]
-            assert own in told
+            assert own in advised
     order.close()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_ten_thousand_steps(faces: ShardSet) -> None:
+    def resident_mib() -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20
+
+    with training(faces.split("train"), global_batch=8) as loader:
+        for _ in range(1000):
+            next(loader)
+        before = resident_mib()
+        for _ in range(10_000):
+            next(loader)
+        assert resident_mib() - before < 20

@@ -7,7 +7,6 @@ makes much of a last bit), with DDP's weights laid out in memory as DeepSpeed la
 import json
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from engines import STAGES, ContiguousDDP, build, distance, single_steps, step
+from engines import STAGES, ContiguousDDP, build, distance, single_steps, step, train_all
+from ranks import free_port, ranks
 
-from conftest import REPOSITORY, TINY, run, train
+from conftest import ALONE, SCRIPT, TINY, run, shared, torchrun
 from dan_dist import build as parts
 from dan_dist import train as story
 from dan_dist.config import load_config
-from dan_dist.distributed.world import World, init_world
+from dan_dist.distributed.world import init_world
 from dan_dist.run import checkpoint
 from dan_dist.run.checkpoint import to_cpu
 from dan_dist.run.folder import step_path
@@ -29,7 +29,6 @@ from shards.format import ShardSet
 
 Write = Callable[[str], Path]
 OPTIONS = ["optim.name=adam", "optim.lr=1e-3", "train.precision=float32"]
-ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 
 
 def deepspeed(stage: int) -> list[str]:
@@ -37,7 +36,7 @@ def deepspeed(stage: int) -> list[str]:
 
 
 def learned(folder: Path, steps: int) -> dict[str, Any]:
-    """All that a checkpoint says of what was learned, and how good it is."""
+    """What a checkpoint holds of weights and optimiser, and how good they are."""
     content = checkpoint.load(step_path(folder, steps))
     return {key: content[key] for key in ("objective", "optimizer", "metrics", "step")}
 
@@ -51,18 +50,18 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two(faces: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of tests/engines.py on two ranks."""
-    folder = tmp_path_factory.mktemp("two")
-    config = folder / "tiny.yaml"
-    config.write_text(TINY.format(shards=faces.root, output=folder / "unused"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    script = REPOSITORY / "tests" / "engines.py"
-    done = run(*torchrun, "--nproc-per-node=2", script, folder, config, *OPTIONS,
-               cwd=folder, timeout_s=240)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        config = folder / "tiny.yaml"
+        config.write_text(TINY.format(shards=faces.root, output=folder / "unused"))
+        steps, _ = ranks(2, train_all, folder, config, OPTIONS, timeout_s=240)
+        (folder / "steps.json").write_text(json.dumps(steps))
+
+    return shared(tmp_path_factory, "two", make)
 
 
 def test_two_ranks_equal_ddp(two: Path) -> None:
@@ -115,19 +114,17 @@ def test_a_skipped_step_leaves_the_next_ones_as_they_are(stage: int) -> None:
 
 
 def test_both_launchers_lead_to_the_same_training(two: Path, tiny: Write, tmp_path: Path) -> None:
-    with socket.socket() as probe:  # DeepSpeed's default port is taken now and then
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = Path(sys.executable).with_name("deepspeed")
-    done = run(launcher, "--no_local_rank", "--num_accelerators", "2", "--master_port", str(port),
-               REPOSITORY / "launch" / "train.py", tiny("run"), *OPTIONS, "train.max_steps=3",
-               cwd=tmp_path, timeout_s=120)  # fmt: skip
+    done = run(launcher, "--no_local_rank", "--num_accelerators", "2",
+               "--master_port", str(free_port()),  # its default is taken now and then
+               SCRIPT, tiny("run"), *OPTIONS, "train.max_steps=3", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     content = checkpoint.load(step_path(tmp_path / "run", 3))
     assert content["config"]["engine"]["name"] == "deepspeed"
     assert same(learned(tmp_path / "run", 3), learned(two / "ddp", 3))
-    out = train(2, tiny("run"), *OPTIONS, *deepspeed(2), "train.max_steps=5", cwd=tmp_path)
-    assert "resumed after step 3" in out
+    options = [*OPTIONS, *deepspeed(2), "train.max_steps=5"]
+    done = run(*torchrun(2), SCRIPT, tiny("run"), *options, cwd=tmp_path)
+    assert done.returncode == 0 and "resumed after step 3" in done.stdout, done.stderr
     assert same(learned(tmp_path / "run", 5), learned(two / "ddp", 5))
 
 
@@ -160,7 +157,9 @@ def test_configurations_that_cannot_be(tiny: Write, key: str, line: str) -> None
         story.main(config)
 
 
-def test_other_things_that_cannot_be(tiny: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_is_refused_and_the_device_is_the_trainings(
+    tiny: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match=r"float64 needs engine\.name=ddp"):
         load_config(tiny("run"), [*deepspeed(1), "train.precision=float64"])
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")

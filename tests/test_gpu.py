@@ -13,7 +13,9 @@ from conftest import DAN
 from dan_dist import train as story
 from dan_dist.config import load_config
 from dan_dist.data.augment import Augment
-from dan_dist.data.loader import Batch, train_loader
+from dan_dist.data.loader import Batch, Loader
+from dan_dist.data.order import TrainOrder
+from dan_dist.data.reader import Reader
 from shards.format import ShardSet
 
 pytestmark = [
@@ -24,14 +26,13 @@ AUGMENT = Augment(flip_p=0.5, affine_p=0.7, degrees=20, scale=(0.8, 1.0), transl
 
 
 def batches(faces: ShardSet, device: str, augment: Augment) -> list[Batch]:
-    loader = train_loader(
-        faces.split("train"), rank=0, world_size=1, global_batch=16, seed=1, balanced=True,
-        augment=augment, max_bad=0, start=0, image_size=32, shard_image_size=32,
-        device=torch.device(device), threads=2,
-    )  # fmt: skip
-    taken = [next(loader) for _ in range(8)]
-    loader.close()
-    return taken
+    split = faces.split("train")
+    order = TrainOrder(split, slice(None), global_batch=16, seed=1, balanced=True)
+    place = torch.device(device)
+    with Loader(
+        Reader(split, max_bad=0), order, image_size=32, augment=augment, device=place, threads=2
+    ) as loader:
+        return [next(loader) for _ in range(8)]
 
 
 @pytest.mark.parametrize("erase_p", [0.0, 1.0])

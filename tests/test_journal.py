@@ -1,4 +1,4 @@
-"""What MLflow is told by way of the journal, whatever becomes of server, disk and process."""
+"""What reaches MLflow through the journal, whatever becomes of server, disk and process."""
 
 import sys
 import time
@@ -13,8 +13,10 @@ from conftest import history, run, single
 from dan_dist.tracking import tracker as tracking
 from dan_dist.tracking.journal import Journal, read_records, read_sent
 from dan_dist.tracking.sender import Sender
+from dan_dist.tracking.tracker import RunRecord
 
 Write = Callable[[str], Path]
+RECORD = RunRecord(experiment="e", name="n", params={}, config={})
 
 
 def test_a_journal_forgets_a_torn_line_and_nothing_else(tmp_path: Path) -> None:
@@ -39,7 +41,7 @@ def test_a_journal_forgets_a_torn_line_and_nothing_else(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
-def test_a_server_that_was_away_is_told_everything_once(
+def test_a_server_that_was_away_gets_every_record_once(
     tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import mlflow
@@ -69,21 +71,21 @@ def test_a_server_that_was_away_is_told_everything_once(
     assert client.get_logged_model(model.model_id).status == "READY"
 
 
-def test_what_is_told_does_not_depend_on_interruptions(tiny: Write, tmp_path: Path) -> None:
+def test_recorded_metrics_do_not_depend_on_interruptions(tiny: Write, tmp_path: Path) -> None:
     options = ["tracking.enabled=true", "train.log_every=5", "train.max_steps=10"]
     single(tiny("whole"), *options)
     single(tiny("parts"), *options, "train.max_steps=3")
     single(tiny("parts"), *options, "train.max_steps=8", "train.checkpoint_every=4")
     single(tiny("parts"), *options)
 
-    def format_metrics(name: str) -> list[Any]:
+    def recorded(name: str) -> list[Any]:
         records = [r for r in read_records(tmp_path / name) if r["kind"] == "metrics"]
         kept = [(r["step"], r["values"]) for r in records]
         return [(step, v["train/loss"], v["train/gradient_norm"]) for step, v in kept
                 if "train/loss" in v]  # fmt: skip
 
-    assert [step for step, *_ in format_metrics("whole")] == [5, 10]
-    assert format_metrics("parts") == format_metrics("whole")
+    assert [step for step, *_ in recorded("whole")] == [5, 10]
+    assert recorded("parts") == recorded("whole")
 
 
 class FullDisk(FileIO):
@@ -100,7 +102,7 @@ def test_a_journal_waits_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     journal._file = FullDisk(tmp_path / "journal.jsonl", "ab+")
     for step in (1, 2):
         journal.append("metrics", values={"a": 1.0}, step=step)
-    assert caplog.text.count("what it is to hold waits") == 1
+    assert caplog.text.count("its records wait in memory") == 1
     assert [r["kind"] for r in journal.pending] == ["run"]  # nothing is sent before it is kept
     assert [r["kind"] for r in read_records(tmp_path)] == ["journal", "run"]
     journal._file = whole
@@ -141,12 +143,9 @@ def test_journals_from_elsewhere(
     assert not list((tmp_path / "mlruns").rglob("secret"))
     run_id = read_sent(tmp_path / "run")[1]
     (tmp_path / "run" / "journal.jsonl").unlink()
-    tracker = tracking.MlflowTracker(
-        tmp_path / "run", run_id=run_id, experiment="dan_dist", run_name=None, parent=None,
-        params={}, tags={}, config={},
-    )  # fmt: skip
-    tracker.metrics({"train/loss": 2.0}, 2)
-    tracker.end("FINISHED")
+    with tracking.MlflowTracker(tmp_path / "run", RECORD, run_id=run_id) as tracker:
+        tracker.metrics({"train/loss": 2.0}, 2)
+        tracker.conclude("FINISHED")
     assert history(uri) == [(1, 1.0), (2, 2.0)]
     assert mlflow.MlflowClient(uri).get_run(run_id).info.status == "FINISHED"
 
@@ -175,19 +174,11 @@ def test_a_server_that_hangs_delays_nothing(
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{listener.getsockname()[1]}")
-        tracker = tracking.MlflowTracker(
-            tmp_path / "run",
-            experiment="e",
-            run_name=None,
-            parent=None,
-            params={},
-            tags={},
-            config={},
-        )
-        began = time.monotonic()
-        for step in range(50):
-            tracker.metrics({"train/loss": 1.0}, step)
-        assert time.monotonic() - began < 1.0
-        tracker.end("KILLED")
+        with tracking.MlflowTracker(tmp_path / "run", RECORD) as tracker:
+            began = time.monotonic()
+            for step in range(50):
+                tracker.metrics({"train/loss": 1.0}, step)
+            assert time.monotonic() - began < 1.0
+            tracker.conclude("KILLED")
         assert time.monotonic() - began < 3.0
     assert len(Journal(tmp_path / "run").pending) == 53

@@ -25,7 +25,7 @@ class TrainState:
 
     @classmethod
     def from_checkpoint(cls, content: Mapping[str, Any]) -> "TrainState":
-        """The state in a checkpoint; a field that earlier versions did not write has its default."""
+        """The state in a checkpoint; fields that earlier versions lack have their defaults."""
         return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
 
     def as_dict(self) -> dict[str, Any]:

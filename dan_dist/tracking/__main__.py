@@ -1,4 +1,4 @@
-"""Sends the records of a run that MLflow has missed: python -m dan_dist.tracking replay RUN_FOLDER"""
+"""Sends the records that MLflow has missed: python -m dan_dist.tracking replay RUN_FOLDER"""
 
 import argparse
 import sys

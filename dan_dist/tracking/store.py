@@ -23,7 +23,7 @@ PARENT_S = 30  # within which who claimed to make a parent has made it, if it li
 
 
 def store() -> tuple[str, str | None]:
-    """MLflow's address, and the place of a new experiment's artifacts in a store of ours, else None.
+    """MLflow's address, and the place of new artifacts in a store of ours, else None.
 
     MLFLOW_TRACKING_URI, or `mlflow.db` and `mlruns` in the working folder.
     """

@@ -1,0 +1,95 @@
+"""The faults that tests/chaos.py injects into a running training."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from chaos_runs import TOTAL, Attempt, Campaign
+
+from dan_dist.run.folder import steps_saved
+
+
+def sigkill_rank(campaign: Campaign, attempt: Attempt) -> None:
+    for worker in campaign.dice.sample(attempt.workers(), 1):
+        worker.kill()
+    assert attempt.end() != 0 or '"finished"' in campaign.outcome(), attempt.text
+
+
+def sigkill_all(campaign: Campaign, attempt: Attempt) -> None:
+    time.sleep(campaign.dice.uniform(0, 0.2))  # in the middle of a step, a checkpoint …
+    attempt.process.kill()  # the workers end with it
+    attempt.end()
+
+
+def sigterm(campaign: Campaign, attempt: Attempt) -> None:
+    attempt.process.send_signal(signal.SIGTERM)  # to torchrun, as a scheduler does
+    attempt.end()
+    assert '"preempted"' in campaign.outcome() or '"finished"' in campaign.outcome(), attempt.text
+
+
+def sigusr1(campaign: Campaign, attempt: Attempt) -> None:
+    for worker in campaign.dice.sample(attempt.workers(), 1):  # to any rank
+        worker.send_signal(signal.SIGUSR1)
+    assert attempt.end() == 0, attempt.text
+    assert '"preempted"' in campaign.outcome() or '"finished"' in campaign.outcome(), attempt.text
+
+
+def corrupt_checkpoint(campaign: Campaign, attempt: Attempt) -> None:
+    attempt.reach(15)  # two are written by then: where none can be read, a run refuses to go on
+    sigkill_all(campaign, attempt)
+    for path in steps_saved(campaign.output)[:1]:
+        at = campaign.dice.randrange(path.stat().st_size)
+        if campaign.dice.random() < 0.3:
+            os.truncate(path, at)
+        else:
+            with path.open("r+b") as file:
+                file.seek(at)
+                file.write(campaign.dice.randbytes(2000))
+
+
+def truncate_shard(campaign: Campaign, attempt: Attempt) -> None:
+    shards = campaign.folder / "shards"
+    # the largest class; persons are mixed in all shards
+    tars = sorted(shards.glob("train-01-*.tar")) or sorted(shards.glob("train-*.tar"))
+    originals = {path: path.read_bytes() for path in tars}
+    for path in tars:
+        os.truncate(path, 1024)
+    code = attempt.end()
+    text = attempt.text
+    for path, content in originals.items():
+        path.write_bytes(content)
+    if '"finished"' not in campaign.outcome():  # the last steps were read in advance
+        assert code != 0 and "are damaged" in text, text
+        assert any(path.name in text for path in tars), text
+
+
+def tracker_outage(campaign: Campaign, attempt: Attempt) -> None:
+    server = campaign.server
+    assert server is not None
+    hangs = campaign.dice.random() < 0.5
+    if hangs:
+        os.killpg(server.process.pid, signal.SIGSTOP)
+    else:
+        server.stop()
+    go_on = attempt.reach(min(attempt.step + 8, TOTAL - 1))
+    if hangs:
+        os.killpg(server.process.pid, signal.SIGCONT)
+    else:
+        server.start()
+    if go_on:
+        sigkill_all(campaign, attempt)
+    else:
+        attempt.end()
+
+
+def resize(campaign: Campaign, attempt: Attempt) -> None:
+    """The attempt had one, two or three ranks; the next one has another number."""
+    campaign.dice.choice([sigterm, sigkill_rank, sigkill_all])(campaign, attempt)
+
+
+KINDS: dict[str, Callable[[Campaign, Attempt], None]] = {
+    f.__name__: f
+    for f in (sigkill_rank, sigkill_all, sigterm, sigusr1, corrupt_checkpoint, truncate_shard,
+              tracker_outage, resize)
+}  # fmt: skip

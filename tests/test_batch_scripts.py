@@ -1,0 +1,68 @@
+"""The batch scripts without a Slurm: what becomes of a job, sick nodes, their usage."""
+
+import os
+import re
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import REPOSITORY
+
+NO_SLURM = """
+source "$DAN_REPOSITORY/slurm/_env.sh"
+scontrol() { echo "scontrol $*"; }
+srun() { case "$*" in
+    *torch.distributed.run*) trap "" USR1; echo trains; TRAINING ;;
+    *) CHECK ;;
+esac; }
+dan_train config.yaml out
+"""
+
+
+@pytest.mark.parametrize(
+    ("check", "training", "requeued", "code"),
+    [
+        ("kill -USR1 $$", "exit 3", True, 0),  # nothing is started any more
+        ("kill -TERM $$", "exit 3", False, 1),
+        (":", "END finished; kill -USR1 $$; sleep 0.3", False, 0),
+        (":", "END preempted; kill -USR1 $$; sleep 0.3", True, 0),
+        (":", "END preempted; kill -TERM $$; sleep 0.3", False, 1),
+        (":", "END preempted", False, 1),
+        (":", "END failed; kill -USR1 $$; sleep 0.3; exit 2", False, 2),
+        (":", "kill -USR1 $$; sleep 0.3; exit 1", True, 0),  # gone before it could say anything
+        (":", "exit 4", False, 4),
+    ],
+)
+def test_what_becomes_of_a_job(
+    tmp_path: Path, check: str, training: str, requeued: bool, code: int
+) -> None:
+    """The scripts' part of it, without Slurm: `$$` is the batch script."""
+    training = re.sub(r"END (\w+)", r"""echo '{"status": "\1"}' >out/outcome.json""", training)
+    script = NO_SLURM.replace("TRAINING", training).replace("CHECK", check)
+    variables = {"DAN_REPOSITORY": str(REPOSITORY), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
+                 "SLURM_JOB_NAME": "x", "SLURM_JOB_NODELIST": "n1"}  # fmt: skip
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, **variables})  # fmt: skip
+    assert done.returncode == code, done
+    assert ("scontrol requeue 7" in done.stdout) == requeued, done
+    assert ("trains" in done.stdout) == (check == ":"), done
+    assert not [*(tmp_path / "out").glob("stop.*")]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "line"), [(0, "torch finds no GPU"), (7, "torch finds 7 GPUs, Slurm gives 8"),
+                       (8, "GPU 0: ")],
+)  # fmt: skip
+def test_a_node_without_all_its_gpus_is_sick(
+    gpus: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if gpus and torch.cuda.is_available():
+        pytest.skip("here GPUs are real")
+    health = runpy.run_path(str(REPOSITORY / "slurm" / "health.py"))
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert health["main"]("cuda") == 1
+    assert line in capsys.readouterr().err

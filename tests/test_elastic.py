@@ -1,0 +1,68 @@
+"""Trainings that lose processes and nodes, and end as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import chaos
+import psutil
+import pytest
+from ranks import free_port
+
+from conftest import SCRIPT, outcome, start
+
+Write = Callable[[str], Path]
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("task", "faults"), [("expression", 2), ("identity", 1)])
+def test_chaos_in_short(tmp_path: Path, task: str, faults: int) -> None:
+    """Some of the kinds, and the comparison with the undisturbed run, bit for bit."""
+    kinds = ["sigkill_rank", "sigkill_all", "sigusr1", "corrupt_checkpoint", "truncate_shard"]
+    tallies = chaos.run(tmp_path, faults, random.randrange(10**6), kinds, task)
+    assert sum(t.injected for t in tallies.values()) >= 1
+
+
+@pytest.mark.parametrize("victim", ["worker", "node"])
+def test_an_elastic_job_goes_on_without_the_dead(tiny: Write, tmp_path: Path, victim: str) -> None:
+    """Two nodes of one rank each under torchrun's own restarts."""
+    options = ["-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1",
+               "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=job", "--local-addr",
+               "127.0.0.1", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-conf",
+               "last_call_timeout=5,join_timeout=60", SCRIPT, tiny("run"), "train.epochs=4",
+               "train.checkpoint_every=3"]  # fmt: skip
+    nodes = [start(*options, cwd=tmp_path)]
+    time.sleep(1)
+    nodes.append(start(*options, cwd=tmp_path))
+    texts = ["", ""]  # rank 0 prints, on whichever node it is
+    readers = [threading.Thread(target=follow, args=(n, texts, k)) for k, n in enumerate(nodes)]
+    try:
+        for reader in readers:
+            reader.start()
+        deadline_s = time.monotonic() + 90
+        while "step 8 " not in "".join(texts) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert "step 8 " in "".join(texts), texts
+        family = psutil.Process(nodes[1].pid).children(recursive=victim == "node")
+        for process in family[:1] if victim == "worker" else [nodes[1], *family]:
+            process.kill()
+        nodes[0].wait(150)
+        readers[0].join(10)
+        printed = "".join(texts)
+        assert "resumed after step" in printed and "finished after 40 steps" in printed, printed
+        assert outcome(tmp_path / "run")["status"] == "finished"
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+
+
+def follow(process: subprocess.Popen[str], texts: list[str], number: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        texts[number] += line

@@ -1,0 +1,60 @@
+"""What launchers leave in the environment, and what is wrong with it."""
+
+import pytest
+
+from dan_dist.run.environment import Launch, has_launcher, is_deepspeed_launched, read_launch
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK",
+         "TORCHELASTIC_RUN_ID")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4",
+            "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
+DEEPSPEED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2",
+             "CROSS_RANK": "0"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environment", "launch", "launched", "by_deepspeed"),
+    [
+        ({}, Launch(0, 0, 1, 1), False, False),
+        ({"RANK": "", "WORLD_SIZE": ""}, Launch(0, 0, 1, 1), False, False),
+        (TORCHRUN, Launch(5, 1, 8, 4), True, False),
+        (DEEPSPEED, Launch(1, 1, 2, 2), True, True),
+    ],
+)
+def test_launches(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], launch: Launch, launched: bool,
+    by_deepspeed: bool,
+) -> None:  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert read_launch() == launch
+    assert has_launcher() == launched and is_deepspeed_launched() == by_deepspeed
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"RANK": "one"}, "RANK is 'one' in the environment, expected a number"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE is '2.0' in the environment, expected a number"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x' in the environment, expected a number"),
+        ({"LOCAL_WORLD_SIZE": "?"}, r"LOCAL_WORLD_SIZE is '\?' in the environment"),
+        ({"RANK": "8"}, "RANK is 8 in the environment, expected 0 to 7"),
+        ({"RANK": "-1"}, "RANK is -1 in the environment, expected 0 to 7"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK is 4 in the environment, expected 0 to 3"),
+    ],
+)
+def test_bad_values_are_named(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, str], line: str
+) -> None:
+    for name, value in {**TORCHRUN, **change}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"^{line}"):
+        read_launch()
