@@ -133,7 +133,7 @@ class Monitor:
         log.warning("%s: skipped, the %d. of at most %d", line, self.skipped, most)
 
     def evaluated(self, result: EvaluationResult) -> bool:
-        """Records an evaluation of the weights after `state.step`; returns whether it is the best."""
+        """Records an evaluation after `state.step`; returns whether it is the best."""
         state, metrics = self._state, result.metrics
         epoch = self._plan.epoch(state.step)
         is_best = metrics["accuracy"] > state.best.get("accuracy", -1.0)

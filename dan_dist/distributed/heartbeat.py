@@ -1,7 +1,8 @@
 """A heartbeat of every rank, and the end of the job when one stops.
 
-A collective does not name the rank that it waits for, and on a GPU it cannot be interrupted. So every rank
-writes once a second what it is doing into the store that all share, and looks at the others.
+A collective does not name the rank that it waits for, and on a GPU it cannot be interrupted. So
+every rank writes once a second what it is doing into the store that all share, and looks at the
+others.
 """
 
 import math

@@ -32,7 +32,7 @@ PrecisionChoice = Precision | Literal["auto"]
 
 
 def resolve_precision(choice: PrecisionChoice, device: torch.device) -> Precision:
-    """bf16 on a GPU and on a CPU that multiplies it, float32 elsewhere, where the choice is "auto"."""
+    """The precision of a choice: "auto" is bf16 on a GPU and on a CPU that multiplies it."""
     if choice != "auto":
         return choice
     has_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
