@@ -99,7 +99,8 @@ def trained(factory: pytest.TempPathFactory, name: str, data: ShardSet, options:
         config = folder / "run.yaml"
         config.write_text(TINY.format(shards=data.root, output=folder / "run"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+            patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+            patch.chdir(folder)  # the store is there
             assert single(config, *options, "tracking.enabled=true").status == "finished"
 
     return shared(factory, name, make) / "run"

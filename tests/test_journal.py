@@ -16,7 +16,7 @@ from dan_dist.tracking.sender import Sender
 from dan_dist.tracking.tracker import RunRecord
 
 Write = Callable[[str], Path]
-RECORD = RunRecord(experiment="e", name="n", params={}, config={})
+RECORD = RunRecord(experiment="dan_dist", name="n", params={}, config={})
 
 
 def test_a_journal_forgets_a_torn_line_and_nothing_else(tmp_path: Path) -> None:
