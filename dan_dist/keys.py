@@ -96,6 +96,15 @@ def describe() -> str:
     return "\n".join(lines).strip("\n")
 
 
+def table() -> str:
+    """Every key as a row of a Markdown table: what `python -m dan_dist.keys` prints."""
+    rows = ["| key | values | default | |", "|---|---|---|---|"]
+    for key in (key for group in groups() for key in group.keys):
+        default = "required" if key.default is None else f"`{key.default}`"
+        rows.append(f"| `{key.name}` | {key.kind} | {default} | {key.description} |")
+    return "\n".join(rows)
+
+
 def names() -> list[str]:
     """All keys and sections, dotted, in the schema's order."""
     found = groups()
@@ -134,3 +143,7 @@ def candidates(name: str) -> list[str]:
     if near := difflib.get_close_matches(own, by_own, 1, cutoff=0.75):
         return by_own[near[0]]
     return []
+
+
+if __name__ == "__main__":
+    print(table())

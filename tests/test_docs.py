@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dan_dist import keys
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 FRONT = REPOSITORY / "README.md"
 READMES = [FRONT, *sorted(REPOSITORY.glob("*/README.md"))]
@@ -87,3 +89,8 @@ def test_a_folders_readme_names_its_files(folder: str, pattern: str) -> None:
     text = (REPOSITORY / folder / "README.md").read_text()
     files = sorted((REPOSITORY / folder).glob(pattern))
     assert files and not [path.name for path in files if f"`{path.name}`" not in text]
+
+
+def test_the_table_of_keys_is_the_schemas() -> None:
+    """`python -m dan_dist.keys` prints it anew."""
+    assert keys.table() in (REPOSITORY / "configs" / "README.md").read_text()
