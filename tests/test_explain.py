@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from conftest import DAN as TWO_HEADS
-from conftest import LAUNCH, TINY, copied, run, single
+from conftest import LAUNCH, TINY, run, single
 from dan_dist.distributed.world import World
 from dan_dist.inference import explain as explanation
 from dan_dist.inference import predict as prediction
@@ -49,16 +49,17 @@ def test_images_are_taken_evenly(faces: ShardSet) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(faces: ShardSet, baseline_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(faces: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three trainings: DAN at 64 px, where maps have 2 × 2 places, with and without affinity loss;
     the baseline at 32 px, where they have one."""
     folder = tmp_path_factory.mktemp("runs")
-    dan = [*TWO_HEADS, "model.image_size=64", "train.max_steps=2"]
-    for name, others in {"affinity": [], "none": ["loss.fcn=none"]}.items():
+    dan = [*TWO_HEADS, "model.image_size=64"]
+    for name, overrides in {
+        "affinity": dan, "none": [*dan, "loss.fcn=none"], "baseline": []
+    }.items():  # fmt: skip
         config = folder / f"{name}.yaml"
         config.write_text(TINY.format(shards=faces.root, output=folder / name))
-        single(config, *dan, *others)
-    copied(baseline_run, folder / "baseline")
+        single(config, *overrides, "train.max_steps=2")
     return folder
 
 

@@ -107,9 +107,10 @@ def test_predictions_as_a_table(
     # one image alone, where there were sixteen: the last bits may differ
     assert [float(v[:-1]) for v in row[2:]] == pytest.approx(100 * expected, abs=0.06)
     assert prediction.readable(Path("a\n\x1b[31m\udce9é")) == r"a\n\x1b[31m\udce9é"
+    (tmp_path / "empty").mkdir()
     for path, images, line in (
         (best, tmp_path / "none.jpg", r"none\.jpg: no such file or folder"),
-        (best, baseline_run, r"run: no image in it \(\.bmp"),
+        (best, tmp_path / "empty", r"empty: no image in it \(\.bmp"),
         (tmp_path / "x.pt", tmp_path / "crops", r"x\.pt: no such checkpoint"),
     ):
         with pytest.raises(FileNotFoundError, match=line):
