@@ -1,5 +1,6 @@
 """The configuration's schema: every key with its type, its default and what it means."""
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator

@@ -37,8 +37,8 @@ class Delivery:
     several equal metrics (same step, time and value).
     """
 
-    def __init__(self, journal: Journal, uri: str) -> None:
-        self._journal, self._uri = journal, uri
+    def __init__(self, journal: Journal, uri: str, *, experiment: str | None = None) -> None:
+        self._journal, self._uri, self._experiment = journal, uri, experiment
         self._client: Any = None
         self._connecting = threading.Lock()
         self._known: set[str] = set()  # names that were made fit, and whose original was recorded
@@ -162,8 +162,9 @@ class Delivery:
             self.client.set_tag(adopted, _JOURNAL_TAG, self._journal.id)
             return str(adopted)
         local, artifacts = store()  # not the journal's: that may come from elsewhere
+        experiment = self._experiment or record["experiment"]
         number = experiment_number(
-            self.client, record["experiment"], artifacts if self._uri == local else None
+            self.client, experiment, artifacts if self._uri == local else None
         )
         own = f"tags.`{_JOURNAL_TAG}` = '{self._journal.id}'"
         if former := record.get("run_id"):

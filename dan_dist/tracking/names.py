@@ -12,6 +12,7 @@ from collections.abc import Mapping
 ORIGINAL = "dan_dist.name."  # tag of a name that was made fit: what it was before
 MOST_LETTERS = 250  # of a name in MLflow's tables
 PARAM_LETTERS, TAG_LETTERS = 6000, 5000  # of a value, as servers of MLflow 2 take them too
+ROOM = MOST_LETTERS - len(ORIGINAL)  # for a name that was made fit
 
 _UNFIT = re.compile(r"[^/\w.\- :]")
 
@@ -26,15 +27,25 @@ def is_fit(name: str) -> bool:
 def fit(name: str) -> str:
     """`name` where MLflow takes it, else one close to it.
 
-    No two names become the same one: what is not fit gets some digits of its own.
+    No two names become the same one: each part between slashes that is not fit gets some digits of
+    its own. So a class is called the same in all its metrics.
     """
     if is_fit(name):
         return name
+    made = "/".join(map(_fit_part, name.split("/")))
+    return made if is_fit(made) and len(made) <= ROOM else _with_digits(made, name)
+
+
+def _fit_part(part: str) -> str:
+    is_whole = part == part.strip() and not part.startswith(".") and not _UNFIT.search(part)
+    return part if part and is_whole else _with_digits(part, part)
+
+
+def _with_digits(text: str, name: str) -> str:
+    """`text` with what is not fit replaced, and digits that stand for `name`."""
     digits = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:6]
-    parts = [part.strip() for part in _UNFIT.sub("_", name).split("/")]
-    text = "/".join(part for part in parts if part.strip("."))
-    room = MOST_LETTERS - len(ORIGINAL) - len(digits) - 1
-    return f"{text[:room].rstrip('/ ')}-{digits}".lstrip("-./ ")
+    text = _UNFIT.sub("_", text)[: ROOM - len(digits) - 1].strip("-./ ")
+    return f"{text}-{digits}" if text else digits
 
 
 def fit_value(text: str, most: int) -> str:

@@ -26,11 +26,13 @@ class Sender:
     """Sends a journal's records while others are appended, each lane in its order.
 
     What MLflow refuses for good is left out, once named in the log, and kept in the journal.
+
+    experiment: where the run is made if it is not there yet; by default the journal's.
     """
 
-    def __init__(self, journal: Journal, uri: str) -> None:
+    def __init__(self, journal: Journal, uri: str, *, experiment: str | None = None) -> None:
         import_mlflow()
-        self.delivery = Delivery(journal, uri)
+        self.delivery = Delivery(journal, uri, experiment=experiment)
         self.closed: str | None = None  # why nothing of the run is taken
         self._journal, self._shown = journal, redact(uri)
         self._ending, self._give_up_s = threading.Event(), 0.0

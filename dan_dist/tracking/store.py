@@ -58,7 +58,12 @@ def connect(uri: str) -> Any:
 
 def _connect(uri: str) -> Any:
     client = import_mlflow().MlflowClient(uri)
-    client.search_experiments(max_results=1)
+    try:
+        client.search_experiments(max_results=1)
+    except Exception as error:
+        if not is_refusal(error) or not uri.startswith("http"):
+            raise
+        client.get_experiment_by_name("Default")  # as servers of MLflow 1 know it too
     return client
 
 

@@ -95,7 +95,7 @@ class MlflowTracker(NullTracker):
         self._status = "FAILED"
         self._model: Path | None = None
         uri, _ = store()
-        self._sender = Sender(self._journal, uri)
+        self._sender = Sender(self._journal, uri, experiment=record.experiment)
         adopted = None if run_id else record.adopted
         try:
             self._check(record.experiment, adopted, uri)
@@ -126,10 +126,10 @@ class MlflowTracker(NullTracker):
         """
         path = database(uri)
         if path is None or (path.is_file() and path.stat().st_size):  # else there is nothing yet
-            run = self._journal.begun
-            experiment, adopted = (run["experiment"], run.get("adopted")) if run else (
-                experiment, adopted)  # fmt: skip
-            self._sender.check(experiment, adopted, within_s=CHECK_S)
+            begun = self._journal.begun
+            self._sender.check(
+                experiment, begun.get("adopted") if begun else adopted, within_s=CHECK_S
+            )
 
     @property
     def run_id(self) -> str | None:  # type: ignore[override]
@@ -190,7 +190,7 @@ class MlflowTracker(NullTracker):
                 "%d entries are left out of MLflow, which refused them; to see them and try again: "
                 "python -m dan_dist.tracking replay %s", count, self._folder,
             )  # fmt: skip
-        if finished and self.run_id is not None:
+        if finished and self.run_id is not None and self._sender.closed is None:
             log.info("look at the run: %s", self.where)
         self._journal.close()
 
@@ -205,10 +205,16 @@ def record_run(
 ) -> None:
     """A whole run at once: what was found of a network that another run has trained.
 
-    artifacts: names of files in `folder`.
+    artifacts: names of files in `folder`. Where MLflow will not take it, a line of the log gives
+    the reason; the files are there.
     """
     remove_journal(folder)
-    with MlflowTracker(folder, record) as tracker:
+    try:
+        tracker = MlflowTracker(folder, record)
+    except ValueError as error:
+        log.warning("not recorded in MLflow: %s", error)
+        return
+    with tracker:
         tracker.metrics(metrics, step)
         for name in artifacts:
             tracker.artifact(folder / name, "")
