@@ -230,6 +230,7 @@ def open_tracker(
             name=config.tracking.run_name or folder.name,
             parent=config.tracking.parent,
             adopted=None if config.tracking.parent else os.environ.get("MLFLOW_RUN_ID") or None,
+            step=state.step,
             params=flatten(config.model_dump()),
             config=config.model_dump(),
             tags={

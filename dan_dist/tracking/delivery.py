@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,6 +100,9 @@ class Delivery:
             case "run" if lane == "records":
                 run_id = self._journal.run_id = self._open(record)
                 self._parameters(run_id, record["params"])
+            case "config" if lane == "records":
+                assert run_id is not None
+                self._changes(run_id, record)
             case "run" | "config":
                 client.log_dict(run_id, record["config"], "config.yaml")
             case "metrics":
@@ -143,6 +147,13 @@ class Delivery:
         rows = [(k, Param(fit(k), fit_value(v, PARAM_LETTERS))) for k, v in values.items()]
         _send("parameter", rows, lambda few: self.client.log_batch(run_id, params=few))
 
+    def _changes(self, run_id: str, record: Mapping[str, Any]) -> None:
+        """Parameters keep in MLflow what they were at first: tags of their names tell the rest."""
+        configured = self._journal.configured()
+        assert configured is not None
+        self._keep_names(run_id, record["changed"])
+        self._tags(run_id, {k: v for k, v in configured.changed.items() if k in record["changed"]})
+
     def _keep_names(self, run_id: str, names: Mapping[str, Any]) -> None:
         """Records the original of each name that is not fit, once."""
         changed = {name: fit(name) for name in names if name not in self._known}
@@ -166,9 +177,10 @@ class Delivery:
         number = experiment_number(
             self.client, experiment, artifacts if self._uri == local else None
         )
-        own = f"tags.`{_JOURNAL_TAG}` = '{self._journal.id}'"
         if former := record.get("run_id"):
-            own = f"attributes.run_id = '{former}'"
+            with suppress(ClosedError):  # in another store, or deleted
+                return str(active_run(self.client, former).info.run_id)
+        own = f"tags.`{_JOURNAL_TAG}` = '{self._journal.id}'"
         runs = self.client.search_runs([number], own, order_by=["attributes.start_time ASC"])
         if runs:
             return str(runs[0].info.run_id)

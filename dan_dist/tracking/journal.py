@@ -33,7 +33,7 @@ Lane = Literal["records", "artifacts", "models"]
 LANES: tuple[Lane, ...] = ("records", "artifacts", "models")
 # A run's configuration is an artifact of it; all else of the run is a record.
 _LANES_OF: dict[str, tuple[Lane, ...]] = {
-    "run": ("records", "artifacts"), "config": ("artifacts",), "artifact": ("artifacts",),
+    "run": ("records", "artifacts"), "config": ("records", "artifacts"), "artifact": ("artifacts",),
     "model": ("models",),
 }  # fmt: skip
 
@@ -50,6 +50,14 @@ class LeftOut(NamedTuple):
     lane: Lane
     what: str
     reason: str
+
+
+class Configured(NamedTuple):
+    """A run's configuration, which may have changed when the run went on."""
+
+    config: dict[str, Any]
+    params: dict[str, str]
+    changed: dict[str, str]  # parameters that did: all their values, and since which step
 
 
 class Sent(NamedTuple):
@@ -78,6 +86,7 @@ class Journal:
         self.last_step: dict[str, int] = {}  # metric → the last step it was noted for
         self._records: dict[int, Record] = {}  # by number: those that wait or were left out
         self._count = 0
+        self._configurations: list[Record] = []  # the run as it was begun, and each change
         self._lanes: dict[Lane, deque[int]] = {lane: deque() for lane in LANES}
         self.unwritten: list[Record] = []
         self._full = False
@@ -89,14 +98,31 @@ class Journal:
         for record in records[1:]:
             self._add(record)
         self.opened = len(records) > 1  # a run was begun in it
-        self.begun = next((r for r in records if r["kind"] == "run"), None)
         self.uri: str = self.begun["uri"] if self.begun else ""  # without secrets
-        self.config = next((r["config"] for r in reversed(records) if "config" in r), None)
         settled, self.run_id, self.left_out = read_sent(folder)
         self._settled: dict[Lane, int] = dict.fromkeys(LANES, 0)
         for lane, count in settled.items():
             for _ in range(min(count, len(self._lanes[lane]))):  # the journal may be a shorter one
                 self._pass(lane)
+
+    @property
+    def begun(self) -> Record | None:
+        """The record of the run's beginning."""
+        return self._configurations[0] if self._configurations else None
+
+    def configured(self) -> "Configured | None":
+        """The configuration as the journal has it; None before a run was begun."""
+        if self.begun is None:
+            return None
+        first: dict[str, str] = self.begun.get("params", {})
+        values, history = dict(first), dict(first)
+        for record in self._configurations[1:]:
+            for key, value in record["changed"].items():
+                before = history.get(key, "unknown")
+                history[key] = f"{before}; from step {record['step']}: {value}"
+            values |= record["changed"]
+        changed = {key: text for key, text in history.items() if text != first.get(key)}
+        return Configured(self._configurations[-1].get("config", {}), values, changed)
 
     @property
     def pending(self) -> list[Record]:
@@ -193,6 +219,8 @@ class Journal:
             self._lanes[lane].append(self._count)
         self._records[self._count] = record
         self._count += 1
+        if record["kind"] in ("run", "config"):
+            self._configurations.append(record)
         if record["kind"] == "metrics":
             for key in record["values"]:
                 self.last_step[key] = max(record["step"], self.last_step.get(key, -1))

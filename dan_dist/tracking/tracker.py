@@ -11,14 +11,13 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from matplotlib.figure import Figure
 
-from dan_dist.run.redaction import redact
+from dan_dist.run.redaction import redact, redact_tree
 from dan_dist.tracking.faults import reason_of
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.journal import Journal, LeftOut, remove_journal
@@ -46,6 +45,7 @@ class RunRecord:
     tags: Mapping[str, str] = field(default_factory=dict)
     parent: str | None = None  # the name of a run that holds this one and others
     adopted: str | None = None  # the id of a run that somebody else has made for this one
+    step: int = 0  # after which the run goes on
 
 
 class NullTracker:
@@ -102,21 +102,27 @@ class MlflowTracker(NullTracker):
         except ValueError:
             self._journal.close()
             raise
-        config = dict(record.config)
-        if not self._journal.opened:
-            self._journal.append(
-                "run", experiment=record.experiment, name=record.name, parent=record.parent,
-                uri=uri, time_ms=_now_ms(), config=config, run_id=run_id, adopted=adopted,
-                params={key: str(value) for key, value in record.params.items()},
-            )  # fmt: skip
-        elif config != self._journal.config:
-            self._journal.append("config", config=config)
+        self._begin(record, run_id, adopted, uri)
         tags = {**record.tags, "commit": commit()}
         self._journal.append("status", status="RUNNING", tags=tags, time_ms=_now_ms())
         if rollback_to is not None:
             self._journal.append("rollback", step=rollback_to)
         self.where = page(uri)
         self._sender.start()
+
+    def _begin(self, record: RunRecord, run_id: str | None, adopted: str | None, uri: str) -> None:
+        """Records the run, or what of its configuration has changed since it was."""
+        params = redact_tree({key: str(value) for key, value in record.params.items()})
+        config, former = redact_tree(dict(record.config)), self._journal.configured()
+        if not self._journal.opened:
+            self._journal.append(
+                "run", experiment=record.experiment, name=record.name, parent=record.parent,
+                uri=uri, time_ms=_now_ms(), config=config, run_id=run_id, adopted=adopted,
+                params=params,
+            )  # fmt: skip
+        elif former is not None and config != former.config:
+            changed = {k: v for k, v in params.items() if former.params.get(k) != v}
+            self._journal.append("config", config=config, changed=changed, step=record.step)
 
     def _check(self, experiment: str, adopted: str | None, uri: str) -> None:
         """Refuses before training what MLflow would refuse after it.
@@ -241,11 +247,9 @@ def publish(
     """
     uri, artifacts = store()
     try:
-        for journal in journals:
-            # Without one it failed before it began; one in use is sent by its own training.
-            with suppress(FileNotFoundError, BlockingIOError):
-                replay(journal, uri)
         client = connect(uri)
+        for journal in journals:
+            _send_rest(journal, uri)
         number = experiment_number(client, experiment, artifacts)
         run_id = parent_run(client, number, parent)
         client.set_tag(run_id, "mlflow.note.content", note)
@@ -259,6 +263,16 @@ def publish(
         where = f"MLflow at {redact(uri)}"
         raise OSError(f"{where}: {reason_of(error)}; the comparison is in {folder}") from error
     return number
+
+
+def _send_rest(folder: Path, uri: str) -> None:
+    """Sends what MLflow has missed of a run; one that it does not take keeps no other from it."""
+    try:
+        replay(folder, uri)
+    except (FileNotFoundError, BlockingIOError):
+        return  # it failed before it began, or its own training sends it
+    except Exception as error:  # mlflow's errors share no base but Exception
+        log.warning("not all of %s has reached MLflow: %s", folder, reason_of(error))
 
 
 def _now_ms() -> int:
