@@ -10,6 +10,7 @@ from unittest import mock
 
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+STORE = "server.db"  # in the folder that is served
 Answer = tuple[int, str]  # status and body
 
 
@@ -62,7 +63,7 @@ def serve(folder: Path) -> Iterator[TrackingServer]:
     from mlflow.server import app, constants, handlers
 
     environment = {
-        constants.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{folder}/server.db",
+        constants.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{folder / STORE}",
         constants.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
         constants.ARTIFACTS_DESTINATION_ENV_VAR: str(folder / "artifacts"),
         constants.SERVE_ARTIFACTS_ENV_VAR: "true",
@@ -71,6 +72,7 @@ def serve(folder: Path) -> Iterator[TrackingServer]:
         mock.patch.dict("os.environ", environment),
         mock.patch.object(handlers, "_tracking_store", None),
         mock.patch.object(handlers, "_artifact_repo", None),
+        mock.patch.object(handlers.utils, "set_tracking_uri"),  # it would be this process's
     ):
         server = TrackingServer(app)
         listener = make_server("127.0.0.1", 0, server, True, request_handler=QuietHandler)
