@@ -41,8 +41,7 @@ QUOTED = "pa%2Bss%2Fwo%3Drd"
          "=***&e=*** (Caused"),
         ("403, url='https://h/s?sv=1&sig=a/b+c=='", "403, url='https://h/s?sv=***&sig=***'"),
         ("{'Authorization': 'Basic YWxpY2U6cHc='}", "{'Authorization': '***'}"),
-        ("Authorization: AWS4-HMAC Credential=AK/1, Signature=ab", "Authorization: ***, Signature="
-         "***"),
+        ("Authorization: AWS4-HMAC Credential=AK/1, Signature=ab\nx", "Authorization: ***\nx"),
         ("tried Bearer abc.def-123", "tried Bearer ***"),
         ("aws_secret_access_key=abc; x=1", "aws_secret_access_key=***; x=1"),
         ("data.token=abc data.size=8", "data.token=*** data.size=8"),

@@ -21,7 +21,7 @@ _VALUE = re.compile(r"=[^&\s)\]},]*")
 _KEYS = "signature|credential|password|passwd|secret|token|access[_-]?key(?:[_-]?id)?|api[_-]?key"
 _PAIR = re.compile(rf"\b((?:[\w-]*[_-])?(?:{_KEYS})=)[^\s&,;'\")\]}}]+", re.IGNORECASE)
 _HEADER = re.compile(
-    r"\b(authorization['\"]?\s*[:=]\s*['\"]?)(?:\w+\s+)?[^\s'\",}]+|\b(Bearer\s+)[\w.~+/=-]{6,}",
+    r"\b(authorization['\"]?\s*[:=]\s*['\"]?)[^'\"}\n]+|\b(Bearer\s+)[\w.~+/=-]{6,}",
     re.IGNORECASE,
 )
 _VARIABLES = re.compile(

@@ -17,8 +17,11 @@ from shards.files import locked
 log = logging.getLogger(__name__)
 
 STILL_S = 5.0  # for which nobody changes a table of what is half made, and not in the making
-_HALF_MADE = ("already exists", "duplicate column", "no such table", "no such column")
-_BROKEN = ("not a database", "malformed", "out-of-date database schema", "Can't locate revision")
+_HALF_MADE = (
+    "already exists", "duplicate column", "no such table", "no such column",
+    "out-of-date database schema",
+)  # fmt: skip
+_BROKEN = ("not a database", "malformed", "Can't locate revision")  # the last: by a newer MLflow
 
 
 def database(uri: str) -> Path | None:
@@ -54,16 +57,19 @@ def mend(uri: str, error: Exception) -> bool:
         return False
     text = str(error)
     if any(words in text for words in _BROKEN):
-        way = f"mlflow db upgrade {uri}" if "schema" in text else f"mv {path} {path}.aside"
-        raise ClosedError(f"{path} cannot be opened: {text.splitlines()[0]}; try: {way}")
+        raise ClosedError(
+            f"{path} cannot be opened: {text.splitlines()[0]}; a new one begins after: "
+            f"mv {path} {path}.aside"
+        )
     if not any(words in text for words in _HALF_MADE):
         return False
     with closing(sqlite3.connect(path)) as store:
         runs = _count(store, "runs") + max(0, _count(store, "experiments") - 1)
         if runs:
             raise ClosedError(
-                f"{path} is half made ({text.splitlines()[0]}), yet holds runs or experiments; "
-                f"try: mlflow db upgrade {uri}, or mv {path} {path}.aside for a new one"
+                f"{path} is half made or of another MLflow, and holds runs or experiments: "
+                f"{text.splitlines()[0]}; it is completed by: mlflow db upgrade {uri}; a new one "
+                f"begins after: mv {path} {path}.aside"
             )
         before = _version(store)
         time.sleep(STILL_S)
@@ -89,9 +95,10 @@ def _version(store: sqlite3.Connection) -> int:
 
 
 def _keep(store: sqlite3.Connection, path: Path) -> Path:
-    """Copies a store to a free name beside it."""
-    names = (path.with_name(f"{path.name}.half-made{k or ''}") for k in range(1000))
-    aside = next(name for name in names if not name.exists())
+    """Copies a store beside it; the first one is enough, as each further is as empty."""
+    aside = path.with_name(f"{path.name}.half-made")
+    if aside.exists():
+        return aside
     try:
         with closing(sqlite3.connect(aside)) as copy:
             store.backup(copy)

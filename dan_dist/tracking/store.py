@@ -143,5 +143,6 @@ def import_mlflow() -> Any:
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # logs each table that it makes
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # traces; they are raised
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     return mlflow
