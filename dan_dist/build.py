@@ -25,8 +25,8 @@ from dan_dist.model.classes import join_names
 from dan_dist.model.dan import DAN, cost
 from dan_dist.model.losses import Margin, Objective
 from dan_dist.model.weights import load_weights
+from dan_dist.redaction import redact, redact_tree
 from dan_dist.run.folder import CheckpointWriter, check_writable, damaged_since
-from dan_dist.run.redaction import redact, redact_tree
 from dan_dist.run.state import TrainState
 from dan_dist.tracking.tracker import MlflowTracker, NullTracker, RunRecord
 from shards import demo

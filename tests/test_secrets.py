@@ -21,8 +21,8 @@ from conftest import REPOSITORY, run
 from dan_dist.ablation.comparison import address
 from dan_dist.data import cache
 from dan_dist.data.cache import localise
+from dan_dist.redaction import RedactingFormatter, redact, redact_tree
 from dan_dist.run.outcome import write_outcome
-from dan_dist.run.redaction import RedactingFormatter, redact, redact_tree
 from dan_dist.tracking.journal import Journal
 from shards.format import MANIFEST, ShardSet, open_shardset
 
@@ -164,7 +164,7 @@ def test_a_training_gives_no_secret_away(signed: str, tiny: Write, tmp_path: Pat
 
 def test_an_unexpected_error_gives_no_secret_away(tmp_path: Path) -> None:
     code = (
-        "from dan_dist.run.redaction import redact_tracebacks; redact_tracebacks(); "
+        "from dan_dist.redaction import redact_tracebacks; redact_tracebacks(); "
         "open('http://ann:s3cr3tpw@h'); "
     )
     done = run(sys.executable, "-c", code, cwd=tmp_path)

@@ -13,7 +13,7 @@ from scipy.stats import binom
 
 from dan_dist.ablation.figures import accuracy_figure, curves_figure
 from dan_dist.ablation.runs import RunSummary
-from dan_dist.run.redaction import redact
+from dan_dist.redaction import redact
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.journal import read_sent
 from dan_dist.tracking.store import store

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit, urlunsplit
 import fsspec
 from tqdm import tqdm
 
-from dan_dist.run.redaction import redact
+from dan_dist.redaction import redact
 from shards.files import locked, sha256_of, write_atomically
 from shards.format import INDEX_DTYPE, MANIFEST, ShardSet, copy_name, parse_manifest
 

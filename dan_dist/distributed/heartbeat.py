@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, cast
 from torch.distributed.distributed_c10d import Store
 
 from dan_dist.distributed.world import World, close_world, init_world
-from dan_dist.run.redaction import redact
+from dan_dist.redaction import redact
 from dan_dist.run.signals import SIGNALS, Stopped
 
 BEAT_S = 1.0

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Literal, NoReturn, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
+from dan_dist.redaction import RedactingFormatter, redact, redact_tracebacks
 from dan_dist.run.environment import has_launcher, read_launch
-from dan_dist.run.redaction import RedactingFormatter, redact, redact_tracebacks
 from dan_dist.run.signals import Stopped, StopRequest, end_with_parent
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; see dan_dist/run/signals.py for the others
@@ -88,7 +88,7 @@ def _run_logged(
 def set_log_lines(*, prefix: str = "", stream: TextIO = sys.stdout) -> None:
     """From now on, log lines have this prefix and go to this stream."""
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+        handler.setFormatter(RedactingFormatter(f"{prefix}%(message)s"))
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(stream)
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from dan_dist.run.redaction import redact
+from dan_dist.redaction import redact
 from shards.files import write_atomically
 
 OUTCOME = "outcome.json"

@@ -12,7 +12,7 @@ from dan_dist.tracking.logged_model import log_model
 from dan_dist.tracking.names import PARAM_LETTERS, TAG_LETTERS, fit, fit_value, originals
 from dan_dist.tracking.store import (
     active_run,
-    check_active,
+    check_takes,
     connect,
     experiment_number,
     parent_run,
@@ -64,11 +64,7 @@ class Delivery:
         Raises:
             ClosedError: it cannot, now or later. Others: the store is away.
         """
-        client = self.client
-        if run_id := self._journal.run_id or adopted:
-            active_run(client, run_id)
-        elif found := client.get_experiment_by_name(experiment):
-            check_active(found)
+        check_takes(self.client, experiment, self._journal.run_id or adopted)
 
     def check_refusal(self, record: Mapping[str, Any], error: Exception) -> None:
         """Looks whether what refuses a record takes others.

@@ -6,7 +6,7 @@ can be given are waited for. What is refused as it is, and what a server lacks, 
 
 import re
 
-from dan_dist.run.redaction import redact
+from dan_dist.redaction import redact
 
 # MLflow's words, and statuses of HTTP where there is none of MLflow's around them
 REFUSALS = frozenset((
@@ -37,8 +37,10 @@ class ClosedError(Exception):
 def is_refusal(error: Exception) -> bool:
     """Whether sending the same again, to the same server, is of no use."""
     from mlflow.exceptions import InvalidUrlException, MlflowException
+    from sqlalchemy.exc import ArgumentError
 
-    if isinstance(error, RefusedError | ImportError | UnicodeError | InvalidUrlException):
+    unfit = RefusedError | ImportError | UnicodeError | InvalidUrlException | ArgumentError
+    if isinstance(error, unfit):
         return True
     status = status_of(error)
     if status is not None and status != 200:

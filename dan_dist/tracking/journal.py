@@ -21,7 +21,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dan_dist.run.redaction import redact_tree
+from dan_dist.redaction import redact_tree
 from shards.files import locked, write_atomically
 
 log = logging.getLogger(__name__)

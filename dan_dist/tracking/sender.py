@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from dan_dist.run.redaction import redact
+from dan_dist.redaction import redact
 from dan_dist.tracking.delivery import Delivery, PartlyRefusedError
 from dan_dist.tracking.faults import ClosedError, is_refusal, reason_of
 from dan_dist.tracking.journal import LANES, Journal, Lane, LeftOut, lanes_of

@@ -55,12 +55,8 @@ def mend(uri: str, error: Exception) -> bool:
     path = database(uri)
     if path is None or not path.is_file():
         return False
+    refuse_broken(path, error)
     text = str(error)
-    if any(words in text for words in _BROKEN):
-        raise ClosedError(
-            f"{path} cannot be opened: {text.splitlines()[0]}; a new one begins after: "
-            f"mv {path} {path}.aside"
-        )
     if not any(words in text for words in _HALF_MADE):
         return False
     with closing(sqlite3.connect(path)) as store:
@@ -81,6 +77,20 @@ def mend(uri: str, error: Exception) -> bool:
             nothing.backup(store)
     log.warning("%s was half made and held no run: made anew, kept as %s", path, aside)
     return True
+
+
+def refuse_broken(path: Path, error: Exception) -> None:
+    """Names the way on where a store is none, or a newer MLflow's.
+
+    Raises:
+        ClosedError: it is one of these.
+    """
+    text = str(error)
+    if any(words in text for words in _BROKEN):
+        raise ClosedError(
+            f"{path} cannot be opened: {text.splitlines()[0]}; a new one begins after: "
+            f"mv {path} {path}.aside"
+        )
 
 
 def _count(store: sqlite3.Connection, table: str) -> int:

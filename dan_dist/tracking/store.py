@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dan_dist.run.redaction import redact
+from dan_dist.redaction import redact
 from dan_dist.tracking.faults import ClosedError, is_refusal, reason_of
 from dan_dist.tracking.sqlite import mend, opening
 
@@ -91,6 +91,18 @@ def check_active(experiment: Any) -> None:
             f"MLflow's experiment '{experiment.name}' was deleted; restore it: mlflow experiments "
             f"restore -x {experiment.experiment_id}, or give another name: tracking.experiment=NAME"
         )
+
+
+def check_takes(client: Any, experiment: str, run_id: str | None = None) -> None:
+    """Looks whether a store takes a new run of that experiment, or records of a run that is there.
+
+    Raises:
+        ClosedError: it does not.
+    """
+    if run_id is not None:
+        active_run(client, run_id)
+    elif found := client.get_experiment_by_name(experiment):
+        check_active(found)
 
 
 def active_run(client: Any, run_id: str) -> Any:

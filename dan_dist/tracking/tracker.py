@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from matplotlib.figure import Figure
 
-from dan_dist.run.redaction import redact, redact_tree
+from dan_dist.redaction import redact, redact_tree
 from dan_dist.tracking.faults import reason_of
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.journal import Journal, LeftOut, remove_journal
