@@ -121,7 +121,7 @@ def test_a_server_that_lacks_an_endpoint_gets_the_rest(
     options = ["tracking.enabled=true", "train.max_steps=3"]
     single(tiny("run"), *options)
     assert caplog.text.count("left out of MLflow: model best.pt: ") == 1
-    assert "1 entries are left out of MLflow" in caplog.text
+    assert "left out of MLflow, which refused it, in all: 1; to see it" in caplog.text
     (left_out,) = read_sent(tmp_path / "run").left_out
     assert left_out.lane == "models" and "404" in left_out.reason
     single(tiny("run"), "tracking.enabled=true", "train.max_steps=6")

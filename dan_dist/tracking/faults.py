@@ -19,7 +19,9 @@ MISSING = (
     "Method Not Allowed",
 )  # FastAPI's words, around which MLflow loses the status
 _STATUS = re.compile(r"error code (\d{3})\b")
+_PAGE = re.compile(r"[.\s]*Response body: '\s*<.*")  # HTML, which explains nothing
 _HINTS = {
+    404: "this server lacks it; newer ones may have it",
     401: "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, log in",
     403: "a server that does not know the name it is called by is to be started with "
     '--allowed-hosts "NODE:*,localhost:*"; else this user may not write there',
@@ -61,6 +63,6 @@ def status_of(error: Exception) -> int | None:
 def reason_of(error: Exception) -> str:
     """An error in one line without secrets, with what helps where that is known."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = redact(lines[0] if lines else type(error).__name__)
+    text = _PAGE.sub("", redact(lines[0] if lines else type(error).__name__))
     hint = _HINTS.get(status_of(error) or 0)
     return f"{text}; {hint}" if hint else text

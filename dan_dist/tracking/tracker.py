@@ -193,7 +193,7 @@ class MlflowTracker(NullTracker):
             )  # fmt: skip
         if count := len(self._journal.left_out):
             log.warning(
-                "%d entries are left out of MLflow, which refused them; to see them and try again: "
+                "left out of MLflow, which refused it, in all: %d; to see it and try again: "
                 "python -m dan_dist.tracking replay %s", count, self._folder,
             )  # fmt: skip
         if finished and self.run_id is not None and self._sender.closed is None:
