@@ -1,6 +1,7 @@
 """The parts of a training, made from its configuration: data, engine, loaders, tracker, writer."""
 
 import logging
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from dan_dist.model.classes import join_names
 from dan_dist.model.dan import DAN, cost
 from dan_dist.model.losses import Margin, Objective
 from dan_dist.model.weights import load_weights
+from dan_dist.redaction import redact, redact_tree
 from dan_dist.run.folder import CheckpointWriter, check_writable, damaged_since
 from dan_dist.run.state import TrainState
 from dan_dist.tracking.tracker import MlflowTracker, NullTracker, RunRecord
@@ -51,7 +53,7 @@ class TrainingData:
     def describe(self, config: Config) -> dict[str, Any]:
         """What a checkpoint holds of its origin, as plain values."""
         return {
-            "config": config.model_dump(),
+            "config": redact_tree(config.model_dump()),
             "class_names": list(self.class_names),
             "fingerprint": self.shards.fingerprint,
         }
@@ -77,7 +79,7 @@ def make_synthetic(config: Config) -> None:
 def list_faces(faces: Synthetic, shards: str) -> Release:
     """The faces that are to be drawn for the folder `shards`."""
     if is_remote(shards):
-        raise ValueError(f"data.synthetic: faces cannot be packed into {shards}")
+        raise ValueError(f"data.synthetic: faces cannot be packed into {redact(shards)}")
     if faces.by == "identity":
         return synthetic.identity_release(
             faces.train, faces.val, identities=faces.identities, held_out=faces.held_out,
@@ -227,6 +229,8 @@ def open_tracker(
             experiment=config.tracking.experiment,
             name=config.tracking.run_name or folder.name,
             parent=config.tracking.parent,
+            adopted=None if config.tracking.parent else os.environ.get("MLFLOW_RUN_ID") or None,
+            step=state.step,
             params=flatten(config.model_dump()),
             config=config.model_dump(),
             tags={

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from dan_dist.keys import GONE, RENAMED, names_in, suggest
+from dan_dist.redaction import redact_tree
 from dan_dist.schema import (
     Augmentation,
     Config,
@@ -146,8 +147,12 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration with all its keys, as a file that `load_config` reads as the same."""
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """The configuration with all its keys, as a file that `load_config` reads as the same.
+
+    What signs an address is hidden.
+    """
+    tree = redact_tree(config.model_dump())
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def write_config(config: Config, folder: Path) -> None:

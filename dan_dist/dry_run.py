@@ -17,10 +17,14 @@ from dan_dist.config import Config
 from dan_dist.data.cache import is_remote, localise, read_manifest
 from dan_dist.distributed.device import choose_device
 from dan_dist.distributed.world import World
-from dan_dist.header import hide_password, log_data, log_place
+from dan_dist.header import log_data, log_place
+from dan_dist.redaction import redact
 from dan_dist.run.folder import check_writable, checkpoint_to_resume, run_folder
 from dan_dist.run.plan import make_plan
-from dan_dist.tracking.store import connect, store
+from dan_dist.tracking.faults import ClosedError, reason_of
+from dan_dist.tracking.names import check_written
+from dan_dist.tracking.sqlite import refuse_broken
+from dan_dist.tracking.store import check_takes, connect, store
 from dan_dist.train import read_checkpoint
 from shards.format import (
     INDEX_DTYPE,
@@ -68,7 +72,8 @@ def check(config: Config, ranks: int) -> None:
 
         check_extra(config.engine.deepspeed)
     if config.tracking.enabled:
-        check_store(store()[0])
+        check_written(config.tracking.experiment, config.tracking.tags)
+        check_store(store()[0], config.tracking.experiment)
     log.info("all checks passed; the configuration:")
 
 
@@ -138,20 +143,25 @@ def check_start(config: Config, data: TrainingData) -> None:
         log.info("%s: the run goes on after step %d", path, content["step"])
 
 
-def check_store(uri: str) -> None:
+def check_store(uri: str, experiment: str) -> None:
     """Whether MLflow's store can be used now; a training goes on without, and sends it all later.
 
     A server is asked; a file is looked at, and not made.
+
+    Raises:
+        ValueError: MLflow will not take the run, now or later.
     """
     try:
         if uri.startswith("sqlite:///"):
             state = _look_at(Path(uri.removeprefix("sqlite:///")))
         else:
-            connect(uri)
+            check_takes(connect(uri), experiment)
             state = "reachable"
+    except ClosedError as error:
+        raise ValueError(str(error)) from error
     except Exception as error:  # mlflow's errors share no base but Exception
-        line = hide_password(f"MLflow at {uri} is not reachable: {error}".split("\n")[0])
-        log.warning("%s; a training keeps a journal", line)
+        line = f"MLflow at {uri} is not reachable: {reason_of(error)}"
+        log.warning("%s; a training keeps a journal", redact(line))
     else:
         log.info("MLflow: %s", state)
 
@@ -162,7 +172,11 @@ def _look_at(file: Path) -> str:
             check_writable(file.parent, "its folder")
         return f"the training makes {file}"
     with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
-        database.execute("PRAGMA schema_version").fetchone()
+        try:
+            database.execute("PRAGMA schema_version").fetchone()
+        except sqlite3.DatabaseError as error:
+            refuse_broken(file, error)
+            raise
     return f"{file} is there"
 
 

@@ -1,12 +1,12 @@
 """What a user asks first of a training: the first lines of its log."""
 
 import logging
-import re
 
 from dan_dist.config import Config
 from dan_dist.distributed.device import device_name
 from dan_dist.distributed.world import World
 from dan_dist.engine.ddp import micro_steps, resolve_precision
+from dan_dist.redaction import redact
 from dan_dist.run.plan import make_plan
 from dan_dist.tracking.store import store
 from shards.format import ShardSet, Split
@@ -24,7 +24,7 @@ def log_place(config: Config, world: World) -> None:
         device_name(world.device), _count(world.size, "rank"), _count(nodes, "node"),
         resolve_precision(config.train.precision, world.device),
     )  # fmt: skip
-    tracking = f"MLflow, {hide_password(store()[0])}" if config.tracking.enabled else "off"
+    tracking = f"MLflow, {redact(store()[0])}" if config.tracking.enabled else "off"
     log.info("output: %s; tracking: %s", config.train.output, tracking)
 
 
@@ -45,11 +45,6 @@ def log_data(config: Config, world: World, shards: ShardSet, train: Split, val: 
     in_parts = f", in {passes} micro-steps" if passes > 1 else ""
     log.info("batch: %d images, %s on each rank%s", batch, share, in_parts)
     log.info("steps: %s an epoch, %s in all", f"{plan.steps_per_epoch:,}", f"{plan.total:,}")
-
-
-def hide_password(text: str) -> str:
-    """A text whose addresses name no user and no password."""
-    return re.sub(r"//[^/@\s]*@", "//…@", text)
 
 
 def _count(number: int, thing: str) -> str:

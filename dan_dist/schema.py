@@ -1,5 +1,6 @@
 """The configuration's schema: every key with its type, its default and what it means."""
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -243,7 +244,11 @@ class Tracking(Section):
     """The record in MLflow; MLFLOW_TRACKING_URI names a server."""
 
     enabled: bool = Field(default=True, description="whether the run is recorded")
-    experiment: str = Field(default="dan_dist", description="MLflow's experiment")
+    experiment: str = Field(
+        default_factory=lambda: os.environ.get("MLFLOW_EXPERIMENT_NAME") or "dan_dist",
+        json_schema_extra={"default": "dan_dist"},
+        description="MLflow's experiment; MLFLOW_EXPERIMENT_NAME is another default",
+    )
     run_name: str | None = Field(
         default=None, description="the run's name; null: that of the folder train.output"
     )

@@ -207,7 +207,7 @@ def finish(
         record_exit(Path(config.train.output), status, state.step, stop)
         tracker.conclude("FINISHED" if status == "finished" else "KILLED", model)
     if world.is_main and status == "finished":
-        report(config, data, tracker, state)
+        report(config, data, state)
     return RunResult(status, dict(state.metrics))
 
 
@@ -245,8 +245,8 @@ def record_exit(folder: Path, status: Status, step: int, stop: StopRequest) -> N
     write_outcome(folder, status, step=stop.step, reason=reason)
 
 
-def report(config: Config, data: TrainingData, tracker: NullTracker, state: TrainState) -> None:
-    """The last lines: the result, and where to look at it."""
+def report(config: Config, data: TrainingData, state: TrainState) -> None:
+    """The last lines before the tracker's: the result, and where the checkpoints are."""
     best, others = state.best, dict(state.metrics)
     accuracy = others.pop("accuracy")
     log.info(
@@ -255,8 +255,6 @@ def report(config: Config, data: TrainingData, tracker: NullTracker, state: Trai
         100 * data.task.chance,
     )  # fmt: skip
     log.info("checkpoints: %s", config.train.output)
-    if tracker.where:
-        log.info("look at the run: %s", tracker.where)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ DAN_DIST = [
     ["run"],
     ["config", "options"],
     ["keys"],
-    ["schema"],
+    ["schema", "redaction"],
 ]
 SHARDS = [
     ["pack"],

@@ -11,8 +11,8 @@ import pytest
 
 from conftest import history, run, single
 from dan_dist.tracking import tracker as tracking
+from dan_dist.tracking.delivery import Delivery
 from dan_dist.tracking.journal import Journal, read_records, read_sent
-from dan_dist.tracking.sender import Sender
 from dan_dist.tracking.tracker import RunRecord
 
 Write = Callable[[str], Path]
@@ -32,7 +32,8 @@ def test_a_journal_forgets_a_torn_line_and_nothing_else(tmp_path: Path) -> None:
     assert again.id == journal.id and again.opened and again.uri == "x"
     assert [r["kind"] for r in again.pending] == ["run", "metrics"]
     assert again.new_metrics({"a": 2.0, "b": 3.0}, 1) == {"b": 3.0}
-    again.acknowledge()
+    again.settle("records")
+    again.settle("artifacts")  # the run's configuration
     again.append("metrics", values={"a": 4.0}, step=2)
     again.close()
     assert [r.get("step") for r in Journal(tmp_path).pending] == [1, 2]
@@ -131,12 +132,13 @@ def test_journals_from_elsewhere(
     )  # fmt: skip
     for path in ("../secret", "figures/gone.png"):
         journal.append("artifact", path=path, folder="")
-    journal.append("metrics", values={"bad\nname": 1.0}, step=1, time_ms=6)
+    journal.append("metrics", values={"bad": 1.0}, step=1, time_ms=-6)
     journal.append("metrics", values={"train/loss": 1.0}, step=1, time_ms=6)
     journal.close()
     with pytest.raises(ValueError, match=r"begun in the store http://127\.0\.0\.1:9; to send it"):
         tracking.replay(tmp_path / "run")
-    assert tracking.replay(tmp_path / "run", uri) == 5
+    arrived, left_out = tracking.replay(tmp_path / "run", uri)
+    assert arrived == 2 and [item.number for item in left_out] == [1, 2, 3]
     assert "../secret lies outside" in caplog.text and "gone.png is not there" in caplog.text
     assert caplog.text.count("left out of MLflow") == 3
     assert history(uri) == [(1, 1.0)] and not (tmp_path / "stolen").exists()
@@ -155,11 +157,10 @@ def test_a_run_is_found_again_when_the_answer_to_its_creation_was_lost(tmp_path:
     journal = Journal(tmp_path / "run")
     journal.append("run", experiment="e", name="n", parent=None, artifacts=None, uri=uri,
                    params={}, config={}, time_ms=5)  # fmt: skip
-    first = Sender(journal, uri)
-    first.deliver(journal.pending[0])
+    Delivery(journal, uri).deliver(journal.pending[0])
     created = journal.run_id
     journal.run_id = None  # as after a crash before it was noted
-    Sender(journal, uri).deliver(journal.pending[0])
+    Delivery(journal, uri).deliver(journal.pending[0])
     assert journal.run_id == created
 
 
@@ -170,6 +171,7 @@ def test_a_server_that_hangs_delays_nothing(
     import socket
 
     monkeypatch.setattr(tracking, "SHORT_DRAIN_S", 0.5)
+    monkeypatch.setattr(tracking, "CHECK_S", 1.0)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

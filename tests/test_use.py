@@ -279,7 +279,7 @@ def test_a_model_whose_logging_broke_off_is_logged_after_all(
     client = connect(store)
     (found,) = client.search_runs([client.get_experiment_by_name("dan_dist").experiment_id])
     assert found.info.status == "FINISHED"
-    assert tracking.replay(folder, store) == 1 and not tracking.replay(folder)
+    assert tracking.replay(folder, store) == (1, []) and tracking.replay(folder) == (0, [])
     ready = [m for m in logged(client) if m.status == "READY"]
     assert len(logged(client)) == len(ready) == 1
     models = client.get_run(found.info.run_id).outputs.model_outputs

@@ -10,7 +10,7 @@ from dan_dist.config import load_config
 from dan_dist.options import AblateOptions
 from dan_dist.run.cli import FAILED
 from dan_dist.run.signals import PREEMPTED, StopRequest
-from dan_dist.tracking.store import store
+from dan_dist.tracking.store import page, store
 from shards.files import locked
 
 
@@ -48,11 +48,11 @@ def main(options: AblateOptions, stop: StopRequest) -> int:
     with locked(folder / "comparison.lock", taken, wait=True):  # the last of several sees all
         summaries = [read_summary(run, c) for run, c in zip(runs, configs, strict=True)]
         experiment = configs[0].tracking.experiment
-        page = comparison.publish_comparison(name, parent, experiment, summaries, folder)
+        compared = comparison.publish_comparison(name, parent, experiment, summaries, folder)
     print(f"tables and figures: {folder / comparison.FOLDER}")
     if not (uri := store()[0]).startswith("http"):
-        print(f"mlflow ui --backend-store-uri {uri}")
-    print(f"compare in MLflow: {page}")
+        print(page(uri))
+    print(f"compare in MLflow: {compared}")
     if stop.signal:
         return PREEMPTED
     return 0 if all(r.status == "finished" for r in summaries) else FAILED

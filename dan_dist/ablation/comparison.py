@@ -13,6 +13,7 @@ from scipy.stats import binom
 
 from dan_dist.ablation.figures import accuracy_figure, curves_figure
 from dan_dist.ablation.runs import RunSummary
+from dan_dist.redaction import redact
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.journal import read_sent
 from dan_dist.tracking.store import store
@@ -233,7 +234,7 @@ def publish_comparison(
 def address(run_ids: Sequence[str], experiment: str) -> str:
     """The page on which MLflow compares runs; where no server is named, of one started here."""
     uri, _ = store()
-    server = uri.rstrip("/") if uri.startswith("http") else LOCAL
+    server = redact(uri).rstrip("/") if uri.startswith("http") else LOCAL
     runs, experiments = (
         quote(json.dumps(v, separators=(",", ":"))) for v in (list(run_ids), [experiment])
     )

@@ -16,10 +16,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 from tqdm import tqdm
 
+from dan_dist.redaction import redact
 from shards.files import locked, sha256_of, write_atomically
 from shards.format import INDEX_DTYPE, MANIFEST, ShardSet, copy_name, parse_manifest
 
@@ -64,7 +66,8 @@ def localise(source: str, cache: str | None) -> str:
     """
     if cache is None:
         if is_remote(source):
-            raise ValueError(f"data.shards {source} is remote: set data.cache to a local folder")
+            shown = redact(source)
+            raise ValueError(f"data.shards {shown} is remote: set data.cache to a local folder")
         return source
     origin, home = _origin(source), Path(cache)
     content = origin.read(MANIFEST)  # into memory: the error of a full disk needs it
@@ -77,14 +80,14 @@ def localise(source: str, cache: str | None) -> str:
             folder.mkdir(exist_ok=True)
             if todo := _missing(folder, files):
                 _check_space(folder, todo)
-                _copy(origin.fetch, folder, todo, source)
+                _copy(origin.fetch, folder, todo, redact(source))
             if not (folder / MANIFEST).exists():
                 write_atomically(folder / MANIFEST, content)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
         raise OSError(f"data.cache {cache}: the disk is full; {_megabytes(files)} are needed for "
-                      f"{source}") from error  # fmt: skip
+                      f"{redact(source)}") from error  # fmt: skip
     return str(folder)
 
 
@@ -98,28 +101,40 @@ def read_manifest(source: str) -> bytes:
 
 
 def _origin(source: str) -> Source:
-    """How the files of a folder or URL are read."""
+    """How the files of a folder or URL are read; errors do not give away what signs a URL."""
+    shown = redact(source)
     protocol = source.split(":", 1)[0] if is_remote(source) else "file"
     if is_remote(source) and (protocol not in PROTOCOLS or "::" in source):
         known = ", ".join(f"{name}://" for name in PROTOCOLS)
-        raise ValueError(f"data.shards {source}: expected a folder, or a URL of {known}")
+        raise ValueError(f"data.shards {shown}: expected a folder, or a URL of {known}")
+    is_web = protocol in ("http", "https")
+    is_signed = is_web and bool(urlsplit(source).query)
     try:
-        files, root = fsspec.core.url_to_fs(source)
+        # What is signed is quoted already, and holds for these very characters.
+        files, root = fsspec.core.url_to_fs(source, **({"encoded": True} if is_signed else {}))
     except ImportError as error:
-        raise OSError(f"{source}: {error}; pip install -e '.[remote]' brings most of them") from (
+        raise OSError(f"{shown}: {error}; pip install -e '.[remote]' brings most of them") from (
             error
         )
 
     def read(name: str) -> bytes:
-        with _naming(f"{source}/{name}"):
-            content: bytes = files.cat_file(f"{root.rstrip('/')}/{name}")
+        with _naming(redact(file_address(source, name, is_web=is_web))):
+            content: bytes = files.cat_file(file_address(root, name, is_web=is_web))
             return content
 
     def fetch(name: str, target: Path) -> None:
-        with _naming(f"{source}/{name}"):
-            files.get_file(f"{root.rstrip('/')}/{name}", str(target))
+        with _naming(redact(file_address(source, name, is_web=is_web))):
+            files.get_file(file_address(root, name, is_web=is_web), str(target))
 
     return Source(read, fetch)
+
+
+def file_address(root: str, name: str, *, is_web: bool) -> str:
+    """The address of a file of the set at `root`: its name goes before a query, which signs it."""
+    if not is_web:
+        return f"{root.rstrip('/')}/{name}"
+    parts = urlsplit(root)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}", fragment=""))
 
 
 @contextmanager
@@ -132,9 +147,9 @@ def _naming(file: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in NO_SPACE:
             raise
-        raise OSError(f"{file}: {error}") from error
+        raise OSError(f"{file}: {redact(str(error))}") from error
     except Exception as error:
-        raise OSError(f"{file}: {type(error).__name__}: {error}") from error
+        raise OSError(f"{file}: {type(error).__name__}: {redact(str(error))}") from error
 
 
 def _files(shards: ShardSet) -> list[FileEntry]:

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple, cast
 from torch.distributed.distributed_c10d import Store
 
 from dan_dist.distributed.world import World, close_world, init_world
+from dan_dist.redaction import redact
 from dan_dist.run.signals import SIGNALS, Stopped
 
 BEAT_S = 1.0
@@ -236,7 +237,7 @@ class Heartbeat:
                 word = threading.Thread(target=self._on_loss, args=(line,), daemon=True)
                 word.start()  # its disk, too, may fail or hang
                 word.join(SILENT_S)
-                print(f"error: {line}", file=sys.stderr, flush=True)
+                print(f"error: {redact(line)}", file=sys.stderr, flush=True)
             elif code:
                 time.sleep(YIELD_S)
         finally:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Literal, NoReturn, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
+from dan_dist.redaction import RedactingFormatter, redact, redact_tracebacks
 from dan_dist.run.environment import has_launcher, read_launch
 from dan_dist.run.signals import Stopped, StopRequest, end_with_parent
 
@@ -33,6 +34,7 @@ def run(main: Callable[[list[str], StopRequest], int]) -> NoReturn:
     """
     if has_launcher():
         end_with_parent()  # instead of working on unwatched, in a folder that a successor wants
+    redact_tracebacks()
     stop = StopRequest()
     try:
         rank = read_launch().rank
@@ -43,7 +45,7 @@ def run(main: Callable[[list[str], StopRequest], int]) -> NoReturn:
             print(f"{stopped}: stopped before or after the work", file=sys.stderr)
         sys.exit(0 if has_launcher() else INTERRUPTED)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(USAGE)
 
 
@@ -55,7 +57,9 @@ def _run_logged(
 ) -> int:
     """Rank 0 logs; the others only when something is wrong."""
     prefix = "" if rank == 0 else f"rank {rank}: "
-    logging.basicConfig(format=f"{prefix}%(message)s", stream=sys.stdout, force=True)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(RedactingFormatter(f"{prefix}%(message)s"))
+    logging.basicConfig(handlers=[handler], force=True)
     for name in ("dan_dist", "shards"):
         logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.WARNING)
     warnings.filterwarnings("ignore", category=UserWarning)
@@ -77,14 +81,14 @@ def _run_logged(
             if stop.signal is not None:
                 return FAILED
             time.sleep(0.1)
-        print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
+        print(f"error: {prefix}{redact(str(error))}", file=sys.stderr, flush=True)
         return FAILED if isinstance(error, ConnectionError) else USAGE
 
 
 def set_log_lines(*, prefix: str = "", stream: TextIO = sys.stdout) -> None:
     """From now on, log lines have this prefix and go to this stream."""
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+        handler.setFormatter(RedactingFormatter(f"{prefix}%(message)s"))
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(stream)
 

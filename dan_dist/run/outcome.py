@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from dan_dist.redaction import redact
 from shards.files import write_atomically
 
 OUTCOME = "outcome.json"
@@ -33,6 +34,7 @@ def write_outcome(folder: Path, status: Status, *, step: int | None, reason: str
         OSError: it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    reason = redact(reason)
     content = {"status": status, "step": step, "reason": reason, "time_s": round(time.time(), 3)}
     try:
         write_atomically(folder / OUTCOME, json.dumps(content) + "\n")

@@ -4,22 +4,26 @@ import argparse
 import sys
 from pathlib import Path
 
+from dan_dist.run.cli import FAILED, USAGE
+from dan_dist.tracking.faults import reason_of
 from dan_dist.tracking.tracker import replay
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Runs the command line; returns the exit code: 1 where MLflow refuses a part of the run."""
     parser = argparse.ArgumentParser(prog="python -m dan_dist.tracking")
     parser.add_argument("command", choices=("replay",), help="send what MLflow has missed")
     parser.add_argument("folder", type=Path, help="the run's folder (train.output)")
     options = parser.parse_args(arguments)
     try:
-        count = replay(options.folder)
+        count, left_out = replay(options.folder)
     except Exception as error:  # mlflow's errors share no base but Exception
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        print(f"error: {reason_of(error)}", file=sys.stderr)
+        return USAGE
     print(f"{count} records sent")
-    return 0
+    for item in left_out:
+        print(f"left out: {item.what}: {item.reason}")
+    return FAILED if left_out else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """A run's records for MLflow, on disk first: none is lost, none is sent twice.
 
-`journal.jsonl` holds a record a line, appended and flushed to the disk before anything is sent;
-`journal.sent` holds how many were delivered and to which run. A process that is killed in the
-middle of a line loses that line, which its successor computes again. Records that a full disk does
-not take wait in memory until it does.
+`journal.jsonl` holds a record a line, appended and flushed to the disk before anything is sent. A
+record belongs to a lane, in which the order is kept; one lane does not wait for the next, so that
+metrics arrive where artifacts cannot be stored. `journal.sent` holds how far each lane is, to which
+run, and what was left out as MLflow refuses it. A process that is killed in the middle of a line
+loses that line, which its successor computes again. Records that a full disk does not take wait in
+memory until it does.
 """
 
 import errno
@@ -17,13 +19,53 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
+from dan_dist.redaction import redact_tree
 from shards.files import locked, write_atomically
 
 log = logging.getLogger(__name__)
 
 NAME, SENT = "journal.jsonl", "journal.sent"
+
+Record = dict[str, Any]
+Lane = Literal["records", "artifacts", "models"]
+LANES: tuple[Lane, ...] = ("records", "artifacts", "models")
+# A run's configuration is an artifact of it; all else of the run is a record.
+_LANES_OF: dict[str, tuple[Lane, ...]] = {
+    "run": ("records", "artifacts"), "config": ("records", "artifacts"), "artifact": ("artifacts",),
+    "model": ("models",),
+}  # fmt: skip
+
+
+def lanes_of(record: Mapping[str, Any]) -> tuple[Lane, ...]:
+    """The lanes by which a record is sent."""
+    return _LANES_OF.get(record["kind"], ("records",))
+
+
+class LeftOut(NamedTuple):
+    """A record, or a part of one, that MLflow refuses."""
+
+    number: int  # of the record in its journal
+    lane: Lane
+    what: str
+    reason: str
+
+
+class Configured(NamedTuple):
+    """A run's configuration, which may have changed when the run went on."""
+
+    config: dict[str, Any]
+    params: dict[str, str]
+    changed: dict[str, str]  # parameters that did: all their values, and since which step
+
+
+class Sent(NamedTuple):
+    """What became of a journal's records."""
+
+    settled: dict[Lane, int]  # how many of each lane were delivered or left out
+    run_id: str | None  # MLflow's
+    left_out: list[LeftOut]
 
 
 class Journal:
@@ -40,11 +82,13 @@ class Journal:
         self._lock = ExitStack()
         self._lock.enter_context(locked(folder / NAME, f"{folder} is in use by another process"))
         self._file: FileIO = (folder / NAME).open("ab+", buffering=0)
-        self.changed = threading.Condition()
-        self.delivered, self.run_id = read_sent(folder)
+        self.changed, self._saving = threading.Condition(), threading.Lock()
         self.last_step: dict[str, int] = {}  # metric → the last step it was noted for
-        self.pending: deque[dict[str, Any]] = deque()
-        self.unwritten: list[dict[str, Any]] = []
+        self._records: dict[int, Record] = {}  # by number: those that wait or were left out
+        self._count = 0
+        self._configurations: list[Record] = []  # the run as it was begun, and each change
+        self._lanes: dict[Lane, deque[int]] = {lane: deque() for lane in LANES}
+        self.unwritten: list[Record] = []
         self._full = False
         records = self._read()
         if not records:
@@ -54,14 +98,56 @@ class Journal:
         for record in records[1:]:
             self._add(record)
         self.opened = len(records) > 1  # a run was begun in it
-        self.uri: str = next((r["uri"] for r in records if r["kind"] == "run"), "")
-        self.delivered = min(self.delivered, len(self.pending))  # where the journal was removed
-        for _ in range(self.delivered):
-            self.pending.popleft()
+        self.uri: str = self.begun["uri"] if self.begun else ""  # without secrets
+        settled, self.run_id, self.left_out = read_sent(folder)
+        self._settled: dict[Lane, int] = dict.fromkeys(LANES, 0)
+        for lane, count in settled.items():
+            for _ in range(min(count, len(self._lanes[lane]))):  # the journal may be a shorter one
+                self._pass(lane)
+
+    @property
+    def begun(self) -> Record | None:
+        """The record of the run's beginning."""
+        return self._configurations[0] if self._configurations else None
+
+    def configured(self) -> "Configured | None":
+        """The configuration as the journal has it; None before a run was begun."""
+        if self.begun is None:
+            return None
+        first: dict[str, str] = self.begun.get("params", {})
+        values, history = dict(first), dict(first)
+        for record in self._configurations[1:]:
+            for key, value in record["changed"].items():
+                before = history.get(key, "unknown")
+                history[key] = f"{before}; from step {record['step']}: {value}"
+            values |= record["changed"]
+        changed = {key: text for key, text in history.items() if text != first.get(key)}
+        return Configured(self._configurations[-1].get("config", {}), values, changed)
+
+    @property
+    def pending(self) -> list[Record]:
+        """The records that were not settled in each of their lanes, in order."""
+        with self.changed:
+            return [self._records[n] for n in self.pending_numbers()]
+
+    def pending_numbers(self, *lanes: Lane) -> list[int]:
+        """The numbers of the records that wait in `lanes`, or in any."""
+        return sorted({n for lane in lanes or LANES for n in self._lanes[lane]})
+
+    def first(self, lane: Lane) -> tuple[int, Record] | None:
+        """The first record that waits in a lane, and its number; None while it has to wait.
+
+        An artifact or a model waits for the records before it: a model's metrics are among them.
+        """
+        with self.changed:
+            records, own = self._lanes["records"], self._lanes[lane]
+            if not own or (lane != "records" and records and records[0] <= own[0]):
+                return None
+            return own[0], self._records[own[0]]
 
     def append(self, kind: str, **content: Any) -> None:
-        """Writes a record to the disk and hands it to whoever sends them."""
-        self.unwritten.append({"kind": kind, **content})
+        """Writes a record, without secrets, to the disk and hands it to whoever sends them."""
+        self.unwritten.append(redact_tree({"kind": kind, **content}))
         self.write()
 
     def write(self) -> None:
@@ -92,45 +178,71 @@ class Journal:
         """Those of `values` that were not noted yet: a resumed run computes some steps again."""
         return {key: v for key, v in values.items() if step > self.last_step.get(key, -1)}
 
-    def acknowledge(self) -> None:
-        """The first pending record was delivered."""
+    def settle(self, lane: Lane, *left_out: LeftOut) -> None:
+        """The first record of a lane was delivered, but for what is left out of it."""
         with self.changed:
-            self.pending.popleft()
-            self.delivered += 1
+            self.left_out += left_out
+            self._pass(lane)
             self.changed.notify_all()
         with suppress(OSError):  # what is sent a second time does no harm
             self.save_sent()
 
+    def retry(self, number: int, lane: Lane, *left_out: LeftOut) -> None:
+        """A record that was left out was sent again, but for what is still left out of it."""
+        others = [item for item in self.left_out if (item.number, item.lane) != (number, lane)]
+        self.left_out = sorted([*others, *left_out])
+        self.save_sent()
+
+    def record(self, number: int) -> Record:
+        """A record that waits or was left out."""
+        return self._records[number]
+
     def save_sent(self) -> None:
-        """Writes to the disk how many records were delivered.
+        """Writes to the disk what became of the records.
 
         Raises:
             OSError: it cannot be written.
         """
-        content = {"delivered": self.delivered, "run_id": self.run_id}
-        write_atomically(self.folder / SENT, json.dumps(content))
+        with self._saving:  # lanes are settled by threads of their own
+            with self.changed:
+                sent = Sent(dict(self._settled), self.run_id, list(self.left_out))
+            content = {**sent._asdict(), "left_out": [item._asdict() for item in sent.left_out]}
+            write_atomically(self.folder / SENT, json.dumps(content))
 
     def close(self) -> None:
         """Lets another process have the journal."""
         self._file.close()
         self._lock.close()
 
-    def _add(self, record: dict[str, Any]) -> None:
-        self.pending.append(record)
+    def _add(self, record: Record) -> None:
+        for lane in lanes_of(record):
+            self._lanes[lane].append(self._count)
+        self._records[self._count] = record
+        self._count += 1
+        if record["kind"] in ("run", "config"):
+            self._configurations.append(record)
         if record["kind"] == "metrics":
             for key in record["values"]:
                 self.last_step[key] = max(record["step"], self.last_step.get(key, -1))
         if record["kind"] == "rollback":
             self.last_step = {k: min(s, record["step"]) for k, s in self.last_step.items()}
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _pass(self, lane: Lane) -> None:
+        """Takes the first record out of a lane, and out of memory where nobody needs it."""
+        number = self._lanes[lane].popleft()
+        self._settled[lane] += 1
+        waits = any(own and own[0] <= number and number in own for own in self._lanes.values())
+        if not waits and all(number != item.number for item in self.left_out):
+            del self._records[number]
+
+    def _read(self) -> list[Record]:
         """All whole lines; what a killed process left of another is cut off."""
         records, whole = _parse(self.folder / NAME)
         self._file.truncate(whole)
         return records
 
 
-def read_records(folder: Path) -> list[dict[str, Any]]:
+def read_records(folder: Path) -> list[Record]:
     """The records of a run's journal, in order, while it may be written; none without a journal.
 
     Metrics of steps that were taken back, and computed again without damage, are left out.
@@ -138,7 +250,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: it is damaged before its last line.
     """
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     for record in _parse(folder / NAME)[0] if (folder / NAME).is_file() else ():
         if record["kind"] == "rollback":
             last = record["step"]
@@ -147,13 +259,19 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def read_sent(folder: Path) -> tuple[int, str | None]:
-    """How many records of a journal were delivered, and to which run; 0 and None before that."""
+def read_sent(folder: Path) -> Sent:
+    """What became of the records of a folder's journal; nothing before any was sent."""
     path = folder / SENT
     if not path.is_file():
-        return 0, None
+        return Sent({}, None, [])
     content = json.loads(path.read_text())
-    return int(content["delivered"]), content["run_id"]
+    left_out = [LeftOut(**item) for item in content.get("left_out", ())]
+    settled = content.get("settled")
+    if settled is None:  # as it was when a journal had one lane
+        records = _parse(folder / NAME)[0][1:] if (folder / NAME).is_file() else []
+        done = [lane for record in records[: content["delivered"]] for lane in lanes_of(record)]
+        settled = {lane: done.count(lane) for lane in LANES}
+    return Sent(settled, content["run_id"], left_out)
 
 
 def remove_journal(folder: Path) -> None:
@@ -162,7 +280,7 @@ def remove_journal(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:
+def _parse(path: Path) -> tuple[list[Record], int]:
     """The records of all whole lines, and the bytes that these take."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1

@@ -1,162 +1,197 @@
-"""Sends a journal's records to MLflow, each until it has arrived."""
+"""Sends a journal's records to MLflow, a thread a lane, each record until it has arrived."""
 
 import logging
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from dan_dist.tracking.journal import Journal
-from dan_dist.tracking.logged_model import log_model
-from dan_dist.tracking.store import connect, experiment_number, import_mlflow, parent_run, store
+from dan_dist.redaction import redact
+from dan_dist.tracking.delivery import Delivery, PartlyRefusedError
+from dan_dist.tracking.faults import ClosedError, is_refusal, reason_of
+from dan_dist.tracking.journal import LANES, Journal, Lane, LeftOut, lanes_of
+from dan_dist.tracking.store import import_mlflow
 
 log = logging.getLogger(__name__)
 
-_JOURNAL_TAG, _ROLLBACK_TAG = "dan_dist.journal", "dan_dist.rolled_back"
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
-REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # MLflow's words
+_FAILED: dict[Lane, str] = {
+    "records": "failed, its journal grows",
+    "artifacts": "does not take the run's artifacts, which wait",
+    "models": "does not take the run's model, which waits",
+}
 
 
-class RefusedError(Exception):
-    """A record that cannot be sent, now or ever."""
+class Sender:
+    """Sends a journal's records while others are appended, each lane in its order.
 
+    What MLflow refuses for good is left out, once named in the log, and kept in the journal.
 
-class Sender(threading.Thread):
-    """Sends a journal's records to MLflow in their order, each until it has arrived.
-
-    Sending one twice does no harm: a run is found by its journal's tag, and MLflow keeps one of
-    several equal metrics (same step, time and value).
+    experiment: where the run is made if it is not there yet; by default the journal's.
     """
 
-    def __init__(self, journal: Journal, uri: str) -> None:
-        super().__init__(name="tracking", daemon=True)
+    def __init__(self, journal: Journal, uri: str, *, experiment: str | None = None) -> None:
         import_mlflow()
-        self._journal, self._uri = journal, uri
-        self._client: Any = None
-        self._ending, self._failing = threading.Event(), False
-        self._give_up_s = 0.0
+        self.delivery = Delivery(journal, uri, experiment=experiment)
+        self.closed: str | None = None  # why nothing of the run is taken
+        self._journal, self._shown = journal, redact(uri)
+        self._ending, self._give_up_s = threading.Event(), 0.0
+        self._ended: set[Lane] = set()
+        self._named: set[str] = set()  # what the log has named as left out
+        self._threads = [
+            threading.Thread(target=self._run, args=(lane,), name=f"tracking {lane}", daemon=True)
+            for lane in LANES
+        ]
 
-    def run(self) -> None:
-        delay_s = FIRST_RETRY_S
-        while record := self._next():
+    def check(self, experiment: str, adopted: str | None, *, within_s: float) -> None:
+        """Looks for so long whether MLflow will take the run; a store that is away is no error.
+
+        Raises:
+            ValueError: it will not, now or later.
+        """
+        closed: list[ClosedError] = []
+
+        def look() -> None:
             try:
-                self.settle(record)
+                self.delivery.check(experiment, adopted)
+            except ClosedError as error:
+                closed.append(error)
+            except Exception as error:  # as MLflow's errors are; the lanes will try again
+                log.debug("MLflow at %s: %s", self._shown, error)
+
+        thread = threading.Thread(target=look, name="tracking check", daemon=True)
+        thread.start()
+        thread.join(within_s)
+        if closed:
+            raise ValueError(str(closed[0])) from closed[0]
+
+    def start(self) -> None:
+        """Starts the lanes."""
+        for thread in self._threads:
+            thread.start()
+
+    def drain(self, timeout_s: float, *, retry_s: float) -> None:
+        """Ends the lanes once all is sent, at a failure after `retry_s`, or after `timeout_s`."""
+        end_s = time.monotonic() + timeout_s
+        self._give_up_s = time.monotonic() + retry_s
+        self._ending.set()
+        with self._journal.changed:
+            self._journal.changed.notify_all()
+        for thread in self._threads:
+            thread.join(max(0.0, end_s - time.monotonic()))
+
+    def send_all(self) -> int:
+        """Sends what is left, and tries again what was left out; returns how many have arrived.
+
+        Raises:
+            ClosedError: MLflow takes nothing of the run. Others: it is away.
+        """
+        journal = self._journal
+        before = {*journal.pending_numbers(), *(item.number for item in journal.left_out)}
+        left_out = sorted({(item.number, item.lane) for item in journal.left_out})
+        failure: Exception | None = None
+        for lane in LANES:
+            try:
+                for number, _ in [pair for pair in left_out if pair[1] == lane]:
+                    record = journal.record(number)
+                    journal.retry(number, lane, *self._deliver(number, record, lane))
+                while found := journal.first(lane):
+                    journal.settle(lane, *self._deliver(*found, lane))
+            except Exception as error:
+                if isinstance(error, ClosedError) or lane == "records":
+                    raise
+                failure = failure or error  # the next lane does not wait for this one
+        if failure:
+            raise failure
+        after = {*journal.pending_numbers(), *(item.number for item in journal.left_out)}
+        return len(before - after)
+
+    def _run(self, lane: Lane) -> None:
+        try:
+            self._send(lane)
+        finally:
+            with self._journal.changed:
+                self._ended.add(lane)
+                self._journal.changed.notify_all()
+
+    def _send(self, lane: Lane) -> None:
+        delay_s, is_failing = FIRST_RETRY_S, False
+        while found := self._next(lane):
+            try:
+                self._journal.settle(lane, *self._deliver(*found, lane))
+            except ClosedError as error:
+                self._close(error)
+                return
             except Exception as error:  # whatever mlflow and its HTTP stack raise
-                if not self._failing:
-                    reason = str(error).split("\n")[0]
-                    log.warning("MLflow at %s failed, its journal grows: %s", self._uri, reason)
-                self._failing = True
+                if not is_failing:
+                    log.warning("MLflow at %s %s: %s", self._shown, _FAILED[lane], reason_of(error))
+                is_failing = True
                 if self._ending.wait(delay_s):
                     if time.monotonic() > self._give_up_s:
                         return
                     time.sleep(FIRST_RETRY_S)
                 delay_s = min(2 * delay_s, LAST_RETRY_S)
                 continue
-            if self._failing:
-                log.warning("MLflow at %s is back", self._uri)
-            self._failing, delay_s = False, FIRST_RETRY_S
+            if is_failing:
+                log.warning("MLflow at %s is back", self._shown)
+            is_failing, delay_s = False, FIRST_RETRY_S
 
-    def drain(self, timeout_s: float, *, retry_s: float) -> None:
-        """Ends the thread once all is sent, at a failure after `retry_s`, or after `timeout_s`."""
-        self._give_up_s = time.monotonic() + retry_s
-        self._ending.set()
+    def _next(self, lane: Lane) -> tuple[int, dict[str, Any]] | None:
+        """The record to be sent next in a lane; None once none can come."""
         with self._journal.changed:
-            self._journal.changed.notify_all()
-        self.join(timeout_s)
-
-    def settle(self, record: Mapping[str, Any]) -> None:
-        """Sends the first pending record, or leaves it out where no sending it will ever help."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self.deliver(record)
-        except (MlflowException, RefusedError) as error:
-            refused = getattr(error, "error_code", "") in REFUSALS and record["kind"] != "run"
-            if not (refused or isinstance(error, RefusedError)):
-                raise
-            reason = str(error).split("\n")[0]
-            log.warning("left out of MLflow: a record (%s): %s", record["kind"], reason)
-        self._journal.acknowledge()
-
-    def deliver(self, record: Mapping[str, Any]) -> None:
-        """Sends one record."""
-        from mlflow.entities import Metric, Param
-
-        if self._client is None:
-            self._client = connect(self._uri)
-        client, run_id = self._client, self._journal.run_id
-        match record["kind"]:
-            case "run":
-                run_id = self._open(record)
-                params = [Param(key, value[:6000]) for key, value in record["params"].items()]
-                client.log_batch(run_id, params=params)
-                client.log_dict(run_id, record["config"], "config.yaml")
-                self._journal.run_id = run_id
-            case "metrics":
-                rows = [
-                    Metric(key, value, record["time_ms"], record["step"])
-                    for key, value in record["values"].items()
-                ]
-                client.log_batch(run_id, metrics=rows)
-            case "artifact":
-                client.log_artifact(
-                    run_id, str(self._own(record["path"])), record["folder"] or None
-                )
-            case "model":
-                path = self._own(record["path"])
-                assert run_id is not None
-                try:
-                    log_model(client, run_id, path)
-                except ValueError as error:  # a damaged checkpoint will not mend
-                    raise RefusedError(str(error)) from error
-            case "rollback":
-                client.set_tag(run_id, _ROLLBACK_TAG, f"to step {record['step']}, after damage")
-            case "status":
-                for key, value in record["tags"].items():
-                    client.set_tag(run_id, key, value)
-                if record["status"] == "RUNNING":
-                    client.update_run(run_id, "RUNNING")
-                else:
-                    client.set_terminated(run_id, record["status"], record["time_ms"])
-
-    def _open(self, record: Mapping[str, Any]) -> str:
-        """The run of this journal: the one with its tag, the one it goes on with, or a new one."""
-        local, artifacts = store()  # not the journal's: that may come from elsewhere
-        number = experiment_number(
-            self._client, record["experiment"], artifacts if self._uri == local else None
-        )
-        own = f"tags.`{_JOURNAL_TAG}` = '{self._journal.id}'"
-        if former := record.get("run_id"):
-            own = f"attributes.run_id = '{former}'"
-        runs = self._client.search_runs([number], own, order_by=["attributes.start_time ASC"])
-        if runs:
-            return str(runs[0].info.run_id)
-        tags = {_JOURNAL_TAG: self._journal.id}
-        if record["parent"]:
-            tags["mlflow.parentRunId"] = parent_run(self._client, number, record["parent"])
-        run = self._client.create_run(number, record["time_ms"], tags, record["name"])
-        return str(run.info.run_id)
-
-    def _own(self, name: str) -> Path:
-        """A file of the run's folder, and of no other: a journal may come from elsewhere.
-
-        Raises:
-            RefusedError: it lies elsewhere, or is gone.
-        """
-        folder = self._journal.folder.resolve()
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder):
-            raise RefusedError(f"{name} lies outside {folder}")
-        if not path.is_file():
-            raise RefusedError(f"{path} is not there any more")
-        return path
-
-    def _next(self) -> dict[str, Any] | None:
-        """The first record that was not delivered; None once the journal ends."""
-        with self._journal.changed:
-            while not self._journal.pending:
-                if self._ending.is_set():
+            while self.closed is None:
+                if found := self._journal.first(lane):
+                    return found
+                waits = lane != "records" and self._journal.pending_numbers(lane)
+                if self._ending.is_set() and not (waits and "records" not in self._ended):
                     return None
                 self._journal.changed.wait()
-            return self._journal.pending[0]
+            return None
+
+    def _close(self, error: ClosedError) -> None:
+        """Stops all lanes: nothing of the run is taken. What there is waits in the journal."""
+        with self._journal.changed:
+            if self.closed is None:
+                log.warning("MLflow at %s takes nothing of this run: %s", self._shown, error)
+            self.closed = str(error)
+            self._journal.changed.notify_all()
+
+    def _deliver(self, number: int, record: Mapping[str, Any], lane: Lane) -> list[LeftOut]:
+        """Sends a record; returns what is left out of it, as MLflow refuses it for good."""
+        try:
+            self.delivery.deliver(record, lane)
+        except ClosedError:
+            raise
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            self.delivery.check_refusal(record, error)
+            refused = {describe(record, lane): reason_of(error)}
+            if isinstance(error, PartlyRefusedError):
+                refused = dict(error.refused)
+        else:
+            return []
+        for what, reason in refused.items():
+            if what not in self._named:
+                log.warning("left out of MLflow: %s: %s", what, reason)
+            self._named.add(what)
+        return [LeftOut(number, lane, what, reason) for what, reason in refused.items()]
+
+
+def describe(record: Mapping[str, Any], lane: Lane) -> str:
+    """What a record is, in a few words."""
+    match record["kind"]:
+        case "run" | "config":
+            return "the run" if lane == "records" else "artifact config.yaml"
+        case "artifact" | "model":
+            return f"{record['kind']} {record['path']}"
+        case "metrics":
+            return f"metrics {', '.join(record['values'])}"
+        case kind:
+            return str(kind)
+
+
+def waiting(journal: Journal) -> str:
+    """The lanes in which records wait, for people."""
+    kinds = {lane for record in journal.pending for lane in lanes_of(record)}
+    return ", ".join(lane for lane in LANES if lane in kinds and journal.pending_numbers(lane))

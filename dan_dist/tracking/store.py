@@ -3,12 +3,13 @@
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from shards.files import locked
+from dan_dist.redaction import redact
+from dan_dist.tracking.faults import ClosedError, is_refusal, reason_of
+from dan_dist.tracking.sqlite import mend, opening
 
 # mlflow's own defaults wait four minutes for a server that is gone, and print when a run ends
 _DEFAULTS = {
@@ -28,21 +29,50 @@ def store() -> tuple[str, str | None]:
     MLFLOW_TRACKING_URI, or `mlflow.db` and `mlruns` in the working folder.
     """
     local = f"sqlite:///{Path(_STORE).absolute()}"
-    uri = os.environ.get("MLFLOW_TRACKING_URI", local)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or local
     return uri, Path("mlruns").absolute().as_uri() if uri == local else None
 
 
+def page(uri: str) -> str:
+    """Where people look at a store, without secrets: a server's address or a command."""
+    shown = redact(uri)
+    return shown if shown.startswith("http") else f"mlflow ui --backend-store-uri {shown}"
+
+
 def connect(uri: str) -> Any:
-    """An MlflowClient whose store is there, and has its tables."""
-    mlflow = import_mlflow()
-    with _one_at_a_time(uri):
-        client = mlflow.MlflowClient(uri)
+    """An MlflowClient whose store is there, and has its tables.
+
+    Raises:
+        ClosedError: this MLflow refuses the store. Others: it is away.
+    """
+    with opening(uri):
+        try:
+            return _connect(uri)
+        except Exception as error:  # mlflow's errors and SQLAlchemy's share no base but Exception
+            if mend(uri, error):
+                return _connect(uri)
+            if is_refusal(error):
+                raise ClosedError(f"MLflow cannot use {redact(uri)}: {reason_of(error)}") from error
+            raise
+
+
+def _connect(uri: str) -> Any:
+    client = import_mlflow().MlflowClient(uri)
+    try:
         client.search_experiments(max_results=1)
+    except Exception as error:
+        if not is_refusal(error) or not uri.startswith("http"):
+            raise
+        client.get_experiment_by_name("Default")  # as servers of MLflow 1 know it too
     return client
 
 
 def experiment_number(client: Any, name: str, artifacts: str | None) -> str:
-    """The number of the experiment of that name, made if need be."""
+    """The number of the experiment of that name, made if need be.
+
+    Raises:
+        ClosedError: it was deleted.
+    """
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
@@ -50,7 +80,49 @@ def experiment_number(client: Any, name: str, artifacts: str | None) -> str:
         with suppress(MlflowException):  # another makes it at this moment
             client.create_experiment(name, artifact_location=artifacts)
         found = client.get_experiment_by_name(name)
+    check_active(found)
     return str(found.experiment_id)
+
+
+def check_active(experiment: Any) -> None:
+    """Refuses an experiment that was deleted: its name stays taken, and it takes no run."""
+    if experiment.lifecycle_stage == "deleted":
+        raise ClosedError(
+            f"MLflow's experiment '{experiment.name}' was deleted; restore it: mlflow experiments "
+            f"restore -x {experiment.experiment_id}, or give another name: tracking.experiment=NAME"
+        )
+
+
+def check_takes(client: Any, experiment: str, run_id: str | None = None) -> None:
+    """Looks whether a store takes a new run of that experiment, or records of a run that is there.
+
+    Raises:
+        ClosedError: it does not.
+    """
+    if run_id is not None:
+        active_run(client, run_id)
+    elif found := client.get_experiment_by_name(experiment):
+        check_active(found)
+
+
+def active_run(client: Any, run_id: str) -> Any:
+    """The run of that id.
+
+    Raises:
+        ClosedError: it was deleted, or is not there. Others: the server is away.
+    """
+    try:
+        run = client.get_run(run_id)
+    except Exception as error:
+        if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+            raise ClosedError(f"MLflow has no run {run_id}") from error
+        raise
+    if run.info.lifecycle_stage == "deleted":
+        raise ClosedError(
+            f"MLflow's run {run_id} was deleted; restore it: mlflow runs restore --run-id {run_id}"
+        )
+    check_active(client.get_experiment(run.info.experiment_id))
+    return run
 
 
 def parent_run(client: Any, number: str, name: str) -> str:
@@ -83,16 +155,6 @@ def import_mlflow() -> Any:
 
     logging.getLogger("alembic").setLevel(logging.WARNING)  # logs each table that it makes
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # traces; they are raised
     logging.getLogger("urllib3").setLevel(logging.ERROR)
     return mlflow
-
-
-@contextmanager
-def _one_at_a_time(uri: str) -> Iterator[None]:
-    """Two processes that open a new SQLite store at once would both make its tables, torn."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    path = Path(uri.removeprefix("sqlite:///") + ".lock")
-    with locked(path, f"another process opens {uri}", wait=True):
-        yield

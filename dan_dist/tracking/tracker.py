@@ -11,23 +11,27 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from matplotlib.figure import Figure
 
+from dan_dist.redaction import redact, redact_tree
+from dan_dist.tracking.faults import reason_of
 from dan_dist.tracking.figures import save
-from dan_dist.tracking.journal import Journal, remove_journal
-from dan_dist.tracking.sender import Sender
-from dan_dist.tracking.store import connect, experiment_number, parent_run, store
+from dan_dist.tracking.journal import Journal, LeftOut, remove_journal
+from dan_dist.tracking.names import check_written
+from dan_dist.tracking.sender import Sender, waiting
+from dan_dist.tracking.sqlite import database
+from dan_dist.tracking.store import connect, experiment_number, page, parent_run, store
 
 log = logging.getLogger(__name__)
 
 DRAIN_S = 60.0  # at the end of a run, as long as the server takes what it is sent
 RETRY_S = 10.0  # and in spite of failures: many runs may be opening a new store at once
 SHORT_DRAIN_S = 5.0
+CHECK_S = 10.0  # within which a server, if it is there, can refuse the run before training
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class RunRecord:
     config: Mapping[str, Any]  # the artifact config.yaml
     tags: Mapping[str, str] = field(default_factory=dict)
     parent: str | None = None  # the name of a run that holds this one and others
+    adopted: str | None = None  # the id of a run that somebody else has made for this one
+    step: int = 0  # after which the run goes on
 
 
 class NullTracker:
@@ -73,6 +79,7 @@ class MlflowTracker(NullTracker):
 
     Raises:
         OSError: another training has `folder` open.
+        ValueError: MLflow will not take the run, now or later; a server that is away may.
     """
 
     def __init__(
@@ -83,23 +90,52 @@ class MlflowTracker(NullTracker):
         run_id: str | None = None,
         rollback_to: int | None = None,
     ) -> None:
+        check_written(record.experiment, record.tags)
         self._journal, self._folder = Journal(folder), folder
         self._status = "FAILED"
         self._model: Path | None = None
         uri, _ = store()
-        if not self._journal.opened:
-            self._journal.append(
-                "run", experiment=record.experiment, name=record.name, parent=record.parent,
-                uri=uri, time_ms=_now_ms(), config=dict(record.config), run_id=run_id,
-                params={key: str(value) for key, value in record.params.items()},
-            )  # fmt: skip
+        self._sender = Sender(self._journal, uri, experiment=record.experiment)
+        adopted = None if run_id else record.adopted
+        try:
+            self._check(record.experiment, adopted, uri)
+        except ValueError:
+            self._journal.close()
+            raise
+        self._begin(record, run_id, adopted, uri)
         tags = {**record.tags, "commit": commit()}
         self._journal.append("status", status="RUNNING", tags=tags, time_ms=_now_ms())
         if rollback_to is not None:
             self._journal.append("rollback", step=rollback_to)
-        self.where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
-        self._sender = Sender(self._journal, uri)
+        self.where = page(uri)
         self._sender.start()
+
+    def _begin(self, record: RunRecord, run_id: str | None, adopted: str | None, uri: str) -> None:
+        """Records the run, or what of its configuration has changed since it was."""
+        params = redact_tree({key: str(value) for key, value in record.params.items()})
+        config, former = redact_tree(dict(record.config)), self._journal.configured()
+        if not self._journal.opened:
+            self._journal.append(
+                "run", experiment=record.experiment, name=record.name, parent=record.parent,
+                uri=uri, time_ms=_now_ms(), config=config, run_id=run_id, adopted=adopted,
+                params=params,
+            )  # fmt: skip
+        elif former is not None and config != former.config:
+            changed = {k: v for k, v in params.items() if former.params.get(k) != v}
+            self._journal.append("config", config=config, changed=changed, step=record.step)
+
+    def _check(self, experiment: str, adopted: str | None, uri: str) -> None:
+        """Refuses before training what MLflow would refuse after it.
+
+        Raises:
+            ValueError: the experiment or the run was deleted, or MLflow cannot use the store.
+        """
+        path = database(uri)
+        if path is None or (path.is_file() and path.stat().st_size):  # else there is nothing yet
+            begun = self._journal.begun
+            self._sender.check(
+                experiment, begun.get("adopted") if begun else adopted, within_s=CHECK_S
+            )
 
     @property
     def run_id(self) -> str | None:  # type: ignore[override]
@@ -151,9 +187,17 @@ class MlflowTracker(NullTracker):
             log.warning("%d records found no place on the disk, and are lost", lost)
         if left := len(self._journal.pending):
             log.warning(
-                "%d records have not reached MLflow; when it is back: "
-                "python -m dan_dist.tracking replay %s", left, self._folder,
+                "%d records have not reached MLflow (%s); when it is back: "
+                "python -m dan_dist.tracking replay %s",
+                left, self._sender.closed or waiting(self._journal), self._folder,
             )  # fmt: skip
+        if count := len(self._journal.left_out):
+            log.warning(
+                "left out of MLflow, which refused it, in all: %d; to see it and try again: "
+                "python -m dan_dist.tracking replay %s", count, self._folder,
+            )  # fmt: skip
+        if finished and self.run_id is not None and self._sender.closed is None:
+            log.info("look at the run: %s", self.where)
         self._journal.close()
 
 
@@ -167,10 +211,16 @@ def record_run(
 ) -> None:
     """A whole run at once: what was found of a network that another run has trained.
 
-    artifacts: names of files in `folder`.
+    artifacts: names of files in `folder`. Where MLflow will not take it, a line of the log gives
+    the reason; the files are there.
     """
     remove_journal(folder)
-    with MlflowTracker(folder, record) as tracker:
+    try:
+        tracker = MlflowTracker(folder, record)
+    except ValueError as error:
+        log.warning("not recorded in MLflow: %s", error)
+        return
+    with tracker:
         tracker.metrics(metrics, step)
         for name in artifacts:
             tracker.artifact(folder / name, "")
@@ -197,32 +247,42 @@ def publish(
     """
     uri, artifacts = store()
     try:
-        for journal in journals:
-            # Without one it failed before it began; one in use is sent by its own training.
-            with suppress(FileNotFoundError, BlockingIOError):
-                replay(journal, uri)
         client = connect(uri)
+        for journal in journals:
+            _send_rest(journal, uri)
         number = experiment_number(client, experiment, artifacts)
         run_id = parent_run(client, number, parent)
         client.set_tag(run_id, "mlflow.note.content", note)
-        for path in sorted(folder.iterdir()):
-            client.log_artifact(run_id, str(path))
         if status == "RUNNING":
             client.update_run(run_id, status)
         else:
             client.set_terminated(run_id, status)
+        for path in sorted(folder.iterdir()):
+            client.log_artifact(run_id, str(path))
     except Exception as error:  # mlflow's errors share no base but Exception
-        reason = str(error).split("\n")[0]
-        raise OSError(f"MLflow at {uri}: {reason}; the comparison is in {folder}") from error
+        where = f"MLflow at {redact(uri)}"
+        raise OSError(f"{where}: {reason_of(error)}; the comparison is in {folder}") from error
     return number
+
+
+def _send_rest(folder: Path, uri: str) -> None:
+    """Sends what MLflow has missed of a run; one that it does not take keeps no other from it."""
+    try:
+        replay(folder, uri)
+    except (FileNotFoundError, BlockingIOError):
+        return  # it failed before it began, or its own training sends it
+    except Exception as error:  # mlflow's errors share no base but Exception
+        log.warning("not all of %s has reached MLflow: %s", folder, reason_of(error))
 
 
 def _now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def replay(folder: Path, uri: str | None = None) -> int:
-    """Sends what a run's journal still holds; returns the number of records.
+def replay(folder: Path, uri: str | None = None) -> tuple[int, list[LeftOut]]:
+    """Sends what a run's journal still holds, and tries again what was left out.
+
+    Returns how many records have arrived, and what MLflow still refuses.
 
     uri: the store; by default that of MLFLOW_TRACKING_URI or `mlflow.db` in the working folder. A
     journal that names another is not followed there: it may come from elsewhere.
@@ -234,22 +294,18 @@ def replay(folder: Path, uri: str | None = None) -> int:
     if not (folder / "journal.jsonl").is_file():
         raise FileNotFoundError(f"{folder} holds no journal of a run")
     journal = Journal(folder)
-    count = len(journal.pending)
-    if not count:
+    try:
+        if not journal.pending and not journal.left_out:
+            return 0, []
+        chosen = uri or store()[0]
+        if redact(chosen) != journal.uri and not (uri or "MLFLOW_TRACKING_URI" in os.environ):
+            raise ValueError(
+                f"{folder} was begun in the store {journal.uri}; to send it there: "
+                f"MLFLOW_TRACKING_URI={journal.uri} python -m dan_dist.tracking replay {folder}"
+            )
+        return Sender(journal, chosen).send_all(), list(journal.left_out)
+    finally:
         journal.close()
-        return 0
-    chosen = uri or store()[0]
-    if chosen != journal.uri and not (uri or "MLFLOW_TRACKING_URI" in os.environ):
-        journal.close()
-        raise ValueError(
-            f"{folder} was begun in the store {journal.uri}; to send it there: "
-            f"MLFLOW_TRACKING_URI={journal.uri} python -m dan_dist.tracking replay {folder}"
-        )
-    sender = Sender(journal, chosen)
-    while journal.pending:
-        sender.settle(journal.pending[0])
-    journal.close()
-    return count
 
 
 def record_failure(folder: Path) -> None:
