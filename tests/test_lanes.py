@@ -297,7 +297,7 @@ def test_the_schedulers_experiment_and_run(
     monkeypatch.setenv("MLFLOW_RUN_ID", made.info.run_id)
     single(tiny("run"), "tracking.enabled=true", "train.max_steps=2")
     run = client().get_run(made.info.run_id)
-    assert run.info.status == "FINISHED" and run.data.metrics["val/accuracy"] > 0
+    assert run.info.status == "FINISHED" and "val/accuracy" in run.data.metrics
     assert run.data.tags["who"] == "cron" and run.data.params["train.max_steps"] == "2"
     # A run of an ablation has one of its own
     single(tiny("child"), "tracking.enabled=true", "train.max_steps=2", "tracking.parent=grid")

@@ -101,7 +101,14 @@ def check_takes(client: Any, experiment: str, run_id: str | None = None) -> None
     """
     if run_id is not None:
         active_run(client, run_id)
-    elif found := client.get_experiment_by_name(experiment):
+        return
+    try:
+        found = client.get_experiment_by_name(experiment)
+    except Exception as error:
+        if is_refusal(error):
+            return  # a server that cannot look it up may take the run all the same
+        raise
+    if found is not None:
         check_active(found)
 
 
