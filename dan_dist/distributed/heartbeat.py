@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, cast
 
 from torch.distributed.distributed_c10d import Store
 
-from dan_dist.distributed.world import World, close_world, init_world
+from dan_dist.distributed.world import World, abandon_world, close_world, init_world
 from dan_dist.run.signals import SIGNALS, Stopped
 
 BEAT_S = 1.0
@@ -249,6 +249,8 @@ def session(
 ) -> Iterator[tuple[World, Heartbeat]]:
     """The ranks' world and this rank's heartbeat, for work done together; both end with it.
 
+    After a failure nothing here waits for the other ranks: its line has yet to be written.
+
     device, timeout_s, on_loss: see `init_world` and `Heartbeat`.
 
     Raises:
@@ -264,13 +266,17 @@ def session(
             raise
     except Stopped as stopped:
         heart.abort("stopped", str(stopped))
+        abandon_world(world, code=0)
         raise
     except Exception as error:
         line = str(error).split("\n")[0]
         named = isinstance(error, ConnectionError)
         where = f"rank {world.rank} on {socket.gethostname()}: "
         heart.abort("failed", line if named else where + line)
+        abandon_world(world, code=1)
         raise
-    finally:
+    else:
         heart.close()
         close_world(world)
+    finally:
+        heart.close()

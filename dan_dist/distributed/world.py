@@ -1,9 +1,12 @@
 """This process among the ranks: its rank and device, work that one rank does for all, sums."""
 
+import atexit
 import itertools
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group
 from torch.distributed.rendezvous import rendezvous
 
 from dan_dist.distributed.device import choose_device
@@ -24,6 +27,7 @@ from dan_dist.run.environment import read_launch
 T = TypeVar("T")
 POLL_S = 0.05
 COLLECTIVE_S = 3600.0  # a hanging rank is found by its heartbeat, long before
+ABORT_S = 5.0  # that a process which has nothing else to do waits for its group to be aborted
 
 
 @dataclass(frozen=True)
@@ -165,3 +169,25 @@ def close_world(world: World) -> None:
     """Leaves the process group; that of one rank alone, which DeepSpeed holds on to, stays."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abandon_world(world: World, code: int) -> None:
+    """Leaves the process group after a failure, while other ranks may stand in a collective.
+
+    Destroying it would wait for them, with nccl without end. Aborting should not, but this thread,
+    which has yet to report the failure, does not rely on it: a process that the abort keeps from
+    ending ends with `code`.
+    """
+    if world.size == 1 or not dist.is_initialized():
+        return
+    aborting = threading.Thread(target=_abort_process_group, name="abort", daemon=True)
+    aborting.start()
+
+    def end() -> None:
+        aborting.join(ABORT_S)
+        if aborting.is_alive():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    atexit.register(end)
