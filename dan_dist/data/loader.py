@@ -31,6 +31,12 @@ ADVISED_AHEAD = 12  # steps that the kernel is advised of: many cold reads are t
 CHUNK = 64  # images a reader thread fetches at a time: fewer, and threads wait for each other
 EVALUATION_BATCH = 64  # images a rank evaluates at once
 
+# The share of a batch that a GPU's hardware JPEG decoder gets, whose pixels differ from those of
+# the CUDA decoder. With any share but 0 and 1, pixels depend on an image's place in its rank's
+# batch; with 1, on the card, as those without a hardware decoder fall back to the CUDA one.
+HW_DECODER_LOAD = 0.0
+FILL = tuple(round(255 * m) for m in MEAN)  # of erased boxes, a pixel: CPUs cut fractions off
+
 
 class Batch(NamedTuple):
     """One rank's columns of a global batch."""
@@ -184,7 +190,7 @@ def _graph(
     # fancy upsampling makes the GPU's chroma equal the CPU's
     images = fn.decoders.image(
         jpegs, device=decode, output_type=types.RGB, adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
+        jpeg_fancy_upsampling=True, hw_decoder_load=HW_DECODER_LOAD,
     )  # fmt: skip
     if resize:
         images = fn.resize(images, size=(size, size), interp_type=types.INTERP_LINEAR)
@@ -200,8 +206,7 @@ def _graph(
             images = fn.flip(images, horizontal=flip)
         # On bytes, before the floats: erased pixels are at most 0.009 off the exact 0
         images = fn.erase(
-            images, anchor=anchor, shape=shape, axis_names="HW",
-            fill_value=[255 * m for m in MEAN],
+            images, anchor=anchor, shape=shape, axis_names="HW", fill_value=[*map(float, FILL)]
         )  # fmt: skip
     images = fn.crop_mirror_normalize(
         images, dtype=types.FLOAT, output_layout="HWC",
