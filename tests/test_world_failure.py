@@ -8,13 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from ranks import run_ranks
+from torch.distributed import HashStore, distributed_c10d
 
 from conftest import outcome
 from dan_dist import programs
 from dan_dist.data.loader import Batch, Loader
 from dan_dist.distributed import world as worlds
-from ranks import run_ranks
+from dan_dist.distributed.heartbeat import Heartbeat
+
+
+class CountingStore(HashStore):
+    """Counts the requests that a store on another node would get."""
+
+    requests = 0
+
+    def __getattribute__(self, name: str) -> object:
+        if name in ("set", "get", "check", "multi_get", "add"):
+            self.requests += 1
+        return super().__getattribute__(name)
+
 
 REASON = "the disk of this rank is gone"
 
@@ -55,6 +68,33 @@ def test_the_failure_is_reported_first(tiny, tmp_path: Path, bad: int) -> None:
     assert state["status"] == "failed" and state["reason"].endswith(REASON), state
     assert not (tmp_path / "run" / "outcome.json.reserve").exists()
     assert took < 60, took
+
+
+@pytest.mark.parametrize("size", [2, 64, 200])
+def test_a_heartbeat_costs_two_requests_whatever_the_number_of_ranks(size: int) -> None:
+    store = CountingStore()
+    for rank in range(1, size):
+        store.set(f"beat/{rank}", f"1 0 works host step {rank}")
+    heart = Heartbeat(None, 0, size, timeout_s=60, on_loss=print)
+    heart._store = store
+    for expected in (3, 2, 2):  # the first one looks for the others
+        store.requests = 0
+        heart._beat()
+        assert store.requests == expected
+    assert {rank: beat.doing for rank, (beat, _) in heart._seen.items()} == {
+        rank: f"step {rank}" for rank in range(1, size)
+    }
+
+
+def test_a_heartbeat_does_not_wait_for_ranks_that_have_none_yet() -> None:
+    store = CountingStore()
+    store.set("beat/2", "1 0 failed host no space")
+    heart = Heartbeat(None, 0, 4, timeout_s=60, on_loss=print)
+    heart._store = store
+    heart._beat()
+    assert list(heart._seen) == [2]
+    with pytest.raises(ConnectionError, match="no space"):
+        heart.check()
 
 
 def leave_while_it_hangs() -> None:

@@ -15,7 +15,7 @@ import simplejpeg
 import torch
 from numpy.typing import NDArray
 from nvidia.dali.tensors import TensorCPU
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dan_dist.data.graph import Source, as_batch
 from shards.format import Split
@@ -43,6 +43,8 @@ def decoding_fault(jpeg: bytes) -> str:
     """Why an image cannot be decoded; empty where it can be."""
     try:
         Image.open(io.BytesIO(jpeg)).load()
+    except UnidentifiedImageError:
+        return "cannot be decoded: not an image of a known format"
     except (OSError, SyntaxError, ValueError) as reason:  # what Pillow raises for bad data
         return f"cannot be decoded: {reason}"
     return ""
