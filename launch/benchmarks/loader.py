@@ -215,7 +215,7 @@ def _dali_graph(
         images, matrix=matrix, size=(size, size), fill_value=0, interp_type=types.INTERP_NN
     )
     erased = fn.random.coin_flip(probability=augment.erase_p)
-    area = size * size * _uniform(*augment.erase_area)
+    area = size * size * _uniform(augment.erase_area[0], augment.erase_area[1])
     aspect = _uniform(*ERASE_RATIO)
     shape = fn.stack(erased * math.sqrt(area * aspect), erased * math.sqrt(area / aspect))
     images = fn.erase(
@@ -230,7 +230,7 @@ def _dali_graph(
     return images, labels
 
 
-def _uniform(low: float, high: float, shape: list[int] | None = None) -> Any:
+def _uniform(low: float, high: float, *, shape: list[int] | None = None) -> Any:
     """Random numbers of a range; DALI refuses one that holds a single number."""
     if low < high:
         return fn.random.uniform(range=[low, high], shape=shape or [])
