@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group
 from torch.distributed.rendezvous import rendezvous
 
+from dan_dist.distributed.cores import core_count, stay_beside
 from dan_dist.distributed.device import choose_device
 from dan_dist.distributed.rendezvous import meet
 from dan_dist.run.environment import read_launch
@@ -41,6 +42,7 @@ class World:
     device: torch.device
     store: Store | None = None  # where ranks leave word for each other; None when alone
     check: Callable[[], None] = lambda: None  # raises where another rank has left the job
+    neighbours: int | None = None  # ranks on the same cores, this one too; None: all of the node
     _calls: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -49,8 +51,8 @@ class World:
 
     @property
     def cores(self) -> int:
-        """This rank's share of the node's cores."""
-        return max(1, core_count() // self.local_size)
+        """This rank's share of the node's cores, or of those beside its GPU."""
+        return max(1, core_count() // (self.neighbours or self.local_size))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor`, summed over ranks in place."""
@@ -129,6 +131,7 @@ def init_world(device: str = "auto") -> World:
     """
     rank, local_rank, size, local_size = read_launch()
     place = choose_device(device, local_rank, local_size)
+    neighbours = stay_beside(place, local_size)
     # torchrun gives each of several ranks one thread; share the cores instead.
     if place.type == "cpu" and local_size > 1:
         torch.set_num_threads(max(1, core_count() // local_size))
@@ -149,12 +152,7 @@ def init_world(device: str = "auto") -> World:
             timeout=timedelta(seconds=COLLECTIVE_S),
             device_id=place if place.type == "cuda" else None,
         )
-    return World(rank, local_rank, size, local_size, place, store)
-
-
-def core_count() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return World(rank, local_rank, size, local_size, place, store, neighbours=neighbours)
 
 
 def group_of_one(world: World) -> None:
