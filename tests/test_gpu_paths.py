@@ -79,19 +79,24 @@ def test_the_graphs_that_decode_once_and_check_a_node_are_legal(
     assert_legal(health._graph("cuda", batch_size=1, **SETTINGS))
 
 
+def arguments(name: str) -> dict[str, Any]:
+    """Those of the one operator of that name in the training graph."""
+    pipeline = batch_graph(no_data, 224, False, True, "mixed", batch_size=4, **SETTINGS)
+    pipeline.serialize()
+    (operation,) = [o._op for o in pipeline._ops if o._op.schema.Name() == name]
+    found: dict[str, Any] = operation._init_args
+    return found
+
+
 def test_one_decoder_decodes_all_images() -> None:
     """A share of each batch would make pixels depend on the place in it."""
     assert HW_DECODER_LOAD in (0, 1)
-    pipeline = batch_graph(no_data, 224, False, True, "mixed", batch_size=4, **SETTINGS)
-    (decoder,) = [o for o in pipeline._ops if "decoders" in o._op.schema.Name()]
-    assert decoder.spec.arguments()["hw_decoder_load"] == HW_DECODER_LOAD
+    assert arguments("decoders__Image")["hw_decoder_load"] == HW_DECODER_LOAD
 
 
 def test_erased_pixels_are_whole_numbers_near_the_mean() -> None:
     """Of a fraction, a CPU cuts off what a GPU rounds."""
-    pipeline = batch_graph(no_data, 224, False, True, "mixed", batch_size=4, **SETTINGS)
-    (eraser,) = [o for o in pipeline._ops if o._op.schema.Name() == "Erase"]
-    assert tuple(eraser.spec.arguments()["fill_value"]) == FILL
+    assert tuple(arguments("Erase")["fill_value"]) == FILL
     assert all(float(value).is_integer() for value in FILL)
     assert all(abs(v / 255 - m) / s < 0.009 for v, m, s in zip(FILL, MEAN, STD, strict=True))
 

@@ -1,5 +1,6 @@
 """BatchNorm's running statistics where each rank keeps its own (model.sync_bn=false)."""
 
+import pytest
 import torch
 from ranks import ranks
 
@@ -10,7 +11,7 @@ from dan_dist.engine.ddp import Engine, StepFlags, StepOptions
 from dan_dist.model.dan import DAN
 from dan_dist.model.losses import Objective
 
-Statistics = dict[str, torch.Tensor]
+Statistics = dict[str, list[float]]  # plain, as a tensor is lost with the rank that sends it
 
 
 def train_and_save() -> tuple[Statistics, Statistics, Statistics]:
@@ -30,15 +31,14 @@ def train_and_save() -> tuple[Statistics, Statistics, Statistics]:
 
 
 def running(state: dict[str, torch.Tensor]) -> Statistics:
-    return {name: value.clone() for name, value in state.items() if "running" in name}
+    return {name: value.tolist() for name, value in state.items() if "running" in name}
 
 
 def test_a_checkpoint_holds_those_of_all_ranks() -> None:
     """Not those of rank 0; and the run goes on from the same, as one that is resumed does."""
     (own, saved, after), (other_own, other_saved, other_after) = ranks(2, train_and_save)
-    assert any(not torch.equal(own[name], other_own[name]) for name in own)
-    for name, value in saved.items():
-        mean = (own[name] + other_own[name]) / 2
-        assert torch.allclose(value, mean, rtol=1e-6)
-        for same in (after, other_saved, other_after):
-            assert torch.equal(same[name], value)
+    assert any(own[name] != other_own[name] for name in own)
+    assert saved == after == other_saved == other_after
+    for name, values in saved.items():
+        means = [(a + b) / 2 for a, b in zip(own[name], other_own[name], strict=True)]
+        assert values == pytest.approx(means, rel=1e-5, abs=1e-7)

@@ -53,9 +53,9 @@ def run(
     move = partial(_moved, device=world.device)
     contenders: dict[str, tuple[Iterator[Tensor], list[Path]]] = {
         OURS: ((next(loader).images for _ in count()), tars),
-        DECODED: ((next(decoded).images for _ in count()), []),
         CEILING: (_from_memory(config, world, shards), []),
         AUTHORS: (move(_authors(faces, transform, batch, world.cores)), [*faces.glob("*/*")]),
+        DECODED: ((next(decoded).images for _ in count()), []),
     }
     if find_spec("webdataset"):
         peer = move(_webdataset(tars, transform, batch, world.cores))
