@@ -13,6 +13,13 @@ from dan_dist import __version__
 from dan_dist.config import Augmentation, Config, Synthetic, flatten
 from dan_dist.data.augment import Augment
 from dan_dist.data.cache import is_remote, localise
+from dan_dist.data.decoded import (
+    DecodedReader,
+    DeviceReader,
+    decode_to_file,
+    decode_to_memory,
+    open_file,
+)
 from dan_dist.data.loader import Loader, evaluation_loader
 from dan_dist.data.order import TrainOrder
 from dan_dist.data.reader import Reader
@@ -156,6 +163,7 @@ def build_engine(config: Config, world: World, objective: Objective) -> Engine:
         sync_bn=config.model.sync_bn,
         compile=config.train.compile,
         may_skip=config.train.max_skipped_steps > 0,
+        deterministic=config.train.deterministic,
     )
     if config.engine.name == "deepspeed":
         from dan_dist.engine.deepspeed import DeepSpeedEngine  # takes seconds to import
@@ -174,9 +182,8 @@ def open_train_loader(config: Config, world: World, split: Split, *, start: int)
         seed=train.seed,
         balanced=config.data.sampling == "balanced",
     )
-    count_unique = partial(world.count_unique, "damaged") if world.store else None
     return Loader(
-        Reader(split, config.data.max_bad_images, count_unique),
+        open_reader(config, world, split),
         order,
         image_size=config.model.image_size,
         augment=make_augment(config.data.augment),
@@ -184,6 +191,39 @@ def open_train_loader(config: Config, world: World, split: Split, *, start: int)
         threads=config.data.threads or world.cores,
         start=start,
     )
+
+
+def open_reader(config: Config, world: World, split: Split) -> Reader:
+    """Reads the training images, or has them decoded before, on each device or once a node.
+
+    Raises:
+        ValueError, OSError: there is no room for them.
+    """
+    data, image_size = config.data, config.model.image_size
+    count_unique = partial(world.count_unique, "damaged") if world.store else None
+    if data.decoded == "none":
+        return Reader(split, data.max_bad_images, count_unique)
+    threads = data.threads or world.cores
+    if data.decoded == "host":
+        path = world.run_once(
+            lambda: decode_to_file(
+                split, fingerprint=open_shardset(split.root).fingerprint, cache=data.cache,
+                image_size=image_size, device=world.device, threads=threads * world.local_size,
+            ),
+            per_node=True,
+        )  # fmt: skip
+        decoded = world.run_on_all(lambda: open_file(path, split, image_size=image_size))
+    else:
+        on_gpu = world.device.type == "cuda"
+        decoded = world.run_on_all(
+            lambda: decode_to_memory(
+                split, image_size=image_size, device=world.device, threads=threads,
+                copies=1 if on_gpu else world.local_size,
+            )
+        )  # fmt: skip
+        if on_gpu:
+            return DeviceReader(split, decoded, data.max_bad_images, count_unique)
+    return DecodedReader(split, decoded, data.max_bad_images, count_unique)
 
 
 def make_augment(options: Augmentation) -> Augment:

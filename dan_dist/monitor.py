@@ -16,6 +16,7 @@ from dan_dist.data.loader import Batch, Loader
 from dan_dist.data.reader import TooMuchDamageError, readable_key
 from dan_dist.distributed.world import World
 from dan_dist.engine.ddp import StepFlags, StepResult
+from dan_dist.engine.readout import Readout
 from dan_dist.evaluation.figures import images_figure
 from dan_dist.evaluation.judge import EvaluationResult
 from dan_dist.evaluation.metrics import format_metrics
@@ -56,7 +57,7 @@ class Monitor:
         self._options, self._plan, self._state = options, plan, state
         self._tracker, self._loader, self._request = tracker, loader, stop
         self._is_main = world.is_main
-        self._unchecked: tuple[int, Batch, StepResult] | None = None
+        self._unchecked: tuple[int, Batch, StepResult, Readout] | None = None
         self._bar = tqdm(
             total=plan.total,
             initial=plan.start,
@@ -88,11 +89,12 @@ class Monitor:
 
         Raises:
             NotFiniteError: the previous step's loss or gradient is not finite. It is looked at one
-                step late, when a GPU has finished it, so that looking makes the GPU wait for log
-                lines alone.
+                step late, when a GPU has finished it and is at this one, so that the GPU waits for
+                log lines alone.
         """
         self.check()
-        self._unchecked = step, batch, result
+        numbers = torch.cat([result.losses, result.grad_norm[None], result.flags])
+        self._unchecked = step, batch, result, Readout(numbers)
         self._timed_steps += 1
         self._bar.update()
         if step == 1:
@@ -111,13 +113,13 @@ class Monitor:
         """
         if self._unchecked is None:
             return
-        (step, batch, result), self._unchecked = self._unchecked, None
-        found = torch.cat([result.losses, result.grad_norm[None], result.flags]).tolist()
-        losses, norm, flags = found[:4], found[4], StepFlags(*found[5:])
-        self.stop |= flags.stop > 0
-        self.save |= flags.save > 0
-        self._state.replaced += int(flags.replaced)
-        if flags.replaced and self._state.replaced_since is None:
+        (step, batch, result, readout), self._unchecked = self._unchecked, None
+        found = readout.read()
+        losses, norm, (stop, save, replaced) = found[:4], found[4], found[5:]
+        self.stop |= stop > 0
+        self.save |= save > 0
+        self._state.replaced += int(replaced)
+        if replaced and self._state.replaced_since is None:
             self._state.replaced_since = step
         if math.isfinite(losses[0]) and math.isfinite(norm):
             self._state.figures.append(found[:5])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "float32", "bf16", "float64"]
+Precision = Literal["auto", "float32", "tf32", "bf16", "float64"]
 
 
 def argument(text: str, *, default: Any = MISSING) -> Any:

@@ -96,6 +96,11 @@ class Data(Section):
     threads: Count | None = Field(
         default=None, description="cores that a rank decodes on; null: its share of the node's"
     )
+    decoded: Literal["none", "host", "device"] = Field(
+        default="none",
+        description="training images decoded once: into a file in data.cache whose memory a node's "
+        "ranks share, or into each rank's GPU; none: whenever they are drawn",
+    )
     synthetic: Synthetic | None = None
 
 
@@ -181,8 +186,14 @@ class Train(Section):
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="of the start, the order and the augmentation"
     )
-    precision: Literal["auto", "float32", "bf16", "float64"] = Field(
-        default="auto", description="of the arithmetic; auto: bf16 where the device is fast at it"
+    precision: Literal["auto", "float32", "tf32", "bf16", "float64"] = Field(
+        default="auto",
+        description="of the arithmetic; auto: bf16 where the device is fast at it; tf32: float32 "
+        "with the short mantissa of a GPU's tensor cores",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="take only algorithms that repeat to the bit on the same GPUs, or stop",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         default="auto", description="where to compute; auto: a GPU where there is one"

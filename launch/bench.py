@@ -34,7 +34,8 @@ from nvidia import dali
 
 from benchmarks import loader, order, scaling, start, step, training
 from dan_dist.config import Config, load_config
-from dan_dist.distributed.world import World, close_world, core_count, init_world
+from dan_dist.distributed.cores import core_count
+from dan_dist.distributed.world import World, close_world, init_world
 from dan_dist.model.dan import cost
 from dan_dist.run.cli import run
 from dan_dist.run.signals import StopRequest

@@ -10,8 +10,10 @@ DAN_CACHE=${DAN_CACHE:-}         # node-local storage into which shards are copi
 DAN_NPROC=${DAN_NPROC:-}         # processes a node; none: the node's GPUs
 DAN_DEVICE=${DAN_DEVICE:-cuda}   # cpu: no GPU is asked for or looked at
 export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$DAN_REPOSITORY/mlflow.db}
-# srun asks for the cores of sbatch's --cpus-per-task only when that is set.
-[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+# srun gives a task one core where nobody asks for more: here those of sbatch's --cpus-per-task, or
+# all of the node, which is the job's alone (--exclusive). Each rank stays on those beside its GPU.
+dan_cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-}}
+[ -z "$dan_cores" ] || export SRUN_CPUS_PER_TASK=$dan_cores
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export DAN_PYTHON DAN_DEVICE DAN_REPOSITORY
 

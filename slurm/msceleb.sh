@@ -5,7 +5,7 @@
 ##SBATCH --partition=gpu
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=48:00:00
 #SBATCH --output=%x-%j.out

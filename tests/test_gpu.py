@@ -6,22 +6,37 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from conftest import DAN
 from dan_dist import train as story
 from dan_dist.config import load_config
-from dan_dist.data.augment import Augment
+from dan_dist.data.augment import UNIFORMS, Augment, placements
+from dan_dist.data.decoded import (
+    DecodedReader,
+    DeviceReader,
+    decode_to_file,
+    decode_to_memory,
+    open_file,
+)
 from dan_dist.data.loader import Batch, Loader
 from dan_dist.data.order import TrainOrder
 from dan_dist.data.reader import Reader
+from dan_dist.data.sampler import augmentation_uniforms, rank_columns
+from dan_dist.engine.readout import Readout
+from dan_dist.model.arithmetic import choose_arithmetic
+from dan_dist.run.checkpoint import load
+from dan_dist.run.folder import newest_checkpoint
 from shards.format import ShardSet
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
 ]
+GPU = torch.device("cuda", 0)
 AUGMENT = Augment(flip_p=0.5, affine_p=0.7, degrees=20, scale=(0.8, 1.0), translate=0.2)
 
 
@@ -44,6 +59,81 @@ def test_mixed_decoding_gives_the_cpus_pixels(faces: ShardSet, erase_p: float) -
         assert gpu.images.device.type == "cuda" and torch.equal(cpu.ids, gpu.ids)
         difference = (cpu.images - gpu.images.cpu()).abs()
         assert difference.mean() < 0.02 and torch.equal(cpu.labels, gpu.labels.cpu())
+
+
+def test_pixels_do_not_depend_on_the_place_in_the_batch(faces: ShardSet) -> None:
+    split = faces.split("train")
+
+    def taken(world: int) -> list[Tensor]:
+        found = []
+        for rank in range(world):
+            order = TrainOrder(
+                split, rank_columns(64, rank, world), global_batch=64, seed=1, balanced=True
+            )
+            with Loader(Reader(split, 0), order, image_size=32, augment=AUGMENT, device=GPU,
+                        threads=2) as loader:  # fmt: skip
+                found.append([next(loader).images.cpu() for _ in range(3)])
+        return [torch.cat(step) for step in zip(*found, strict=True)]
+
+    for whole, parts in zip(taken(1), taken(8), strict=True):
+        assert torch.equal(whole, parts)
+
+
+def test_single_pixels_that_differ_from_the_cpus_lie_at_borders(faces: ShardSet) -> None:
+    """Of the warp's source pixels alone, where CPU and GPU round otherwise."""
+    uniforms = augmentation_uniforms(1, 0, 16, UNIFORMS)
+    matrices = placements(uniforms, AUGMENT, 32).matrix.astype(np.float64)
+    cpu, gpu = (batches(faces, place, AUGMENT)[0] for place in ("cpu", "cuda:0"))
+    apart = (cpu.images - gpu.images.cpu()).abs().amax(dim=1).numpy() > 0.1
+    y, x = np.mgrid[:32, :32] + 0.5
+    sources = np.einsum("nij,jp->nip", matrices, np.stack([x, y, np.ones_like(x)]).reshape(3, -1))
+    distance = np.abs(sources - np.round(sources)).min(axis=1).reshape(-1, 32, 32)
+    assert not apart[distance > 1e-3].any() and apart.mean() < 0.01
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_a_split_decoded_once_gives_the_plain_batches(
+    faces: ShardSet, tmp_path: Path, place: str
+) -> None:
+    split = faces.split("train")
+    if place == "host":
+        path = decode_to_file(split, fingerprint="f" * 16, cache=str(tmp_path), image_size=32,
+                              device=GPU, threads=2)  # fmt: skip
+        reader = DecodedReader(split, open_file(path, split, image_size=32), 0)
+    else:
+        found = decode_to_memory(split, image_size=32, device=GPU, threads=2)
+        reader = DeviceReader(split, found, 0)
+    order = TrainOrder(split, slice(None), global_batch=16, seed=1, balanced=True)
+    with Loader(reader, order, image_size=32, augment=AUGMENT, device=GPU, threads=2) as loader:
+        for plain in batches(faces, "cuda:0", AUGMENT):
+            assert torch.equal(next(loader).images, plain.images)
+
+
+def test_figures_come_by_pinned_memory() -> None:
+    values = torch.arange(8.0, device=GPU)
+    assert Readout(values * 2).read() == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0]
+
+
+def test_two_deterministic_trainings_are_one(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    weights = []
+    for name in ("one", "two"):
+        options = [*DAN, "train.device=cuda", "train.deterministic=true", "train.epochs=1"]
+        story.main(load_config(tiny(name), options))
+        newest = newest_checkpoint(tmp_path / name)
+        assert newest is not None
+        weights.append(load(newest[0], keys=("objective",))["objective"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_float32_is_not_tf32() -> None:
+    images, kernels = (torch.randn(64, 64, 3, 3, device=GPU) for _ in range(2))
+    exact = torch.nn.functional.conv2d(images.double(), kernels.double())
+    off = {}
+    for precision in ("float32", "tf32"):
+        choose_arithmetic(precision)
+        off[precision] = float((torch.nn.functional.conv2d(images, kernels) - exact).abs().max())
+    choose_arithmetic("float32")
+    assert off["float32"] < 1e-3 < off["tf32"]
 
 
 def test_training_on_the_gpu(tiny: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:

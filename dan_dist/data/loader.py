@@ -1,11 +1,11 @@
 """Batches of one rank: bytes from shards by the sampler's order, decoded and augmented by DALI.
 
 Reader threads fetch the next steps' images; DALI decodes, warps, erases and normalises them, on the
-GPU where there is one. A loader never ends: its iteration number is the global step, so there is
-nothing to reset between epochs and nothing to fast-forward on resume.
+GPU where there is one; a thread makes the next batch while the last one is computed with. A loader
+never ends: its iteration number is the global step, so there is nothing to reset between epochs and
+nothing to fast-forward on resume.
 """
 
-import io
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,21 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.utils.dlpack
-from numpy.typing import NDArray
-from nvidia.dali import fn, pipeline_def, types
-from PIL import Image
 from torch import Tensor
 
-from dan_dist.data.augment import MEAN, STD, Augment, placements
+from dan_dist.data.augment import Augment, placements
+from dan_dist.data.graph import Feed, batch_graph
 from dan_dist.data.order import EvaluationOrder, Request, TrainOrder
-from dan_dist.data.reader import Reader
+from dan_dist.data.reader import READERS, Reader, decoding_fault
 from dan_dist.data.sampler import rank_columns
 from shards.format import Split
 
-READERS = 4  # threads; they wait for storage, not for a core
 STEPS_AHEAD = 4  # steps whose bytes are fetched in advance, before DALI's own queue
 ADVISED_AHEAD = 12  # steps that the kernel is advised of: many cold reads are then under way
-CHUNK = 64  # images a reader thread fetches at a time: fewer, and threads wait for each other
 EVALUATION_BATCH = 64  # images a rank evaluates at once
 
 
@@ -63,23 +59,20 @@ class Loader:
         self.image_size, self.resize = image_size, reader.split.image_size != image_size
         self.device, self.threads = device, threads
         self.step, self.wait_s, self.replaced = start, 0.0, 0
+        self._making = start  # the step whose batch is made next
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+        self._maker = ThreadPoolExecutor(1, "batches", initializer=self._enter_thread)
+        self._next: Future[tuple[Tensor, Tensor, int]] | None = None
         self._build()
 
     def __next__(self) -> Batch:
         began = time.perf_counter()
-        try:
-            images, numbers = self._pipeline.run()
-        except RuntimeError as error:
-            self._set_aside_undecodable(error)
-            return next(self)
-        pixels = torch.utils.dlpack.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-        both = torch.utils.dlpack.from_dlpack(numbers.as_tensor())
-        labels = both[:, 0].to(self.device, non_blocking=True)
-        self.replaced = self._replaced.pop(self.step)
-        self.step += 1
+        images, numbers, replaced = (self._next or self._maker.submit(self._make)).result()
+        self._next = self._maker.submit(self._make)
+        labels = numbers[:, 0].to(self.device, non_blocking=True)
+        self.step, self.replaced = self.step + 1, replaced
         self.wait_s += time.perf_counter() - began
-        return Batch(pixels, labels, both[:, 1])
+        return Batch(images, labels, numbers[:, 1])
 
     def __enter__(self) -> "Loader":
         return self
@@ -88,30 +81,49 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Frees DALI's buffers, ends the reader threads, closes the shards."""
+        """Frees DALI's buffers, ends the threads, closes the shards."""
+        self._maker.shutdown(cancel_futures=True)
+        self._next = None
         del self._pipeline
         self._pool.shutdown(cancel_futures=True)
         self.order.close()
         self.reader.close()
 
+    def _enter_thread(self) -> None:
+        if self.device.type == "cuda":  # else a thread's is the first GPU
+            torch.cuda.set_device(self.device)
+
+    def _make(self) -> tuple[Tensor, Tensor, int]:
+        """The next images, their labels and ids, and how many stand in for damaged ones."""
+        while True:
+            try:
+                images, numbers = self._pipeline.run()
+                break
+            except RuntimeError as error:
+                self._set_aside_undecodable(error)
+        pixels = torch.utils.dlpack.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+        replaced = self._replaced.pop(self._making)
+        self._making += 1
+        return pixels, torch.utils.dlpack.from_dlpack(numbers.as_tensor()), replaced
+
     def _build(self) -> None:
-        """A pipeline whose iteration 0 is global step `self.step`."""
-        self._first = self.step
+        """A pipeline whose iteration 0 is the step that is made next."""
+        self._first = self._making
         self._requests: dict[int, Request] = {}
         self._replaced: dict[int, int] = {}
-        self._fetched: dict[int, list[Future[list[NDArray[np.uint8]]]]] = {}
+        self._fetched: dict[int, Callable[[], object]] = {}
         self._pipeline = self.pipeline(self.feed)
 
-    def pipeline(self, feed: Callable[[int], tuple[object, ...]]) -> Any:
+    def pipeline(self, feed: Feed) -> Any:
         """This loader's graph on its device, built, fed by iteration."""
         on_gpu = self.device.type == "cuda"
-        pipeline = _graph(
+        pipeline = batch_graph(
             feed,
             self.image_size,
             self.resize,
             self.augment is not None,
-            "mixed" if on_gpu else "cpu",
-            batch_size=len(self.order(self.step).ids),
+            self.reader.source(self.device),
+            batch_size=len(self.order(self._making).ids),
             # One more than cores: else one idles while another ends an operation's last image
             num_threads=self.threads + 1,
             device_id=self.device.index if on_gpu else None,
@@ -130,14 +142,11 @@ class Loader:
                 self._pool.submit(self.reader.advise, self._ids(ahead))
         for ahead in range(step, step + STEPS_AHEAD + 1):
             if ahead not in self._fetched:
-                ids = self._ids(ahead)
-                chunks = [ids[i : i + CHUNK] for i in range(0, len(ids), CHUNK)]
-                self._fetched[ahead] = [self._pool.submit(self.reader.read_all, c) for c in chunks]
-        request, futures = self._requests.pop(step), self._fetched.pop(step)
+                self._fetched[ahead] = self.reader.fetch(self._ids(ahead), self._pool)
+        request, images = self._requests.pop(step), self._fetched.pop(step)()
         labels = self.reader.split.index["label"][np.maximum(request.ids, 0)].astype(np.int64)
         labels[request.ids < 0] = -1
         numbers = np.stack([labels, request.ids], axis=1)
-        images = [image for future in futures for image in future.result()]
         self._replaced[step] = sum(i in self.reader.bad for i in request.ids.tolist())
         if self.augment is None or request.uniforms is None:
             return images, numbers
@@ -153,61 +162,17 @@ class Loader:
         Raises:
             RuntimeError: the error itself, where every image of the step decodes.
         """
-        found = []
-        for sample in np.maximum(self.order(self.step).ids, 0).tolist():
-            try:
-                Image.open(io.BytesIO(self.reader.read(sample).tobytes())).load()
-            except (OSError, SyntaxError, ValueError) as reason:  # what Pillow raises for bad data
-                found.append((sample, str(reason)))
+        found = {}
+        for sample in np.maximum(self.order(self._making).ids, 0).tolist():
+            used, content = self.reader.find(sample)  # itself, or its substitute
+            if fault := decoding_fault(content.tobytes()):
+                found[used] = fault
         if not found:
             raise error
-        for sample, fault in found:
-            self.reader.report(sample, f"cannot be decoded: {fault}")
+        for sample, fault in found.items():
+            self.reader.report(sample, fault)
         del self._pipeline
         self._build()
-
-
-@pipeline_def(enable_conditionals=True)  # type: ignore[untyped-decorator]
-def _graph(
-    feed: Callable[[int], tuple[object, ...]], size: int, resize: bool, augment: bool, decode: str
-) -> tuple[Any, ...]:
-    outputs = 7 if augment else 2
-    kinds = [types.UINT8, types.INT64, types.BOOL, types.INT32, *[types.FLOAT] * 3]
-    jpegs, numbers, *placement = fn.external_source(
-        source=feed,
-        num_outputs=outputs,
-        batch=True,
-        no_copy=True,
-        dtype=kinds[:outputs],
-        ndim=[1, 1, 0, 0, 2, 1, 1][:outputs],
-    )
-    # fancy upsampling makes the GPU's chroma equal the CPU's
-    images = fn.decoders.image(
-        jpegs, device=decode, output_type=types.RGB, adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
-    )  # fmt: skip
-    if resize:
-        images = fn.resize(images, size=(size, size), interp_type=types.INTERP_LINEAR)
-    if augment:
-        warped, flip, matrix, anchor, shape = placement
-        if warped:  # decided for each image
-            # By nearest neighbour, as torchvision's RandomAffine; linear costs eight times more
-            images = fn.warp_affine(
-                images, matrix=matrix, size=(size, size), fill_value=0, inverse_map=True,
-                interp_type=types.INTERP_NN,
-            )  # fmt: skip
-        else:
-            images = fn.flip(images, horizontal=flip)
-        # On bytes, before the floats: erased pixels are at most 0.009 off the exact 0
-        images = fn.erase(
-            images, anchor=anchor, shape=shape, axis_names="HW",
-            fill_value=[255 * m for m in MEAN],
-        )  # fmt: skip
-    images = fn.crop_mirror_normalize(
-        images, dtype=types.FLOAT, output_layout="HWC",
-        mean=[255 * m for m in MEAN], std=[255 * s for s in STD],
-    )  # fmt: skip
-    return images, numbers
 
 
 def evaluation_loader(

@@ -1,17 +1,27 @@
 """Image bytes from shards, checked; a damaged image is replaced by another of its class."""
 
+import io
 import logging
 import os
 import resource
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import suppress
 
 import numpy as np
+import simplejpeg
+import torch
 from numpy.typing import NDArray
+from nvidia.dali.tensors import TensorCPU
+from PIL import Image, UnidentifiedImageError
 
+from dan_dist.data.graph import Source, as_batch
 from shards.format import Split
+
+READERS = 4  # threads; they wait for storage, not for a core
+CHUNK = 64  # images a reader thread fetches at a time: fewer, and threads wait for each other
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +39,26 @@ def readable_key(split: Split, sample: int) -> str:
     return f"{split.shards[split.index[sample]['shard']].name}/#{sample}"
 
 
+def decoding_fault(jpeg: bytes) -> str:
+    """Why an image cannot be decoded; empty where it can be."""
+    try:
+        Image.open(io.BytesIO(jpeg)).load()
+    except UnidentifiedImageError:
+        return "cannot be decoded: not an image of a known format"
+    except (OSError, SyntaxError, ValueError) as reason:  # what Pillow raises for bad data
+        return f"cannot be decoded: {reason}"
+    return ""
+
+
+def _header_fault(data: bytes) -> str:
+    """Why not even an image's header can be read: DALI's decoders, given such a one, may crash."""
+    try:
+        simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return decoding_fault(data)  # it may be of another format
+    return ""
+
+
 class Reader:
     """Image bytes by sample number, checked; a damaged image is replaced by one of its class.
 
@@ -37,6 +67,8 @@ class Reader:
 
     count_unique: given a damaged sample, the number of different ones that all ranks have found.
     """
+
+    layout = ""  # of what `read` gives, in DALI's letters
 
     def __init__(
         self, split: Split, max_bad: int, count_unique: Callable[[int], int] | None = None
@@ -48,17 +80,30 @@ class Reader:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a descriptor per shard
         self._files = [os.open(split.path(k), os.O_RDONLY) for k in range(len(split.shards))]
 
+    def source(self, device: torch.device) -> Source:
+        """What `fetch` gives, for a graph on this device."""
+        return "mixed" if device.type == "cuda" else "cpu"
+
+    def fetch(self, samples: list[int], pool: Executor) -> Callable[[], object]:
+        """Starts to read; what it returns waits for the images, as one batch of DALI's."""
+        chunks = [samples[i : i + CHUNK] for i in range(0, len(samples), CHUNK)]
+        futures = [pool.submit(self._tensors, chunk) for chunk in chunks]
+        return lambda: as_batch([tensor for future in futures for tensor in future.result()])
+
     def read_all(self, samples: list[int]) -> list[NDArray[np.uint8]]:
-        """The JPEG bytes of each sample, or of its substitute; see `read`."""
+        """The JPEG bytes of each sample, or of its substitute; see `find`."""
         images = []
-        for sample, row in zip(samples, self._rows(samples), strict=True):
-            data, fault = self._fetch(*row)
+        for sample, (content, fault) in zip(samples, self.contents(samples), strict=True):
             is_intact = not fault and sample not in self.bad
-            images.append(np.frombuffer(data, np.uint8) if is_intact else self.read(sample))
+            images.append(content if is_intact else self.read(sample))
         return images
 
     def read(self, sample: int) -> NDArray[np.uint8]:
-        """The JPEG bytes of `sample`, or of its substitute.
+        """The JPEG bytes of `sample`, or of its substitute; see `find`."""
+        return self.find(sample)[1]
+
+    def find(self, sample: int) -> tuple[int, NDArray[np.uint8]]:
+        """`sample`, or its substitute, and its JPEG bytes.
 
         Raises:
             TooMuchDamageError: more than `max_bad` images are damaged, or a whole class is.
@@ -66,10 +111,9 @@ class Reader:
         for candidate in self._candidates(sample):
             if candidate in self.bad:
                 continue
-            (row,) = self._rows([candidate])
-            data, fault = self._fetch(*row)
+            ((content, fault),) = self.contents([candidate])
             if not fault:
-                return np.frombuffer(data, np.uint8)
+                return candidate, content
             self.report(candidate, fault)
         raise TooMuchDamageError(
             f"no intact image is left of the class of {readable_key(self.split, sample)}"
@@ -98,6 +142,15 @@ class Reader:
     def close(self) -> None:
         for file in self._files:
             os.close(file)
+
+    def _tensors(self, samples: list[int]) -> list[TensorCPU]:
+        return [TensorCPU(content, self.layout) for content in self.read_all(samples)]
+
+    def contents(self, samples: list[int]) -> Iterator[tuple[NDArray[np.uint8], str]]:
+        """The bytes of each sample, and what is wrong with them; decoding may yet find more."""
+        for row in self._rows(samples):
+            data, fault = self._fetch(*row)
+            yield np.frombuffer(data, np.uint8), fault or _header_fault(data)
 
     def _rows(self, samples: list[int]) -> Iterator[tuple[int, int, int, int]]:
         """Shard, offset, size and checksum of each sample: plain numbers, read all at once."""

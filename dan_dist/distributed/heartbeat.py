@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, cast
 
 from torch.distributed.distributed_c10d import Store
 
-from dan_dist.distributed.world import World, close_world, init_world
+from dan_dist.distributed.world import World, abandon_world, close_world, init_world
 from dan_dist.redaction import redact
 from dan_dist.run.signals import SIGNALS, Stopped
 
@@ -74,6 +74,7 @@ class Heartbeat:
         # since any rank last went on; since the store last answered; since a rank has left
         self._moved_s = self._beaten_s = time.monotonic()
         self._left_s: float | None = None
+        self._heard: list[int] = []  # the others that have a beat in the store
         self._seen: dict[int, tuple[Beat, float]] = {}  # rank → its last beat, since when
         self._ended = threading.Event()
         # Two threads: the store may hang along with rank 0, whose process can be what holds it.
@@ -148,17 +149,29 @@ class Heartbeat:
         self._number += 1
         own = Beat(self._number, self._progress, self._state, socket.gethostname(), self._doing)
         self._store.set(f"beat/{self._rank}", " ".join(map(str, own)))
-        for rank in range(self._size):
-            if rank == self._rank or not self._store.check([f"beat/{rank}"]):
-                continue
-            text = self._store.get(f"beat/{rank}").decode()
-            number, progress, state, host, doing = text.split(" ", 4)
+        self._find_unheard()
+        texts = self._store.multi_get([f"beat/{rank}" for rank in self._heard])
+        for rank, text in zip(self._heard, texts, strict=True):
+            number, progress, state, host, doing = text.decode().split(" ", 4)
             beat = Beat(int(number), int(progress), cast(State, state), host, doing)
             last, _ = self._seen.get(rank, (None, 0.0))
             if last is None or last[1:] != beat[1:]:
                 self._moved_s = time.monotonic()
             if last != beat:
                 self._seen[rank] = beat, time.monotonic()
+
+    def _find_unheard(self) -> None:
+        """Looks for the first beats of others; asking for one that is not there would wait for it.
+
+        Once all are there nothing is asked: with a request for each rank, hundreds of them would
+        keep the store from answering.
+        """
+        assert self._store is not None
+        unheard = sorted(set(range(self._size)) - {self._rank, *self._heard})
+        if unheard and self._store.check([f"beat/{rank}" for rank in unheard]):
+            self._heard += unheard
+        elif len(unheard) > 1:
+            self._heard += [rank for rank in unheard if self._store.check([f"beat/{rank}"])]
 
     def _watch_on(self) -> None:
         last_s = time.monotonic()
@@ -250,6 +263,8 @@ def session(
 ) -> Iterator[tuple[World, Heartbeat]]:
     """The ranks' world and this rank's heartbeat, for work done together; both end with it.
 
+    After a failure nothing here waits for the other ranks: its line has yet to be written.
+
     device, timeout_s, on_loss: see `init_world` and `Heartbeat`.
 
     Raises:
@@ -265,13 +280,17 @@ def session(
             raise
     except Stopped as stopped:
         heart.abort("stopped", str(stopped))
+        abandon_world(world, code=0)
         raise
     except Exception as error:
         line = str(error).split("\n")[0]
         named = isinstance(error, ConnectionError)
         where = f"rank {world.rank} on {socket.gethostname()}: "
         heart.abort("failed", line if named else where + line)
+        abandon_world(world, code=1)
         raise
-    finally:
+    else:
         heart.close()
         close_world(world)
+    finally:
+        heart.close()

@@ -1,9 +1,12 @@
 """This process among the ranks: its rank and device, work that one rank does for all, sums."""
 
+import atexit
 import itertools
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group
 from torch.distributed.rendezvous import rendezvous
 
+from dan_dist.distributed.cores import core_count, stay_beside
 from dan_dist.distributed.device import choose_device
 from dan_dist.distributed.rendezvous import meet
 from dan_dist.run.environment import read_launch
@@ -24,6 +28,7 @@ from dan_dist.run.environment import read_launch
 T = TypeVar("T")
 POLL_S = 0.05
 COLLECTIVE_S = 3600.0  # a hanging rank is found by its heartbeat, long before
+ABORT_S = 5.0  # that a process which has nothing else to do waits for its group to be aborted
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class World:
     device: torch.device
     store: Store | None = None  # where ranks leave word for each other; None when alone
     check: Callable[[], None] = lambda: None  # raises where another rank has left the job
+    neighbours: int | None = None  # ranks on the same cores, this one too; None: all of the node
     _calls: Iterator[int] = field(default_factory=itertools.count)
 
     @property
@@ -45,8 +51,8 @@ class World:
 
     @property
     def cores(self) -> int:
-        """This rank's share of the node's cores."""
-        return max(1, core_count() // self.local_size)
+        """This rank's share of the node's cores, or of those beside its GPU."""
+        return max(1, core_count() // (self.neighbours or self.local_size))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor`, summed over ranks in place."""
@@ -125,6 +131,7 @@ def init_world(device: str = "auto") -> World:
     """
     rank, local_rank, size, local_size = read_launch()
     place = choose_device(device, local_rank, local_size)
+    neighbours = stay_beside(place, local_size)
     # torchrun gives each of several ranks one thread; share the cores instead.
     if place.type == "cpu" and local_size > 1:
         torch.set_num_threads(max(1, core_count() // local_size))
@@ -145,12 +152,7 @@ def init_world(device: str = "auto") -> World:
             timeout=timedelta(seconds=COLLECTIVE_S),
             device_id=place if place.type == "cuda" else None,
         )
-    return World(rank, local_rank, size, local_size, place, store)
-
-
-def core_count() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return World(rank, local_rank, size, local_size, place, store, neighbours=neighbours)
 
 
 def group_of_one(world: World) -> None:
@@ -165,3 +167,25 @@ def close_world(world: World) -> None:
     """Leaves the process group; that of one rank alone, which DeepSpeed holds on to, stays."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def abandon_world(world: World, code: int) -> None:
+    """Leaves the process group after a failure, while other ranks may stand in a collective.
+
+    Destroying it would wait for them, with nccl without end. Aborting should not, but this thread,
+    which has yet to report the failure, does not rely on it: a process that the abort keeps from
+    ending ends with `code`.
+    """
+    if world.size == 1 or not dist.is_initialized():
+        return
+    aborting = threading.Thread(target=_abort_process_group, name="abort", daemon=True)
+    aborting.start()
+
+    def end() -> None:
+        aborting.join(ABORT_S)
+        if aborting.is_alive():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    atexit.register(end)

@@ -22,12 +22,13 @@ from dan_dist.data.loader import Batch, Loader
 from dan_dist.distributed.batch_norm import convert_batch_norm
 from dan_dist.distributed.heartbeat import Heartbeat
 from dan_dist.distributed.world import World
+from dan_dist.model.arithmetic import choose_arithmetic
 from dan_dist.model.dan import DAN, Output
 from dan_dist.model.losses import Loss, Objective
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["float32", "bf16", "float64"]
+Precision = Literal["float32", "tf32", "bf16", "float64"]  # on a CPU, tf32 is float32
 PrecisionChoice = Precision | Literal["auto"]
 
 
@@ -125,6 +126,7 @@ class StepOptions:
     sync_bn: bool = True
     compile: bool = False
     may_skip: bool = False  # a step that is not finite changes nothing, instead of the weights
+    deterministic: bool = False  # only algorithms that repeat to the bit on the same GPUs
 
 
 class Engine:
@@ -137,6 +139,7 @@ class Engine:
         self.micro_steps = micro_steps(options.global_batch, options.micro_batch, world.size)
         self.dtype = torch.float64 if options.precision == "float64" else torch.float32
         self.bf16 = options.precision == "bf16"
+        choose_arithmetic(options.precision, deterministic=options.deterministic)
         objective.to(world.device, self.dtype)
         if options.sync_bn and world.size > 1:
             convert_batch_norm(objective, world.device)
@@ -193,6 +196,7 @@ class Engine:
 
         All ranks must call it; rank 0 has it whole.
         """
+        self._average_buffers()
         return {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:

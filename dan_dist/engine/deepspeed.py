@@ -95,6 +95,7 @@ class DeepSpeedEngine(Engine):
         One tensor after the other, into the CPU's memory: where the weights are divided, the whole
         of them need not fit a GPU.
         """
+        self._average_buffers()
         weights = {}
         for name, tensor in self.objective.state_dict(keep_vars=True).items():
             with self._whole([tensor] if isinstance(tensor, nn.Parameter) else []):

@@ -11,6 +11,7 @@ from dan_dist.data.loader import Loader, evaluation_loader
 from dan_dist.distributed.heartbeat import Heartbeat
 from dan_dist.distributed.world import World
 from dan_dist.engine.ddp import PrecisionChoice, evaluate, resolve_precision
+from dan_dist.model.arithmetic import choose_arithmetic
 from dan_dist.model.dan import Output, probabilities
 from dan_dist.model.weights import Trained
 from shards.format import Split
@@ -33,6 +34,7 @@ def predict(
     if precision == "auto" and trained.config:
         precision = trained.config["train"]["precision"]
     resolved = resolve_precision(precision, world.device)
+    choose_arithmetic(resolved)
     dtype = torch.float64 if resolved == "float64" else torch.float32
     network = trained.network.to(world.device, dtype).to(memory_format=torch.channels_last)
     with open_loader(trained, split, world) as loader:

@@ -16,6 +16,7 @@ from dan_dist.evaluation.predictions import open_loader
 from dan_dist.inference.attention import STRIDE, attention_maps
 from dan_dist.inference.inputs import Faces, Inputs
 from dan_dist.inference.metrics import class_separation, head_overlap
+from dan_dist.model.arithmetic import choose_arithmetic
 from dan_dist.model.classes import columns_of
 from dan_dist.model.weights import Trained
 from shards.format import Split
@@ -114,6 +115,7 @@ class Explanation(NamedTuple):
 
 def examine(trained: Trained, inputs: Inputs, count: int, world: World) -> Explanation:
     """Maps of all faces, the first `count` of them kept; features and how the classes lie."""
+    choose_arithmetic("float32")
     trained.network.to(world.device, torch.float32).to(memory_format=torch.channels_last)
     labelled, features, separation = inputs.labelled, None, math.nan
     names = names_in_shards(trained, labelled)

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from dan_dist.data.augment import MEAN, STD
+from dan_dist.model.arithmetic import choose_arithmetic
 from dan_dist.model.weights import load_trained
 from shards.images import decode, to_jpeg
 
@@ -25,6 +26,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         self.trained = load_trained(Path(context.artifacts["checkpoint"]))
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        choose_arithmetic("float32")
         self.trained.network.to(self.device, torch.float32)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.measure import torchrun
-from dan_dist.distributed.world import World, core_count
+from dan_dist.distributed.cores import core_count
+from dan_dist.distributed.world import World
 
 NODES = (2, 4, 8, 16)
 

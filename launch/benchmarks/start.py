@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
@@ -37,9 +38,21 @@ def run(path: str, overrides: list[str], folder: Path, *, repeats: int) -> Table
                 raise RuntimeError(f"{' '.join(command)}\n{''.join(lines)}")
         return {"s": seconds, "to the end, s": perf_counter() - began_s}
 
+    def start(modules: str) -> Measure:
+        """A process that does nothing but import."""
+        began_s = perf_counter()
+        command = [sys.executable, "-c", f"import {modules}"]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(LAUNCH.parent)})
+        seconds = perf_counter() - began_s
+        return {"s": seconds, "to the end, s": seconds}
+
     folder.mkdir()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    forms = {
+    forms: dict[str, Callable[[], Measure]] = {
+        "of that: import torch": lambda: start("torch"),
+        "and import nvidia.dali": lambda: start("torch, nvidia.dali"),
+        "and import dan_dist.train": lambda: start("dan_dist.train"),
+        "and what an optimiser imports": lambda: start("dan_dist.train, torch._dynamo"),
         "torchrun launch/train.py": lambda: launch(*launcher),
         "python launch/train.py": lambda: launch(sys.executable),
     }

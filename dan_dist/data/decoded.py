@@ -1,0 +1,299 @@
+"""A split decoded once: its pixels lie on the device, or in the memory of a node.
+
+They are those that the loader's graph decodes, which goes on from there by the same numbers and
+the same operators. A damaged image is met where it is drawn, and replaced, as by `Reader`.
+"""
+
+import json
+import logging
+import mmap
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import nvidia.dali
+import psutil
+import torch
+import torch.utils.dlpack
+from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.tensors import TensorCPU, TensorListGPU
+from torch import Tensor
+from tqdm import tqdm
+
+from dan_dist.data.graph import Source, as_batch, decode
+from dan_dist.data.reader import READERS, Reader, decoding_fault
+from shards.files import locked, replacing, write_atomically
+from shards.format import Split
+
+BATCH = 256  # images decoded at once
+READ_AHEAD = 4  # batches whose bytes are read meanwhile
+HEADROOM_BYTES = 8 * 2**30  # of a GPU, for what trains there
+
+log = logging.getLogger(__name__)
+
+Contents = list[tuple[NDArray[np.uint8], str]]  # bytes and fault of each image
+
+
+class Decoded(NamedTuple):
+    """The pixels of a split."""
+
+    pixels: (
+        Any  # (samples, S, S, 3) uint8 RGB, an array or a GPU's tensor; 0 where there is a fault
+    )
+    faults: dict[int, str]  # sample → why it cannot be read or decoded; its pixels are 0
+    file: mmap.mmap | None = None  # that the pixels are mapped from, if any
+
+
+class DecodedReader(Reader):
+    """`Reader` of pixels in the CPU's memory, in place of JPEG bytes."""
+
+    layout = "HWC"
+
+    def __init__(
+        self,
+        split: Split,
+        decoded: Decoded,
+        max_bad: int,
+        count_unique: Callable[[int], int] | None = None,
+    ) -> None:
+        super().__init__(split, max_bad, count_unique)
+        self._pixels, self._faults, self._file = decoded
+
+    def source(self, device: torch.device) -> Source:
+        """What `fetch` gives, for a graph on this device."""
+        return "pixels to gpu" if device.type == "cuda" else "pixels"
+
+    def advise(self, ids: list[int]) -> None:
+        """Has the kernel read the pixels that are wanted soon, where they lie in a file."""
+        if self._file is None:
+            return
+        size = self._pixels[0].nbytes
+        for sample in ids:
+            start = sample * size // mmap.PAGESIZE * mmap.PAGESIZE
+            self._file.madvise(mmap.MADV_WILLNEED, start, (sample + 1) * size - start)
+
+    def contents(self, samples: list[int]) -> Iterator[tuple[Any, str]]:
+        """The pixels of each sample, and what is wrong with it."""
+        for sample in samples:
+            yield self._pixels[sample], self._faults.get(sample, "")
+
+
+class DeviceReader(DecodedReader):
+    """`Reader` of pixels in a GPU's memory."""
+
+    def source(self, device: torch.device) -> Source:
+        """What `fetch` gives."""
+        return "pixels on gpu"
+
+    def fetch(self, samples: list[int], pool: Executor) -> Callable[[], object]:
+        """Gathers the pixels when called, beside the step that the GPU is at."""
+
+        def gather() -> TensorListGPU:
+            used = [self.find(s)[0] if s in self._faults else s for s in samples]
+            cuda: Any = torch.cuda  # whose streams have no types
+            stream = cuda.Stream(self._pixels.device)
+            with cuda.stream(stream):
+                rows = self._pixels[torch.tensor(used).to(self._pixels.device)]
+            stream.synchronize()
+            return TensorListGPU(rows, self.layout)
+
+        return gather
+
+
+def decode_to_memory(
+    split: Split, *, image_size: int, device: torch.device, threads: int, copies: int = 1
+) -> Decoded:
+    """The split in this rank's memory, on its device.
+
+    copies: ranks that share the memory, each with a copy.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    need = copies * size_bytes(split, image_size)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] - HEADROOM_BYTES
+        where = f"{torch.cuda.get_device_name(device)}, {HEADROOM_BYTES / 1e9:.1f} GB left to train"
+    else:
+        free, where = free_memory(), "this machine"
+    _announce("device", split, image_size, need, free, where)
+    shape = (len(split), image_size, image_size, 3)
+    pixels = torch.empty(shape, dtype=torch.uint8, device=device)
+    faults, done = dict[int, str](), 0
+    for rows in decode_all(split, faults, image_size=image_size, device=device, threads=threads):
+        pixels[done : done + len(rows)] = rows
+        done += len(rows)
+    return Decoded(pixels if device.type == "cuda" else pixels.numpy(), faults)
+
+
+def decode_to_file(
+    split: Split, *, fingerprint: str, cache: str | None, image_size: int, device: torch.device,
+    threads: int,
+) -> str:  # fmt: skip
+    """The file in `cache` with the split's pixels, made if need be.
+
+    One process of a node makes it, others that call this wait for it.
+
+    Raises:
+        ValueError: there is no cache, or not enough memory. OSError: the disk is full.
+    """
+    if cache is None:
+        raise ValueError("data.decoded is host: set data.cache to a folder on each node")
+    need = size_bytes(split, image_size)
+    _announce("host", split, image_size, need, free_memory(), "this machine")
+    decoder = f"{'mixed' if device.type == 'cuda' else 'cpu'}-{nvidia.dali.__version__}"
+    path = Path(cache) / f"{fingerprint[:16]}-{split.name}-{image_size}-{decoder}.pixels"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_suffix(".lock")
+    with locked(lock, f"another process decodes into {path}", wait=True):
+        if _is_whole(path, need):
+            return str(path)
+        if (free := shutil.disk_usage(path.parent).free) < need:
+            raise OSError(f"data.cache {cache}: {need / 1e6:,.1f} MB are needed for the decoded "
+                          f"images, {free / 1e6:,.1f} MB are free")  # fmt: skip
+        faults: dict[int, str] = {}
+        with replacing(path) as file:
+            for rows in decode_all(
+                split, faults, image_size=image_size, device=device, threads=threads
+            ):
+                file.write(rows.cpu().numpy().data)
+        write_atomically(_faults_of(path), json.dumps(faults, indent=1) + "\n")
+    return str(path)
+
+
+def open_file(path: str, split: Split, *, image_size: int) -> Decoded:
+    """The pixels in a file that `decode_to_file` has made; processes of a node share the memory."""
+    with Path(path).open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    pixels = np.frombuffer(mapped, np.uint8).reshape(len(split), image_size, image_size, 3)
+    faults = json.loads(_faults_of(Path(path)).read_text())
+    return Decoded(pixels, {int(sample): fault for sample, fault in faults.items()}, mapped)
+
+
+def size_bytes(split: Split, image_size: int) -> int:
+    """Of the split's pixels."""
+    return len(split) * image_size * image_size * 3
+
+
+def free_memory() -> int:
+    """Bytes that processes of this machine, or of this container, may still take."""
+    free = int(psutil.virtual_memory().available)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, int(text))
+    return free
+
+
+def decode_all(
+    split: Split, faults: dict[int, str], *, image_size: int, device: torch.device, threads: int
+) -> Iterator[Tensor]:
+    """The split's images in order, (≤ BATCH, S, S, 3) uint8 at a time.
+
+    faults: gets the sample and the reason of each that cannot be decoded; it is all 0.
+    """
+    size = None if split.image_size == image_size else image_size
+    chunks = [range(i, min(i + BATCH, len(split))) for i in range(0, len(split), BATCH)]
+    reader = Reader(split, max_bad=0)
+    bar = tqdm(desc="decoding", total=len(split), unit="image", disable=None)
+
+    def read(chunk: range) -> Contents:
+        return list(reader.contents([*chunk]))
+
+    with bar, ThreadPoolExecutor(READERS) as pool:
+        decoder = _Decoder(size, device, threads)
+        reads = deque[Future[Contents]]()
+        for number, chunk in enumerate(chunks):
+            for ahead in chunks[number + len(reads) : number + READ_AHEAD]:
+                reads.append(pool.submit(read, ahead))
+            contents = dict(zip(chunk, reads.popleft().result(), strict=True))
+            faults |= {sample: fault for sample, (_, fault) in contents.items() if fault}
+            jpegs = {sample: jpeg for sample, (jpeg, fault) in contents.items() if not fault}
+            yield _rows(decoder, chunk, jpegs, faults, image_size)
+            bar.update(len(chunk))
+    reader.close()
+
+
+class _Decoder:
+    """Decodes batches, each when it is asked for."""
+
+    def __init__(self, size: int | None, device: torch.device, threads: int) -> None:
+        self.device, self._form = device, (size, threads)
+        self.build()
+
+    def build(self) -> None:
+        """Starts anew; after an error DALI's graph cannot go on."""
+        size, threads = self._form
+        on_gpu = self.device.type == "cuda"
+        self._pipeline = _decoding_graph(
+            "mixed" if on_gpu else "cpu",
+            size,
+            batch_size=BATCH,
+            num_threads=threads + 1,
+            device_id=self.device.index if on_gpu else None,
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
+        )
+        self._pipeline.build()
+
+    def __call__(self, jpegs: list[NDArray[np.uint8]]) -> Tensor:
+        self._pipeline.feed_input("jpegs", as_batch([TensorCPU(jpeg, "") for jpeg in jpegs]))
+        (images,) = self._pipeline.run()
+        return torch.utils.dlpack.from_dlpack(images.as_tensor())
+
+
+@pipeline_def  # type: ignore[untyped-decorator]
+def _decoding_graph(device: str, size: int | None) -> Any:
+    jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
+    return decode(jpegs, device, size)
+
+
+def _rows(
+    decoder: _Decoder, chunk: range, jpegs: dict[int, NDArray[np.uint8]], faults: dict[int, str],
+    size: int,
+) -> Tensor:  # fmt: skip
+    """The images of a chunk; those that cannot be decoded are added to `faults`."""
+    rows = torch.zeros(len(chunk), size, size, 3, dtype=torch.uint8, device=decoder.device)
+    while jpegs:
+        try:
+            images = decoder(list(jpegs.values()))
+        except RuntimeError:
+            found = {
+                s: fault for s, jpeg in jpegs.items() if (fault := decoding_fault(jpeg.tobytes()))
+            }
+            if not found:
+                raise
+            faults |= found
+            jpegs = {s: jpeg for s, jpeg in jpegs.items() if s not in found}
+            decoder.build()
+            continue
+        rows[torch.tensor([s - chunk.start for s in jpegs]).to(decoder.device)] = images
+        break
+    return rows
+
+
+def _announce(place: str, split: Split, size: int, need: int, free: int, where: str) -> None:
+    """Logs how much memory is needed.
+
+    Raises:
+        ValueError: it is more than is free.
+    """
+    line = f"{len(split):,} images of {size} px take {need / 1e9:,.2f} GB"
+    if need > free:
+        raise ValueError(
+            f"data.decoded is {place}: {line}, {max(free, 0) / 1e9:,.2f} GB are free ({where})"
+        )
+    log.info("data.decoded is %s: %s of memory, %s are free", place, line, f"{free / 1e9:,.2f} GB")
+
+
+def _faults_of(path: Path) -> Path:
+    """The file that is written last."""
+    return path.with_suffix(".json")
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size and _faults_of(path).is_file()
