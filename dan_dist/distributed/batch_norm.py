@@ -27,7 +27,8 @@ class Shares:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.ranks, self.rank = world_size(), dist.get_rank()
-        self.group: str = dist.new_group().group_name
+        group: Any = dist.new_group()
+        self.group: str = group.group_name
         self._device, self._dtype = device, dtype
         self._known: dict[tuple[int, ...], Tensor] = {}
         self.images: tuple[int, ...] = ()
@@ -68,7 +69,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *gradients(grads[0], *ctx.saved_tensors, ctx.over), None, None, None
+        x, weight, mean, var = ctx.saved_tensors
+        return *gradients(grads[0], x, weight, mean, var, ctx.over), None, None, None
 
 
 def gradients(
