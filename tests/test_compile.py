@@ -59,7 +59,7 @@ def train(found: Engine, own: slice = slice(None), steps: int = 3) -> Tensor:
     for number in range(steps):
         result = found.train_step(batch(number, own), lr=1e-2, flags=FLAGS)
         rows.append(torch.cat([result.losses, result.grad_norm[None]]))
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.empty(0)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +102,16 @@ def test_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert cache_dir() == "/elsewhere"
 
 
-@pytest.mark.parametrize("micro_batch", [None, 3])
-def test_a_compiled_objective_trains_the_same(rehearsed: None, micro_batch: int | None) -> None:
-    """In float64, DAN's losses and gradient norms of its first step, and the baseline's of more."""
-    for heads, steps in ((2, 1), (0, 3)):
-        plain, ours = (
-            engine(heads=heads, compile=c, micro_batch=micro_batch) for c in (False, True)
-        )
-        assert torch.allclose(train(ours, steps=steps), train(plain, steps=steps), rtol=1e-9)
+@pytest.mark.parametrize(("heads", "micro_batch", "steps"), [(2, None, 1), (0, 3, 3)])
+def test_a_compiled_objective_trains_the_same(
+    rehearsed: None, heads: int, micro_batch: int | None, steps: int
+) -> None:
+    """In float64: losses and gradient norms of DAN's first step, of the baseline's with others."""
+    plain, ours = (
+        train(engine(heads=heads, compile=c, micro_batch=micro_batch), steps=steps)
+        for c in (False, True)
+    )
+    assert torch.allclose(ours, plain, rtol=1e-9)
 
 
 def compiled_on_two() -> list[list[float]]:
@@ -147,8 +149,9 @@ def test_where_it_cannot_be_compiled_one_line_says_so(
     monkeypatch.setattr(compiling, "BACKEND", broken)
     expected = train(engine())
     assert torch.equal(train(engine(compile=True)), expected)
-    assert [r.levelno for r in caplog.records] == [logging.WARNING]
-    assert "train.compile: not possible here" in caplog.text
+    ours = [r for r in caplog.records if r.name.startswith("dan_dist")]
+    assert [r.levelno for r in ours] == [logging.WARNING]
+    assert "train.compile: not possible here" in ours[0].getMessage()
     torch._dynamo.reset()
 
 

@@ -91,7 +91,7 @@ def many_ranks() -> Iterator[None]:
 
 @pytest.fixture
 def shapes() -> Iterator[None]:
-    """Shapes of what a kernel gives that torch itself has none for."""
+    """Of kernels that torch itself knows no shapes of."""
     library = Library("aten", "IMPL", "Meta")
 
     def statistics(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -100,13 +100,14 @@ def shapes() -> Iterator[None]:
         return mean, var
 
     library.impl("batch_norm_update_stats", statistics)
+    library.impl("_fused_sgd_", lambda *_, **__: None)
     yield
     library._destroy()
 
 
 def fake_step(monkeypatch: pytest.MonkeyPatch, size: int, optim: Optim) -> Log:
     """The log of a second step: the first one makes the optimiser's state."""
-    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+    monkeypatch.setattr(Objective, "to", lambda self, *_, **__: self)
     device = torch.device("cuda", 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with device:

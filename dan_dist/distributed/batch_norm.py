@@ -100,8 +100,14 @@ class BatchNorm(_BatchNorm):
     the plain module.
     """
 
-    def __init__(self, features: int, shares: Shares, eps: float, momentum: float | None) -> None:
-        super().__init__(features, eps, momentum)
+    def __init__(self, plain: _BatchNorm, shares: Shares) -> None:
+        """In place of `plain`, whose state it takes over."""
+        weight = plain.weight
+        super().__init__(
+            plain.num_features, plain.eps, plain.momentum, device=weight.device, dtype=weight.dtype
+        )
+        self.load_state_dict(plain.state_dict())
+        self.train(plain.training)
         self.shares = shares
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -170,9 +176,7 @@ def convert_batch_norm(module: nn.Module, shares: Shares) -> nn.Module:
     """Replaces every BatchNorm by one whose statistics span all ranks; state_dict is unchanged."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            new = BatchNorm(child.num_features, shares, child.eps, child.momentum)
-            new.to(child.weight.device, child.weight.dtype).load_state_dict(child.state_dict())
-            setattr(module, name, new.train(child.training))
+            setattr(module, name, BatchNorm(child, shares))
         else:
             convert_batch_norm(child, shares)
     return module

@@ -1,5 +1,7 @@
 """Collectives inside forward and backward, as plain operations that torch.compile traces."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives  # registers the operations below
@@ -16,14 +18,14 @@ def all_gather(value: Tensor, ranks: int, group: str) -> Tensor:
 
     group: the name of a process group. The host waits for nothing.
     """
-    operations = torch.ops._c10d_functional_autograd
-    flat = operations.all_gather_into_tensor(value.contiguous().flatten(), ranks, group)
-    gathered: Tensor = torch.ops._c10d_functional.wait_tensor(flat)
-    return gathered.view(ranks, *value.shape)
+    flat = value.contiguous().flatten()
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(flat, ranks, group)
+    found: Tensor = torch.ops._c10d_functional.wait_tensor(gathered)
+    return found.view(ranks, *value.shape)
 
 
 def all_reduce(value: Tensor, group: str) -> Tensor:
-    """The sum of `value` over the ranks of a process group, without a gradient."""
+    """The sum of `value` over ranks; its gradient is the sum of theirs. group: as `all_gather`."""
     total = torch.ops._c10d_functional.all_reduce(value.contiguous(), "sum", group)
     found: Tensor = torch.ops._c10d_functional.wait_tensor(total)
     return found
@@ -31,8 +33,7 @@ def all_reduce(value: Tensor, group: str) -> Tensor:
 
 def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks; its gradient is the sum of the ranks' gradients."""
-    ranks = world_size()
-    if ranks == 1:
+    if world_size() == 1:
         return value
-    assert dist.group.WORLD is not None
-    return all_gather(value, ranks, dist.group.WORLD.group_name).sum(dim=0)
+    group: Any = dist.group.WORLD
+    return all_reduce(value, group.group_name)

@@ -154,12 +154,11 @@ class Engine:
         if not self.options.compile and not self.options.capture:
             return
         n = sum(images[self.world.rank] for images in self._pass_images())
-        device, size = self.world.device, image_size
-        images = torch.randn(n, size, size, 3, device=device).permute(0, 3, 1, 2)  # channels_last
-        labels = torch.arange(n, device=device) % self.objective.network.classifier.out_features
-        flags = torch.zeros(3, dtype=self.dtype, device=device)
-        scale = self.scaler.state_dict()
+        device, size, scale = self.world.device, image_size, self.scaler.state_dict()
         with self._memory_named(), put_back(self._changed, device):
+            images = torch.randn(n, size, size, 3, device=device).permute(0, 3, 1, 2)
+            labels = torch.arange(n, device=device) % self.objective.network.classifier.out_features
+            flags = torch.zeros(3, dtype=self.dtype, device=device)
             if not self.options.capture:
                 self._step(images, labels, flags)
             else:

@@ -117,6 +117,8 @@ class DeepSpeedEngine(Engine):
             return {"objective": weights, "optimizer": optimizer_state(self.optimizer)}
         parameters = self._trained()
         step, keys = self._inner_state()
+        if keys and self.zero_stage < 3:
+            self._link_moments()
         moments: dict[int, dict[str, Any]] = {}
         for number, parameter in enumerate(parameters) if keys else ():
             own: dict[str, Any] = {} if step is None else {"step": step.to("cpu", copy=True)}
@@ -151,7 +153,7 @@ class DeepSpeedEngine(Engine):
                 own["step"] = first["step"].clone()
             zero.optimizer.state[flat] = own
         if self.zero_stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+            self._link_moments()
         for number, parameter in enumerate(parameters):
             for key in moments:
                 value = state["optimizer"]["state"][number][key].to(self.world.device)
@@ -258,6 +260,16 @@ class DeepSpeedEngine(Engine):
         )  # fmt: skip
         found: list[Tensor] = getattr(zero, name)
         return found
+
+    def _link_moments(self) -> None:
+        """Lets DeepSpeed find each parameter's moments.
+
+        It does so itself in its first step, but there for the first group alone: the others have
+        none yet.
+        """
+        zero: Any = self.model.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
     def _inner_state(self) -> tuple[Tensor | None, list[str]]:
         """Adam's step number, and the names of the moments that are kept of each parameter."""
