@@ -14,6 +14,7 @@ from ranks import ranks
 from torch import Tensor
 
 from conftest import single
+from dan_dist import train as story
 from dan_dist.config import Optim
 from dan_dist.data.loader import Batch
 from dan_dist.distributed.world import World, close_world, init_world
@@ -239,3 +240,19 @@ def test_loading_a_state_gives_the_captured_step_up() -> None:
     assert ours.graph is not None
     ours.load_state(ours.state())
     assert ours.graph is None
+
+
+def test_a_step_is_recorded_before_the_loader_opens(
+    tiny: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the loader's buffers free would end a capture under way."""
+    calls, open_loader = [], story.open_train_loader
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        calls.append("loader")
+        return open_loader(*arguments, **options)
+
+    monkeypatch.setattr(Engine, "warm_up", lambda self, size: calls.append(f"warm up {size}"))
+    monkeypatch.setattr(story, "open_train_loader", opened)
+    single(tiny("run"), "train.max_steps=1")
+    assert calls == ["warm up 32", "loader"]

@@ -109,6 +109,7 @@ class Engine:
     ) -> None:
         self.options, self.clip_norm, self.world = options, optim.clip_norm, world
         self.micro_steps = micro_steps(options.global_batch, options.micro_batch, world.size)
+        self.pass_images = pass_images(options.global_batch, self.micro_steps, world.size)
         self.dtype = weight_dtype(options.precision)
         objective.to(world.device, self.dtype)
         self.shares: Shares | None = None
@@ -122,9 +123,9 @@ class Engine:
         self.is_frozen = optim.backbone_lr == 0
         self.optimizer = self._make_optimizer(optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "fp16")
-        self.average = WeightAverage(objective, optim.ema) if optim.ema is not None else None
         self.graph: StepGraph | None = None
         self.model: nn.Module = self._wrap()
+        self.average = None if optim.ema is None else self._make_average(optim.ema)
 
     def train_step(self, batch: Batch, *, lr: float, flags: StepFlags) -> StepResult:
         """One optimiser step on this rank's part of a global batch.
@@ -153,7 +154,7 @@ class Engine:
         """
         if not self.options.compile and not self.options.capture:
             return
-        n = sum(images[self.world.rank] for images in self._pass_images())
+        n = sum(images[self.world.rank] for images in self.pass_images)
         device, size, scale = self.world.device, image_size, self.scaler.state_dict()
         with self._memory_named(), put_back(self._changed, device):
             images = torch.randn(n, size, size, 3, device=device).permute(0, 3, 1, 2)
@@ -249,7 +250,7 @@ class Engine:
         parts = torch.zeros(4, dtype=self.dtype, device=self.world.device)
         passes = zip(
             images.tensor_split(self.micro_steps), labels.tensor_split(self.micro_steps),
-            self._pass_images(), strict=True,
+            self.pass_images, strict=True,
         )  # fmt: skip
         for i, (x, y, shares) in enumerate(passes):
             if self.shares is not None:
@@ -297,6 +298,9 @@ class Engine:
         self.scaler.update()
         return shown, skipped
 
+    def _make_average(self, decay: float) -> WeightAverage:
+        return WeightAverage(self.objective, decay)
+
     def _update_average(self, average: WeightAverage) -> None:
         average.update()
 
@@ -308,7 +312,8 @@ class Engine:
         """Makes BatchNorm's running statistics equal on all ranks where they were not shared."""
         if self.options.sync_bn or self.world.size == 1:
             return
-        for buffer in self.objective.buffers():
+        averaged = self.average.buffers if self.average is not None else []
+        for buffer in (*self.objective.buffers(), *averaged):
             if buffer.is_floating_point():
                 self.world.sum(buffer).div_(self.world.size)
 
@@ -323,11 +328,8 @@ class Engine:
                 loss = self.model(images.to(self.dtype), labels, self.options.global_batch)
         return loss
 
-    def _pass_images(self) -> list[tuple[int, ...]]:
-        return pass_images(self.options.global_batch, self.micro_steps, self.world.size)
-
     def _memory_named(self) -> AbstractContextManager[None]:
-        most = max(images[self.world.rank] for images in self._pass_images())
+        most = max(images[self.world.rank] for images in self.pass_images)
         return name_memory_errors(self.world.device, most)
 
     def _changed(self) -> list[Tensor]:

@@ -98,7 +98,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:  # fmt: skip
         check_extra(choice.deepspeed)
         if options.precision == "fp16":
-            raise ValueError("train.precision: fp16 needs engine.name=ddp")
+            raise ValueError("train.precision: fp16 needs engine.name=ddp; DeepSpeed takes float32")
         self.zero_stage, self.extra = choice.zero_stage, choice.deepspeed
         super().__init__(objective, world, optim, options)
 
@@ -173,6 +173,10 @@ class DeepSpeedEngine(Engine):
         with self._whole(own, change=True):
             self.average.exchange()
         return found
+
+    def _make_average(self, decay: float) -> WeightAverage:
+        with self._whole(list(self.objective.parameters())):
+            return super()._make_average(decay)
 
     def _update_average(self, average: WeightAverage) -> None:
         with self._whole(list(self.objective.parameters())):

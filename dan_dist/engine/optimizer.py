@@ -89,6 +89,7 @@ class WeightAverage:
         self.decay = decay
         self._current = {name: t for name, t in named if t.is_floating_point()}
         self.tensors = {name: t.detach().clone() for name, t in self._current.items()}
+        self.buffers = [self.tensors[n] for n, _ in objective.named_buffers() if n in self.tensors]
 
     @torch.no_grad()
     def update(self) -> None:
