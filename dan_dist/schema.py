@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Part = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -141,8 +142,8 @@ class Loss(Section):
     )
     arcface_s: Positive = Field(default=64.0, description="arcface: scale of the cosines")
     arcface_m: float = Field(default=0.5, ge=0, lt=1.5, description="arcface: margin in radians")
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="part of a label that is spread over all classes"
+    label_smoothing: Part = Field(
+        default=0.0, description="part of a label spread over all classes"
     )
 
 
@@ -150,24 +151,18 @@ class Optim(Section):
     """The optimiser."""
 
     name: Literal["adam", "adamw", "sgd"] = Field(default="adam", description="the optimiser")
-    lr: Positive = Field(
-        default=1e-4, description="learning rate at the start, of schedule.reference_batch images"
-    )
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd")
+    lr: Positive = Field(default=1e-4, description="highest learning rate; see schedule.lr_rule")
+    momentum: Part = Field(default=0.9, description="momentum of sgd")
     nesterov: bool = Field(default=False, description="sgd: with Nesterov's momentum")
-    weight_decay: float = Field(
-        default=0.0, ge=0, description="weight decay; added to the gradient, but by adamw"
-    )
+    weight_decay: float = Field(default=0.0, ge=0, description="in the gradient; adamw: beside it")
     decay: Literal["all", "weights"] = Field(
-        default="all",
-        description="what decays: everything, or all but BatchNorm, biases and class centres",
+        default="all", description="what decays: all, or not BatchNorm, biases and class centres"
     )
     backbone_lr: float = Field(
-        default=1.0, ge=0, description="factor of the backbone's learning rate; 0 freezes it"
+        default=1.0, ge=0, description="the backbone's part of lr; 0 freezes it"
     )
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None,
-        description="decay of an average of the weights, which is evaluated; null: none",
+        default=None, description="decay of the weights' average, which is evaluated; null: none"
     )
     clip_norm: Positive | None = Field(
         default=None, description="largest norm of the whole gradient; null clips nothing"
@@ -183,20 +178,13 @@ class Schedule(Section):
     )
     gamma: float = Field(default=1.0, gt=0, le=1, description="factor of the learning rate")
     every: Count = Field(default=1, description="step: epochs from one multiplication to the next")
-    floor: Probability = Field(
-        default=0.0, description="cosine: where it ends, in parts of the highest rate"
-    )
-    warmup_steps: int = Field(
-        default=0, ge=0, description="steps over which the learning rate first rises, from 0 up"
-    )
+    floor: Probability = Field(default=0.0, description="cosine: where it ends, in parts of lr")
+    warmup_steps: int = Field(default=0, ge=0, description="steps over which lr rises from 0 first")
     warmup_epochs: float = Field(default=0.0, ge=0, description="the same in epochs")
     lr_rule: Literal["fixed", "linear", "sqrt"] = Field(
-        default="fixed",
-        description="how optim.lr grows with train.global_batch ÷ reference_batch",
+        default="fixed", description="how lr grows with train.global_batch ÷ reference_batch"
     )
-    reference_batch: Count = Field(
-        default=256, description="images of a step that optim.lr is meant for, by lr_rule"
-    )
+    reference_batch: Count = Field(default=256, description="images a step that optim.lr is for")
 
 
 class Train(Section):
@@ -215,16 +203,14 @@ class Train(Section):
     )
     precision: Literal["auto", "float32", "bf16", "fp16", "float64"] = Field(
         default="auto",
-        description="of the arithmetic; auto: bf16 where the device computes in it, fp16 on "
-        "other GPUs",
+        description="of the arithmetic; auto: bf16 where the device has it, fp16 on other GPUs",
     )
     device: Literal["auto", "cuda", "cpu"] = Field(
         default="auto", description="where to compute; auto: a GPU where there is one"
     )
     compile: Literal["auto"] | bool = Field(
         default="auto",
-        description="compile the step and capture it as a CUDA graph; auto: on a GPU, where the "
-        "run is long enough",
+        description="compile the step, and a CUDA graph of it; auto: where a GPU's run is long",
     )
     output: str = Field(description="folder of the run; relative to the working folder")
     resume: Literal["auto", "never"] = Field(

@@ -13,7 +13,7 @@ import torch
 from ranks import ranks
 from torch import Tensor
 
-from conftest import single
+from conftest import ALONE, single
 from dan_dist import train as story
 from dan_dist.config import Optim
 from dan_dist.data.loader import Batch
@@ -28,7 +28,6 @@ from dan_dist.run import checkpoint
 from dan_dist.run.folder import step_path
 
 Write = Callable[[str], Path]
-ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 FLAGS = StepFlags(stop=False, save=False, replaced=0)
 REHEARSED = "aot_eager_decomp_partition"  # inductor's operations, without its code
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

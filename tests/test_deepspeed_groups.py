@@ -4,29 +4,20 @@ from typing import Any
 
 import pytest
 import torch
+from engines import ContiguousDDP
 
+from conftest import ALONE
 from dan_dist.config import EngineChoice, Optim
 from dan_dist.data.loader import Batch
-from dan_dist.distributed.world import World
 from dan_dist.engine.ddp import Engine, StepFlags, StepOptions
 from dan_dist.model.dan import DAN
 from dan_dist.model.losses import Objective
 from dan_dist.run.checkpoint import to_cpu
 
-ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 OPTIM = Optim(
     name="adamw", lr=1e-3, weight_decay=0.1, decay="weights", backbone_lr=0.5, ema=0.5,
     clip_norm=1.0,
 )  # fmt: skip
-
-
-class ContiguousDDP(Engine):
-    """DDP with the weights laid out in memory as DeepSpeed lays them: sums have the same order."""
-
-    def _wrap(self) -> torch.nn.Module:
-        wrapped = super()._wrap()
-        self.objective.to(memory_format=torch.contiguous_format)
-        return wrapped
 
 
 def build(stage: int | None) -> Engine:

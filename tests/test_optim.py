@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from conftest import ALONE, single
 from conftest import DAN as DAN_OPTIONS
-from conftest import single
 from dan_dist.config import Optim, load_config
 from dan_dist.data.loader import Batch
-from dan_dist.distributed.world import World
 from dan_dist.engine.ddp import Engine, StepFlags, StepOptions
 from dan_dist.engine.optimizer import load_optimizer, make_optimizer, parameter_groups
 from dan_dist.engine.precision import resolve_precision
@@ -23,7 +22,6 @@ from dan_dist.run import checkpoint
 from dan_dist.run.folder import step_path
 
 Write = Callable[[str], Path]
-ALONE = World(0, 0, 1, 1, torch.device("cpu"))
 FLAGS = StepFlags(stop=False, save=False, replaced=0)
 BATCH = 8
 

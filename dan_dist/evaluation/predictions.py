@@ -38,9 +38,7 @@ def predict(
         memory_format=torch.channels_last
     )
     with open_loader(trained, split, world) as loader:
-        found = evaluate(
-            network, loader, world, select=select, precision=resolved, heart=heart
-        )
+        found = evaluate(network, loader, world, select=select, precision=resolved, heart=heart)
     if bad := int((~np.isfinite(found)).any(axis=1).sum()):
         raise ValueError(
             f"{trained.path}: the output is not finite for {bad} of {len(found)} images"

@@ -9,7 +9,6 @@ from dan_dist.model.dan import DAN
 from dan_dist.model.state_dict import fill_network, is_count
 from dan_dist.run.checkpoint import BEST, FORMAT, NETWORK, learned, read
 
-
 Which = Literal["auto", "average", "trained"]  # of a checkpoint's weights
 
 

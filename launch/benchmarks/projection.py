@@ -1,4 +1,4 @@
-"""Time and efficiency on more GPUs than there are, from parts that were measured on those there are.
+"""Time and efficiency on more GPUs than there are, from parts measured on those that there are.
 
 A step on n ranks takes what one rank's step takes at its batch, plus what the ranks exchange in it,
 or what a rank's loader takes, whichever is more. Nothing of the exchange is taken to hide behind
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 RANKS = (1, 8, 16, 64)
+HEADS = ("GPUs", "images each", "ms a step", "of that exchange", "images/s", "s a million images",
+         "of linear")  # fmt: skip
 BUCKETS_BYTES = 25 * 2**20  # DDP's: each is a message of its own
 
 
@@ -87,8 +89,8 @@ def batches(batch: int) -> list[int]:
 def show_projection(parts: Parts, found: Mapping[str, list[Projection]]) -> None:
     """Prints the tables in Markdown, and which of their parts were measured."""
     for name, rows in found.items():
-        print(f"\nProjected, {name} scaling\n\n| GPUs | images each | ms a step | of that exchange |"
-              " images/s | s a million images | of linear |\n|---|---|---|---|---|---|---|")  # fmt: skip
+        print(f"\nProjected, {name} scaling\n")
+        print("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|")
         for row in rows:
             print(f"| {row.ranks} | {row.images} | {1e3 * row.step_s:.1f} | "
                   f"{1e3 * row.exchange_s:.1f} | {row.images_s:.0f} | {1e6 / row.images_s:.0f} | "
