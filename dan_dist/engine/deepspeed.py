@@ -30,6 +30,7 @@ from dan_dist.data.loader import Loader
 from dan_dist.distributed.heartbeat import Heartbeat
 from dan_dist.distributed.world import World, group_of_one
 from dan_dist.engine.ddp import Engine, StepOptions
+from dan_dist.engine.graph import Recorder
 from dan_dist.engine.optimizer import (
     WeightAverage,
     load_optimizer,
@@ -158,6 +159,9 @@ class DeepSpeedEngine(Engine):
             for key in moments:
                 value = state["optimizer"]["state"][number][key].to(self.world.device)
                 safe_set_full_optimizer_state(parameter, value, key)
+
+    def warm_up(self, image_size: int, recorder: Recorder | None = None) -> None:
+        """Nothing: DeepSpeed's own copies of the weights could not be put back. Step 1 compiles."""
 
     def evaluate(
         self, loader: Loader, select: Callable[[Output], Tensor], heart: Heartbeat
