@@ -102,7 +102,7 @@ def test_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert cache_dir() == "/elsewhere"
 
 
-@pytest.mark.parametrize(("heads", "micro_batch", "steps"), [(2, None, 1), (0, 3, 3)])
+@pytest.mark.parametrize(("heads", "micro_batch", "steps"), [(2, None, 1), (0, 4, 1)])
 def test_a_compiled_objective_trains_the_same(
     rehearsed: None, heads: int, micro_batch: int | None, steps: int
 ) -> None:
