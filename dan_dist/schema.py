@@ -154,7 +154,7 @@ class Optim(Section):
     lr: Positive = Field(default=1e-4, description="highest learning rate; see schedule.lr_rule")
     momentum: Part = Field(default=0.9, description="momentum of sgd")
     nesterov: bool = Field(default=False, description="sgd: with Nesterov's momentum")
-    weight_decay: float = Field(default=0.0, ge=0, description="in the gradient; adamw: beside it")
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay; adamw: decoupled")
     decay: Literal["all", "weights"] = Field(
         default="all", description="what decays: all, or not BatchNorm, biases and class centres"
     )
