@@ -25,7 +25,10 @@ from dan_dist.data.order import TrainOrder
 from dan_dist.data.reader import Reader
 from dan_dist.data.sampler import rank_columns
 from dan_dist.distributed.world import World
-from dan_dist.engine.ddp import Engine, StepOptions, check_split, resolve_precision
+from dan_dist.engine.compile import choose_compilation, describe
+from dan_dist.engine.ddp import Engine, StepOptions
+from dan_dist.engine.passes import check_split
+from dan_dist.engine.precision import resolve_precision
 from dan_dist.evaluation.task import Task, expressions, identities
 from dan_dist.model.backbone import load_backbone
 from dan_dist.model.classes import join_names
@@ -151,18 +154,32 @@ def build_objective(config: Config, class_names: tuple[str, ...], *, is_new: boo
         lambda_fcn=config.loss.lambda_fcn,
         lambda_afn=config.loss.lambda_afn,
         margin=margin,
+        label_smoothing=config.loss.label_smoothing,
     )
 
 
-def build_engine(config: Config, world: World, objective: Objective) -> Engine:
-    """The objective on this rank's device, with its optimiser, under DDP or DeepSpeed."""
+def build_engine(config: Config, world: World, objective: Objective, *, steps: int = 0) -> Engine:
+    """The objective on this rank's device, with its optimiser, under DDP or DeepSpeed.
+
+    steps: of the run, for which compiling may pay.
+    """
+    may_skip = config.train.max_skipped_steps > 0
+    may_capture = config.engine.name == "ddp" and not may_skip
+    if world.size > 1:  # nccl within a CUDA graph where that is asked for
+        may_capture &= config.train.compile is True
+    chosen = choose_compilation(
+        config.train.compile, world.device, steps=steps, may_capture=may_capture
+    )
+    if chosen.compile or chosen.capture:
+        log.info(describe(chosen))
     options = StepOptions(
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         precision=resolve_precision(config.train.precision, world.device),
         sync_bn=config.model.sync_bn,
-        compile=config.train.compile,
-        may_skip=config.train.max_skipped_steps > 0,
+        compile=chosen.compile,
+        capture=chosen.capture,
+        may_skip=may_skip,
         deterministic=config.train.deterministic,
     )
     if config.engine.name == "deepspeed":

@@ -5,7 +5,8 @@ import logging
 from dan_dist.config import Config
 from dan_dist.distributed.device import device_name
 from dan_dist.distributed.world import World
-from dan_dist.engine.ddp import micro_steps, resolve_precision
+from dan_dist.engine.passes import micro_steps
+from dan_dist.engine.precision import resolve_precision
 from dan_dist.redaction import redact
 from dan_dist.run.plan import make_plan
 from dan_dist.tracking.store import store

@@ -71,6 +71,8 @@ def _kind(field: Mapping[str, Any]) -> str:
     """The values that a key takes, in words."""
     if "enum" in field:
         return ", ".join(field["enum"][:-1]) + f" or {field['enum'][-1]}"
+    if "const" in field:
+        return str(field["const"])
     if field["type"] == "null":
         return "null"
     if "minimum" in field and "maximum" in field:

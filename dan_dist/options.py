@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "float32", "tf32", "bf16", "float64"]
+Precision = Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"]
+Weights = Literal["auto", "average", "trained"]
 
 
 def argument(text: str, *, default: Any = MISSING) -> Any:
@@ -22,6 +23,9 @@ CHECKPOINT = "a checkpoint, or a run's folder (its best)"
 CLASSES = (
     "of a file in the authors' format, which does not name them: affectnet8, affectnet7, rafdb, "
     "sfew, or the names in label order with commas"
+)
+WEIGHTS = (
+    "of a training with optim.ema: the average, or those of the last step; auto: the average if any"
 )
 SPLIT = "default: that of the training's own evaluations"
 FOLDER = "default: a folder beside the checkpoint"
@@ -43,6 +47,7 @@ class EvaluateOptions:
     data: str = option("folder or URL of the shards")
     split: str | None = option(SPLIT, None)
     classes: str | None = option(CLASSES, None)
+    weights: Weights = option(WEIGHTS, "auto")
     cache: str | None = option("folder on each node into which the shards are copied", None)
     output: Path | None = option(FOLDER, None)
     device: Device = option("where the network computes", "auto")
@@ -68,6 +73,7 @@ class PredictOptions:
     checkpoint: Path = argument(CHECKPOINT)
     images: tuple[Path, ...] = argument("images, or folders of them")
     classes: str | None = option(CLASSES, None)
+    weights: Weights = option(WEIGHTS, "auto")
     json: bool = option("a line of JSON an image", False)
     device: Device = option("where the network computes", "auto")
     precision: Precision = option("auto: that of the training", "auto")
@@ -89,6 +95,7 @@ class ExplainOptions:
     cache: str | None = option("folder into which the shards are copied", None)
     against: Path | None = option("another checkpoint, to be set beside it", None)
     classes: str | None = option(CLASSES, None)
+    weights: Weights = option(WEIGHTS, "auto")
     count: int = option("faces in the figure", 8)
     output: Path | None = option(FOLDER, None)
     device: Device = option("where the network computes", "auto")
@@ -108,6 +115,7 @@ class ExportOptions:
     checkpoint: Path = argument(CHECKPOINT)
     output: Path | None = option("folder; default: the checkpoint's", None)
     classes: str | None = option(CLASSES, None)
+    weights: Weights = option(WEIGHTS, "auto")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Part = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -146,16 +147,27 @@ class Loss(Section):
     )
     arcface_s: Positive = Field(default=64.0, description="arcface: scale of the cosines")
     arcface_m: float = Field(default=0.5, ge=0, lt=1.5, description="arcface: margin in radians")
+    label_smoothing: Part = Field(
+        default=0.0, description="part of a label spread over all classes"
+    )
 
 
 class Optim(Section):
     """The optimiser."""
 
-    name: Literal["adam", "sgd"] = Field(default="adam", description="the optimiser")
-    lr: Positive = Field(default=1e-4, description="learning rate at the start")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd")
-    weight_decay: float = Field(
-        default=0.0, ge=0, description="weight decay, added to the gradient"
+    name: Literal["adam", "adamw", "sgd"] = Field(default="adam", description="the optimiser")
+    lr: Positive = Field(default=1e-4, description="highest learning rate; see schedule.lr_rule")
+    momentum: Part = Field(default=0.9, description="momentum of sgd")
+    nesterov: bool = Field(default=False, description="sgd: with Nesterov's momentum")
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay; adamw: decoupled")
+    decay: Literal["all", "weights"] = Field(
+        default="all", description="what decays: all, or not BatchNorm, biases and class centres"
+    )
+    backbone_lr: float = Field(
+        default=1.0, ge=0, description="the backbone's part of lr; 0 freezes it"
+    )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="decay of the weights' average, which is evaluated; null: none"
     )
     clip_norm: Positive | None = Field(
         default=None, description="largest norm of the whole gradient; null clips nothing"
@@ -165,11 +177,19 @@ class Optim(Section):
 class Schedule(Section):
     """The learning rate over the epochs."""
 
-    name: Literal["exponential", "step"] = Field(
-        default="exponential", description="multiplied by gamma each epoch, or each `every` epochs"
+    name: Literal["exponential", "step", "cosine"] = Field(
+        default="exponential",
+        description="multiplied by gamma each epoch, or each `every` epochs; or half a cosine",
     )
     gamma: float = Field(default=1.0, gt=0, le=1, description="factor of the learning rate")
     every: Count = Field(default=1, description="step: epochs from one multiplication to the next")
+    floor: Probability = Field(default=0.0, description="cosine: where it ends, in parts of lr")
+    warmup_steps: int = Field(default=0, ge=0, description="steps over which lr rises from 0 first")
+    warmup_epochs: float = Field(default=0.0, ge=0, description="the same in epochs")
+    lr_rule: Literal["fixed", "linear", "sqrt"] = Field(
+        default="fixed", description="how lr grows with train.global_batch ÷ reference_batch"
+    )
+    reference_batch: Count = Field(default=256, description="images a step that optim.lr is for")
 
 
 class Train(Section):
@@ -186,10 +206,10 @@ class Train(Section):
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="of the start, the order and the augmentation"
     )
-    precision: Literal["auto", "float32", "tf32", "bf16", "float64"] = Field(
+    precision: Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"] = Field(
         default="auto",
-        description="of the arithmetic; auto: bf16 where the device is fast at it; tf32: float32 "
-        "with the short mantissa of a GPU's tensor cores",
+        description="of the arithmetic; auto: bf16 where the device has it, fp16 on other GPUs, "
+        "float32 elsewhere; tf32: float32 with the short mantissa of a GPU's tensor cores",
     )
     deterministic: bool = Field(
         default=False,
@@ -198,7 +218,10 @@ class Train(Section):
     device: Literal["auto", "cuda", "cpu"] = Field(
         default="auto", description="where to compute; auto: a GPU where there is one"
     )
-    compile: bool = Field(default=False, description="compile the network with torch.compile")
+    compile: Literal["auto"] | bool = Field(
+        default="auto",
+        description="compile the step, and a CUDA graph of it; auto: where a GPU's run is long",
+    )
     output: str = Field(description="folder of the run; relative to the working folder")
     resume: Literal["auto", "never"] = Field(
         default="auto",
@@ -302,11 +325,23 @@ class Config(Section):
             raise ValueError("loss.classification: only task=identity takes arcface")
         elif self.data.pairs_file:
             raise ValueError("data.pairs_file: only task=identity takes it")
-        if self.engine.name == "deepspeed" and self.train.precision == "float64":
-            raise ValueError("train.precision: float64 needs engine.name=ddp")
-        if self.schedule.name == "exponential" and self.schedule.every != 1:
-            raise ValueError("schedule.every: only schedule.name=step takes it")
+        if self.engine.name == "deepspeed" and self.train.precision in ("float64", "fp16"):
+            raise ValueError(f"train.precision: {self.train.precision} needs engine.name=ddp")
+        if self.optim.nesterov and (self.optim.name != "sgd" or not self.optim.momentum):
+            raise ValueError("optim.nesterov: only optim.name=sgd with a momentum takes it")
+        self._check_schedule()
         return self
+
+    def _check_schedule(self) -> None:
+        schedule = self.schedule
+        if schedule.name != "step" and schedule.every != 1:
+            raise ValueError("schedule.every: only schedule.name=step takes it")
+        if schedule.name == "cosine" and schedule.gamma != 1.0:
+            raise ValueError("schedule.gamma: schedule.name=cosine does not take it")
+        if schedule.name != "cosine" and schedule.floor:
+            raise ValueError("schedule.floor: only schedule.name=cosine takes it")
+        if schedule.warmup_steps and schedule.warmup_epochs:
+            raise ValueError("schedule.warmup_epochs: schedule.warmup_steps is given already")
 
     def _only_a_backbone(self) -> None:
         """Identities train a ResNet-18 and its classifier: what DAN adds has no place there."""

@@ -105,9 +105,11 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
     objective = world.run_on_all(
         lambda: build_objective(config, data.class_names, is_new=not resumed)
     )
-    engine = build_engine(config, world, objective)
+    steps = make_plan(config, images=len(data.train), start=0).total
+    engine = build_engine(config, world, objective, steps=steps)
     state = world.run_on_all(lambda: resume(resumed, config, engine, data))
     plan = make_plan(config, images=len(data.train), start=state.step)
+    engine.warm_up(config.model.image_size)  # before the loader, whose GPU work ends a capture
     with (
         world.run_on_all(lambda: open_tracker(config, world, data, state)) as tracker,
         claim_folder(config, world, plan.start),

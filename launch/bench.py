@@ -8,7 +8,7 @@ Parts (without any, all):
 loader    beside its in-memory ceiling, the authors' way, webdataset's and DALI's own readers
 step      the training step beside its plainest form, what each optimisation adds, and the roofline
 train     end to end, beside loader and step alone; the share of time spent waiting for data
-scaling   1 … N ranks of this machine, and what a link's bandwidth allows beyond, by arithmetic
+scaling   1 … N ranks of this machine; 1, 8, 16 and 64 GPUs, strong and weak, projected from parts
 start     from launch to the first step
 order     the sampler's time, and the memory of a rank, up to ten million images
 
@@ -36,7 +36,6 @@ from benchmarks import loader, order, scaling, start, step, training
 from dan_dist.config import Config, load_config
 from dan_dist.distributed.cores import core_count
 from dan_dist.distributed.world import World, close_world, init_world
-from dan_dist.model.dan import cost
 from dan_dist.run.cli import run
 from dan_dist.run.signals import StopRequest
 from shards.demo import ensure
@@ -62,7 +61,7 @@ def main(arguments: list[str], _: StopRequest) -> int:
     parser.add_argument("--steps", type=_count, help="default: a few")
     parser.add_argument("--ranks", type=_count, nargs="+", help="scaling (default 1 … N)")
     parser.add_argument("--link-gb-s", type=float, default=50, help="of one node, to the others, "
-                        "for scaling's arithmetic (default 50: 400 Gbit/s)")  # fmt: skip
+                        "for scaling's projection (default 50: 400 Gbit/s)")  # fmt: skip
     parser.add_argument("--tried", action="store_true", help="step: what was left out as well")
     parser.add_argument("--folder", help="where to write (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="a file for the figures")
@@ -122,13 +121,9 @@ def _part(
         return training.run(
             config, world, shards, steps=steps or (100 if on_gpu else 10), repeats=repeats
         )
-    classes = len(shards.class_names)
-    network = cost(classes, config.model.heads, config.model.image_size)
     return scaling.run(
-        path, [*overrides, f"data.shards={shards.root}"], world, ranks=options.ranks,
-        gradient_bytes=4 * int(network["model/parameters"]),
-        batch=config.train.global_batch, steps=steps or (100 if on_gpu else 4), repeats=repeats,
-        link_gb_s=options.link_gb_s,
+        path, overrides, config, world, shards, ranks=options.ranks,
+        steps=steps or (100 if on_gpu else 4), repeats=repeats, link_gb_s=options.link_gb_s,
     )  # fmt: skip
 
 

@@ -1,10 +1,13 @@
-"""BatchNorm whose statistics span all ranks, on any device.
+"""BatchNorm whose statistics span all ranks, on any device, without a wait of the host.
 
-torch's SyncBatchNorm refuses CPU tensors; `BatchNorm` here gives the same statistics over any
-process group (gloo on CPU), with the parameters and buffers of `nn.BatchNorm1d/2d`.
+torch's SyncBatchNorm refuses CPU tensors, waits for the GPU three times a layer and breaks
+torch.compile's graph at each; `BatchNorm` here gives the same statistics over any process group,
+with the parameters and buffers of `nn.BatchNorm1d/2d`. How many images each rank holds is known on
+the host (`Shares`), so that no operation's shape depends on what a device has computed.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,7 +15,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dan_dist.distributed.collectives import world_size
+from dan_dist.distributed.collectives import all_gather, all_reduce, world_size
+
+
+class Shares:
+    """Each rank's part of the images of one forward pass, for all BatchNorms of a network.
+
+    Has a process group of its own: its small messages do not queue behind gradients. All ranks must
+    make one, and announce the same numbers before each pass.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.ranks, self.rank = world_size(), dist.get_rank()
+        group: Any = dist.new_group()
+        self.group: str = group.group_name
+        self._device, self._dtype = device, dtype
+        self._known: dict[tuple[int, ...], Tensor] = {}
+        self.images: tuple[int, ...] = ()
+
+    def announce(self, images: Sequence[int]) -> None:
+        """The number of images of each rank in the next passes."""
+        assert len(images) == self.ranks
+        self.images, self.total = tuple(images), sum(images)
+        if self.images not in self._known:
+            shares = [[n / self.total] for n in images]
+            self._known[self.images] = torch.tensor(shares, dtype=self._dtype, device=self._device)
+        self.parts = self._known[self.images]  # (ranks, 1), of the sum 1
+
+
+class Over(NamedTuple):
+    """What a layer's statistics are of, and its guard of the variance."""
+
+    n: int  # values a channel, of all ranks
+    eps: float
+    group: str  # the ranks', by its name
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
@@ -25,87 +61,122 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, n: Tensor,
-        eps: float,
-    ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, mean, var, n)
-        ctx.eps = eps
-        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, over: Over
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.over = over
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=over.eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var, n = ctx.saved_tensors
-        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-            grads[0], x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
-        )
-        totals = torch.stack([dweight, dbias])
-        dist.all_reduce(totals)
-        # dx so far is weight/std · dy; the statistics contribute −weight/std · (Σdy + x̂·Σdy·x̂)/n,
-        # a line for each channel: once more the kernel for fixed statistics, here 0 and 1
-        inv_std = torch.rsqrt(var + ctx.eps)
-        slope = -weight * inv_std * inv_std * totals[0] / n
-        offset = -weight * inv_std * totals[1] / n - slope * mean
-        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-        # Not by torch.nn.functional, which in torch 2.11 refuses an epsilon of 0
-        dx += torch.batch_norm(x, slope, offset, zero, one, False, 0.0, 0.0, False)
-        return dx, dweight, dbias, None, None, None, None
+        x, weight, mean, var = ctx.saved_tensors
+        return *gradients(grads[0], x, weight, mean, var, ctx.over), None, None, None
+
+
+def gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, var: Tensor, over: Over
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of this rank's x, and its part of those of weight and bias."""
+    n, eps, group = over
+    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        dy, x, weight, mean, var, None, None, False, eps, [True, True, True]
+    )
+    totals = all_reduce(torch.stack([dweight, dbias]), group)
+    # dx so far is weight/std · dy; the statistics contribute −weight/std · (Σdy + x̂·Σdy·x̂)/n,
+    # a line for each channel: once more the kernel for fixed statistics, here 0 and ½ + ½, as some
+    # versions of torch take no eps of 0
+    inv_std = torch.rsqrt(var + eps)
+    slope = -weight * inv_std * inv_std * totals[0] / n
+    offset = -weight * inv_std * totals[1] / n - slope * mean
+    zero, half = torch.zeros_like(mean), torch.full_like(mean, 0.5)
+    dx += F.batch_norm(x, zero, half, slope, offset, training=False, eps=0.5)
+    return dx, dweight, dbias
 
 
 class BatchNorm(_BatchNorm):
     """`nn.BatchNorm1d/2d` (N, C, …) whose training statistics span all ranks, on any device.
 
-    Ranks may hold different numbers of images. Without a process group it is the plain module.
+    Ranks may hold different numbers of images, those that `shares` announces. In evaluation it is
+    the plain module.
     """
+
+    def __init__(self, plain: _BatchNorm, shares: Shares) -> None:
+        """In place of `plain`, whose state it takes over."""
+        weight = plain.weight
+        super().__init__(
+            plain.num_features, plain.eps, plain.momentum, device=weight.device, dtype=weight.dtype
+        )
+        self.load_state_dict(plain.state_dict())
+        self.train(plain.training)
+        self.shares = shares
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"BatchNorm takes (N, C, …), got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
+        if not self.training:
             return super().forward(input)
-        mean, var, n = _global_statistics(input.detach())
+        self._check_input_dim(input)
+        shares = self.shares
+        assert len(input) == shares.images[shares.rank], "not the images that were announced"
+        n = shares.total * (input.numel() // (len(input) * input.size(1)))
+        if torch.compiler.is_compiling():
+            return self._traced(input, n)
         with torch.no_grad():
-            assert self.num_batches_tracked is not None and self.momentum is not None
-            assert self.running_mean is not None and self.running_var is not None
+            mean, var = self._over_ranks(*_statistics(input))
+            self._update_running(mean, var, n)
+        y: Tensor = _GlobalBatchNorm.apply(
+            input, self.weight, self.bias, mean, var, Over(n, self.eps, shares.group)
+        )
+        return y
+
+    def _traced(self, x: Tensor, n: int) -> Tensor:
+        """The same in operations whose gradient autograd finds, and which a compiler fuses."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        over, place = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
+        own_var, own_mean = torch.var_mean(wide, over, correction=0)
+        mean, var = self._over_ranks(own_mean, own_var)
+        self._update_running(mean.detach(), var.detach(), n)
+        slope = torch.rsqrt(var + self.eps) * self.weight
+        return ((wide - mean.view(place)) * slope.view(place) + self.bias.view(place)).to(x.dtype)
+
+    def _over_ranks(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance (C) over the ranks' images, from each one's, by Chan's rule.
+
+        Sums of squares would cancel for channels with a large mean; gathered means do not.
+        """
+        shares = self.shares
+        ranks = all_gather(torch.stack([mean, var]), shares.ranks, shares.group)
+        means, variances = ranks[:, 0], ranks[:, 1]
+        mean = (shares.parts * means).sum(0)
+        return mean, (shares.parts * (variances + (means - mean).square())).sum(0)
+
+    def _update_running(self, mean: Tensor, var: Tensor, n: int) -> None:
+        """Moves the running statistics; n: the values that each of (C) was computed of."""
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        assert self.running_mean is not None and self.running_var is not None
+        with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
-        y: Tensor = _GlobalBatchNorm.apply(input, self.weight, self.bias, mean, var, n, self.eps)
-        return y
 
 
-def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (C), biased variance (C) and count over the ranks' (N, C, …), by Chan's parallel rule.
-
-    Sums of squares would cancel for channels with a large mean; gathered means do not.
-    """
-    # The kernel of torch's own BatchNorm, 25 times as fast as var_mean. What it gives has the type
-    # of the running statistics, which are not wanted here: float32 where x is bfloat16.
-    running = torch.zeros(2, x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C) of this rank's (N, C, …), in float32 where x has fewer bits."""
+    # The kernel of torch's own BatchNorm, on a CPU 25 times as fast as var_mean. What it gives has
+    # the type of the running statistics, which are not wanted here.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    running = torch.zeros(2, x.size(1), dtype=wide, device=x.device)
     mean, var = torch.batch_norm_update_stats(x, running[0], running[1], 0.0)
-    own = torch.cat([mean, var, mean.new_tensor([x.numel() / x.size(1)])])
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(parts, own)
-    ranks = torch.stack(parts)
-    means, variances, counts = ranks[:, : x.size(1)], ranks[:, x.size(1) : -1], ranks[:, -1:]
-    n = counts.sum()
-    share = counts / n
-    mean = (share * means).sum(0)
-    var = (share * (variances + (means - mean).square())).sum(0)
-    return mean, var, n
+    return mean, var
 
 
-def convert_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+def convert_batch_norm(module: nn.Module, shares: Shares) -> nn.Module:
     """Replaces every BatchNorm by one whose statistics span all ranks; state_dict is unchanged."""
-    if device.type == "cuda":
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-        return converted
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            new = BatchNorm(child.num_features, child.eps, child.momentum)
-            new.to(child.weight.dtype).load_state_dict(child.state_dict())
-            setattr(module, name, new.train(child.training))
+            setattr(module, name, BatchNorm(child, shares))
         else:
-            convert_batch_norm(child, device)
+            convert_batch_norm(child, shares)
     return module

@@ -1,9 +1,10 @@
-"""Sums over ranks inside forward and backward."""
+"""Collectives inside forward and backward, as plain operations that torch.compile traces."""
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives  # registers the operations below
 from torch import Tensor
 
 
@@ -12,23 +13,27 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-class _AllReduceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+def all_gather(value: Tensor, ranks: int, group: str) -> Tensor:
+    """(ranks, …): the `value` of every rank; its gradient is the sum of the ranks' gradients.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total)
-        return total
+    group: the name of a process group. The host waits for nothing.
+    """
+    flat = value.contiguous().flatten()
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(flat, ranks, group)
+    found: Tensor = torch.ops._c10d_functional.wait_tensor(gathered)
+    return found.view(ranks, *value.shape)
+
+
+def all_reduce(value: Tensor, group: str) -> Tensor:
+    """The sum of `value` over ranks; its gradient is the sum of theirs. group: as `all_gather`."""
+    total = torch.ops._c10d_functional.all_reduce(value.contiguous(), "sum", group)
+    found: Tensor = torch.ops._c10d_functional.wait_tensor(total)
+    return found
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks; its gradient is the sum of the ranks' gradients."""
     if world_size() == 1:
         return value
-    total: Tensor = _AllReduceSum.apply(value)
-    return total
+    group: Any = dist.group.WORLD
+    return all_reduce(value, group.group_name)

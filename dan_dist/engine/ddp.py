@@ -6,9 +6,9 @@ micro-batches: each part contributes its share of the mean, DDP's averaging is u
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,25 +19,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dan_dist.config import Optim
 from dan_dist.data.loader import Batch, Loader
-from dan_dist.distributed.batch_norm import convert_batch_norm
+from dan_dist.distributed.batch_norm import Shares, convert_batch_norm
 from dan_dist.distributed.heartbeat import Heartbeat
 from dan_dist.distributed.world import World
+from dan_dist.engine.compile import compile_module, forget_compiled
+from dan_dist.engine.graph import CudaRecorder, Figures, Recorder, StepGraph, put_back
+from dan_dist.engine.memory import name_memory_errors
+from dan_dist.engine.optimizer import (
+    WeightAverage,
+    load_optimizer,
+    make_optimizer,
+    optimizer_state,
+    parameter_groups,
+    set_lr,
+)
+from dan_dist.engine.passes import micro_steps, pass_images
+from dan_dist.engine.precision import Precision, autocast, weight_dtype
 from dan_dist.model.arithmetic import choose_arithmetic
 from dan_dist.model.dan import DAN, Output
 from dan_dist.model.losses import Loss, Objective
 
 log = logging.getLogger(__name__)
-
-Precision = Literal["float32", "tf32", "bf16", "float64"]  # on a CPU, tf32 is float32
-PrecisionChoice = Precision | Literal["auto"]
-
-
-def resolve_precision(choice: PrecisionChoice, device: torch.device) -> Precision:
-    """The precision of a choice: "auto" is bf16 on a GPU and on a CPU that multiplies it."""
-    if choice != "auto":
-        return choice
-    has_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if has_bf16 else "float32"
 
 
 class StepFlags(NamedTuple):
@@ -57,35 +59,6 @@ class StepResult(NamedTuple):
     skipped: bool = False  # the weights were left as they were
 
 
-def micro_steps(global_batch: int, micro_batch: int | None, world_size: int) -> int:
-    """Forward and backward passes of a step, the same on every rank: set by the fullest one."""
-    fullest = -(-global_batch // world_size)
-    return -(-fullest // (micro_batch or fullest))
-
-
-def check_split(global_batch: int, micro_batch: int | None, world_size: int, sync_bn: bool) -> None:
-    """Every rank needs an image in every micro-step, and BatchNorm at least two to normalise.
-
-    Raises:
-        ValueError: more ranks than images, or too few images in a micro-step.
-    """
-    if world_size > global_batch:
-        raise ValueError(f"{world_size} ranks, more than train.global_batch ({global_batch})")
-    passes = micro_steps(global_batch, micro_batch, world_size)
-    smallest = global_batch // world_size // passes
-    statistics = smallest * (world_size if sync_bn else 1)
-    if smallest < 1 or statistics < 2:
-        raise ValueError(
-            f"train.global_batch {global_batch} over {world_size} ranks in {passes} micro-steps "
-            f"leaves BatchNorm {statistics} images, it needs at least 2; raise train.micro_batch"
-        )
-    if passes > 1:
-        log.info(
-            "%d micro-steps a step: BatchNorm and the batch-mean partition loss see about %d "
-            "images at a time, not %d", passes, statistics, global_batch,
-        )  # fmt: skip
-
-
 @torch.no_grad()
 def evaluate(
     network: DAN,
@@ -93,7 +66,7 @@ def evaluate(
     world: World,
     *,
     select: Callable[[Output], Tensor],
-    bf16: bool,
+    precision: Precision,
     heart: Heartbeat,
 ) -> NDArray[np.float32]:
     """(samples, D) float32 of a whole split, in index order, the same on every rank.
@@ -101,12 +74,12 @@ def evaluate(
     network: in evaluation mode. loader: this rank's part of a pass, at least one step. select: the
     part of B images' output that is wanted, (B, D) float32.
     """
-    samples, dtype = len(loader.reader.split), network.classifier.weight.dtype
+    samples, dtype = len(loader.reader.split), weight_dtype(precision)
     rows = torch.empty(0)
     for step in range(loader.order.steps):
         heart.beat("evaluation", step + 1)
         batch = next(loader)
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(precision, world.device):
             wanted = select(network(batch.images.to(dtype)))
         if not step:  # a row more, for padding: then nothing waits for the device to know its place
             rows = torch.zeros(samples + 1, wanted.size(1), device=world.device)
@@ -125,6 +98,7 @@ class StepOptions:
     precision: Precision = "float32"
     sync_bn: bool = True
     compile: bool = False
+    capture: bool = False  # as a CUDA graph, by `Engine.warm_up`
     may_skip: bool = False  # a step that is not finite changes nothing, instead of the weights
     deterministic: bool = False  # only algorithms that repeat to the bit on the same GPUs
 
@@ -137,72 +111,123 @@ class Engine:
     ) -> None:
         self.options, self.clip_norm, self.world = options, optim.clip_norm, world
         self.micro_steps = micro_steps(options.global_batch, options.micro_batch, world.size)
-        self.dtype = torch.float64 if options.precision == "float64" else torch.float32
-        self.bf16 = options.precision == "bf16"
+        self.pass_images = pass_images(options.global_batch, self.micro_steps, world.size)
+        self.dtype = weight_dtype(options.precision)
         choose_arithmetic(options.precision, deterministic=options.deterministic)
         objective.to(world.device, self.dtype)
+        self.shares: Shares | None = None
         if options.sync_bn and world.size > 1:
-            convert_batch_norm(objective, world.device)
+            self.shares = Shares(world.device, self.dtype)
+            convert_batch_norm(objective, self.shares)
         self.objective = objective
         if options.compile:
-            objective.network.compile()
-        parameters, lr, decay = objective.parameters(), optim.lr, optim.weight_decay
-        self.optimizer: torch.optim.Optimizer
-        if optim.name == "adam":
-            self.optimizer = torch.optim.Adam(parameters, lr, weight_decay=decay)
-        else:
-            self.optimizer = torch.optim.SGD(parameters, lr, optim.momentum, weight_decay=decay)
+            compile_module(objective)
+        self.groups = parameter_groups(objective, optim)
+        self.is_frozen = optim.backbone_lr == 0
+        self.optimizer = self._make_optimizer(optim)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "fp16")
+        self.graph: StepGraph | None = None
         self.model: nn.Module = self._wrap()
+        self.average = None if optim.ema is None else self._make_average(optim.ema)
 
     def train_step(self, batch: Batch, *, lr: float, flags: StepFlags) -> StepResult:
         """One optimiser step on this rank's part of a global batch.
 
         With `may_skip`, a step whose loss or gradient is not finite changes nothing; to know, the
         device is waited for.
+
+        Raises:
+            ValueError: the GPU's memory does not suffice; names train.micro_batch.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        before = (
-            [buffer.clone() for buffer in self.objective.buffers()] if self.options.may_skip else []
-        )
-        self.model.train()
-        self._zero_grad()
-        parts = torch.zeros(4, dtype=self.dtype, device=self.world.device)
-        images = batch.images.tensor_split(self.micro_steps)
-        labels = batch.labels.tensor_split(self.micro_steps)
-        for i, (x, y) in enumerate(zip(images, labels, strict=True)):
-            loss = self._forward_backward(x, y, last=i == self.micro_steps - 1)
-            parts += loss.parts
+        set_lr(self.optimizer, self.groups, lr)
         own = torch.tensor(flags, dtype=self.dtype)
-        sums = self.world.sum(torch.cat([parts, own.to(self.world.device, non_blocking=True)]))
-        norm, skipped = self._update(sums[0])
-        if skipped:  # the forward pass has changed BatchNorm's running statistics
-            for buffer, kept in zip(self.objective.buffers(), before, strict=True):
-                buffer.copy_(kept)
-        return StepResult(sums[:4], sums[4:], norm, skipped)
+        with self._memory_named():
+            if self.graph is None:
+                own = own.to(self.world.device, non_blocking=True)
+                found = self._step(batch.images, batch.labels, own)
+            else:
+                found = self.graph(batch.images, batch.labels, own)
+        return StepResult(found.sums[:4], found.sums[4:], found.grad_norm, found.skipped)
+
+    def warm_up(self, image_size: int, recorder: Recorder | None = None) -> None:
+        """Compiles and captures the step, where that was chosen; what is trained stays as it is.
+
+        To be called on all ranks, after a checkpoint was loaded and before the loader opens. Where
+        the step cannot be captured, it is launched as usual; a line is logged.
+        """
+        if not self.options.compile and not self.options.capture:
+            return
+        n = sum(images[self.world.rank] for images in self.pass_images)
+        device, size, scale = self.world.device, image_size, self.scaler.state_dict()
+        with self._memory_named(), put_back(self._changed, device):
+            images = torch.randn(n, size, size, 3, device=device).permute(0, 3, 1, 2)
+            labels = torch.arange(n, device=device) % self.objective.network.classifier.out_features
+            flags = torch.zeros(3, dtype=self.dtype, device=device)
+            if not self.options.capture:
+                self._step(images, labels, flags)
+            else:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = torch.tensor(0.0, device=device)
+                try:
+                    recorder = recorder or CudaRecorder()
+                    self.graph = StepGraph(self._step, images, labels, flags, recorder)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    reason = str(error).split("\n")[0]
+                    log.warning("train.compile: no CUDA graph here (%s); going on without", reason)
+        if scale:
+            self.scaler.load_state_dict(scale)
 
     def evaluate(
         self, loader: Loader, select: Callable[[Output], Tensor], heart: Heartbeat
     ) -> NDArray[np.float32]:
-        """The selected output of the network for every image of a split; see `evaluate`."""
+        """The selected output of the network for every image of a split; see `evaluate`.
+
+        By the average of the weights, where one is kept.
+        """
         self._average_buffers()
         self.model.eval()
-        return evaluate(
-            self.objective.network, loader, self.world, select=select, bf16=self.bf16, heart=heart
-        )
+        with nullcontext() if self.average is None else self.average.in_place():
+            return evaluate(
+                self.objective.network, loader, self.world, select=select,
+                precision=self.options.precision, heart=heart,
+            )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes: weights, centres, statistics, optimiser.
 
-        All ranks must call it; rank 0 has it whole.
+        All ranks must call it; rank 0 has it whole. "average" and "scaler" where there are such.
         """
         self._average_buffers()
-        return {"objective": self.objective.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = self._learned()
+        if self.average is not None:
+            state["average"] = self.average.tensors
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Puts back what `state` gave, on any number of ranks."""
+        """Puts back what `state` gave, on any number of ranks. A captured step is given up."""
+        self.graph = None
+        self._load_learned(state)
+        if self.average is not None:
+            self.average.load(state["average"])
+        if self.scaler.is_enabled() and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _learned(self) -> dict[str, Any]:
+        optimizer = optimizer_state(self.optimizer)
+        return {"objective": self.objective.state_dict(), "optimizer": optimizer}
+
+    def _load_learned(self, state: dict[str, Any]) -> None:
         self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
+
+    def _make_optimizer(self, optim: Optim) -> torch.optim.Optimizer:
+        on_gpu = self.world.device.type == "cuda"
+        capturable = on_gpu and self.options.capture
+        return make_optimizer(self.groups, optim, fused=on_gpu, capturable=capturable)
 
     def _wrap(self) -> nn.Module:
         """The objective, made data-parallel."""
@@ -217,6 +242,34 @@ class Engine:
             gradient_as_bucket_view=True,
         )
 
+    def _step(self, images: Tensor, labels: Tensor, flags: Tensor) -> Figures:
+        """Forward, backward and update. flags: on the device, for the sum over ranks."""
+        before = (
+            [buffer.clone() for buffer in self.objective.buffers()] if self.options.may_skip else []
+        )
+        self.model.train()
+        if self.is_frozen:
+            self.objective.network.backbone.eval()
+        self._zero_grad()
+        parts = torch.zeros(4, dtype=self.dtype, device=self.world.device)
+        passes = zip(
+            images.tensor_split(self.micro_steps), labels.tensor_split(self.micro_steps),
+            self.pass_images, strict=True,
+        )  # fmt: skip
+        for i, (x, y, shares) in enumerate(passes):
+            if self.shares is not None:
+                self.shares.announce(shares)
+            loss = self._forward_backward(x, y, last=i == self.micro_steps - 1)
+            parts += loss.parts
+        sums = self.world.sum(torch.cat([parts, flags]))
+        norm, skipped = self._update(sums[0])
+        if skipped:  # the forward pass has changed BatchNorm's running statistics
+            for buffer, kept in zip(self.objective.buffers(), before, strict=True):
+                buffer.copy_(kept)
+        elif self.average is not None:
+            self._update_average(self.average)
+        return Figures(sums, norm, skipped)
+
     def _zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -225,19 +278,35 @@ class Engine:
         ddp = isinstance(self.model, DistributedDataParallel)
         with self.model.no_sync() if ddp and not last else nullcontext():  # type: ignore[operator]
             loss = self._forward(images, labels)
-            (loss.total * self.world.size).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(loss.total * self.world.size).backward()  # type: ignore[no-untyped-call]
         return loss
 
     def _update(self, loss: Tensor) -> tuple[Tensor, bool]:
-        """Steps the optimiser; returns the gradient's norm before clipping, and if it did not."""
+        """Steps the optimiser; returns the gradient's norm before clipping, and if it did not.
+
+        Where losses are scaled, a gradient that was too large for float16 is not an error, and
+        counts as 0: the optimiser leaves that step out and the scale falls.
+        """
+        self.scaler.unscale_(self.optimizer)
         norm = self._gradient_norm()
-        skipped = self.options.may_skip and not bool(torch.isfinite(loss + norm))
+        shown = norm
+        if self.scaler.is_enabled():
+            can_fall = self.scaler._get_scale_async() >= 1  # type: ignore[operator]
+            shown = norm.where(torch.isfinite(norm) | ~can_fall, 0.0)
+        skipped = self.options.may_skip and not bool(torch.isfinite(loss + shown))
         if not skipped:
             if self.clip_norm is not None:
                 own = self.objective.parameters()
                 torch.nn.utils.clip_grads_with_norm_(own, self.clip_norm, norm)
-            self.optimizer.step()
-        return norm, skipped
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return shown, skipped
+
+    def _make_average(self, decay: float) -> WeightAverage:
+        return WeightAverage(self.objective, decay)
+
+    def _update_average(self, average: WeightAverage) -> None:
+        average.update()
 
     def _gradient_norm(self) -> Tensor:
         own = [p.grad for p in self.objective.parameters() if p.grad is not None]
@@ -247,19 +316,29 @@ class Engine:
         """Makes BatchNorm's running statistics equal on all ranks where they were not shared."""
         if self.options.sync_bn or self.world.size == 1:
             return
-        for buffer in self.objective.buffers():
+        averaged = self.average.buffers if self.average is not None else []
+        for buffer in (*self.objective.buffers(), *averaged):
             if buffer.is_floating_point():
                 self.world.sum(buffer).div_(self.world.size)
 
     def _forward(self, images: Tensor, labels: Tensor) -> Loss:
-        with self._autocast():
+        cache = not self.options.capture
+        with autocast(self.options.precision, self.world.device, cache=cache):
             try:
                 loss: Loss = self.model(images.to(self.dtype), labels, self.options.global_batch)
             except TorchDynamoException as error:
                 log.warning("train.compile: not possible here (%s); going on without", type(error))
-                self.objective.network._compiled_call_impl = None  # undoes Module.compile()
+                forget_compiled(self.objective)
                 loss = self.model(images.to(self.dtype), labels, self.options.global_batch)
         return loss
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16)
+    def _memory_named(self) -> AbstractContextManager[None]:
+        most = max(images[self.world.rank] for images in self.pass_images)
+        return name_memory_errors(self.world.device, most)
+
+    def _changed(self) -> list[Tensor]:
+        """All tensors that a step changes, but the gradients."""
+        states = [v for state in self.optimizer.state.values() for v in state.values()]
+        average = list(self.average.tensors.values()) if self.average is not None else []
+        own = [*self.objective.parameters(), *self.objective.buffers(), *average, *states]
+        return [tensor for tensor in own if isinstance(tensor, Tensor)]

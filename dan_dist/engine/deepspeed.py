@@ -7,12 +7,13 @@ DeepSpeed's own format and its universal one, which need a conversion, and DeepS
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import deepspeed  # for the device that `init_world` has chosen
 import deepspeed.ops
+import numpy as np
 import torch
 from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.zero.utils import ZeRORuntimeException
@@ -21,11 +22,22 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
 )
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dan_dist.config import EngineChoice, Optim
+from dan_dist.data.loader import Loader
+from dan_dist.distributed.heartbeat import Heartbeat
 from dan_dist.distributed.world import World, group_of_one
 from dan_dist.engine.ddp import Engine, StepOptions
+from dan_dist.engine.graph import Recorder
+from dan_dist.engine.optimizer import (
+    WeightAverage,
+    load_optimizer,
+    make_optimizer,
+    optimizer_state,
+)
+from dan_dist.model.dan import Output
 from dan_dist.model.losses import Loss, Objective
 
 logger.setLevel(logging.ERROR)  # its log of what it finds is long
@@ -86,11 +98,13 @@ class DeepSpeedEngine(Engine):
         choice: EngineChoice,
     ) -> None:  # fmt: skip
         check_extra(choice.deepspeed)
+        if options.precision == "fp16":
+            raise ValueError("train.precision: fp16 needs engine.name=ddp; DeepSpeed takes float32")
         self.zero_stage, self.extra = choice.zero_stage, choice.deepspeed
         super().__init__(objective, world, optim, options)
 
-    def state(self) -> dict[str, Any]:
-        """What `Engine.state` gives, gathered from all ranks: all must call it, rank 0 has it.
+    def _learned(self) -> dict[str, Any]:
+        """Gathered from all ranks: all must call it, rank 0 has it.
 
         One tensor after the other, into the CPU's memory: where the weights are divided, the whole
         of them need not fit a GPU.
@@ -102,9 +116,11 @@ class DeepSpeedEngine(Engine):
                 if self.world.is_main:
                     weights[name] = tensor.detach().to("cpu", copy=True)
         if self.zero_stage == 0:
-            return {"objective": weights, "optimizer": self.optimizer.state_dict()}
-        parameters = list(self.objective.parameters())
+            return {"objective": weights, "optimizer": optimizer_state(self.optimizer)}
+        parameters = self._trained()
         step, keys = self._inner_state()
+        if keys and self.zero_stage < 3:
+            self._link_moments()
         moments: dict[int, dict[str, Any]] = {}
         for number, parameter in enumerate(parameters) if keys else ():
             own: dict[str, Any] = {} if step is None else {"step": step.to("cpu", copy=True)}
@@ -114,17 +130,18 @@ class DeepSpeedEngine(Engine):
                     own[key] = whole.to("cpu", copy=True)
             moments[number] = own
         zero: Any = self.model.optimizer
-        group = {k: v for k, v in zero.param_groups[0].items() if k != "params"}
-        groups = [{**group, "params": list(range(len(parameters)))}]
+        groups, first = [], 0
+        for own, group in zip(zero.param_groups, self.groups, strict=True):
+            numbers = list(range(first, first := first + len(group.parameters)))
+            groups.append({**{k: v for k, v in own.items() if k != "params"}, "params": numbers})
         return {"objective": weights, "optimizer": {"state": moments, "param_groups": groups}}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Puts back what any engine's `state` gave."""
-        parameters = list(self.objective.parameters())
-        with self._whole(parameters, change=True):
+    def _load_learned(self, state: dict[str, Any]) -> None:
+        parameters = self._trained()
+        with self._whole(list(self.objective.parameters()), change=True):
             self.objective.load_state_dict(state["objective"])
         if self.zero_stage == 0:
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
             return
         zero: Any = self.model.optimizer
         zero.refresh_fp32_params()
@@ -138,11 +155,45 @@ class DeepSpeedEngine(Engine):
                 own["step"] = first["step"].clone()
             zero.optimizer.state[flat] = own
         if self.zero_stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
+            self._link_moments()
         for number, parameter in enumerate(parameters):
             for key in moments:
                 value = state["optimizer"]["state"][number][key].to(self.world.device)
                 safe_set_full_optimizer_state(parameter, value, key)
+
+    def warm_up(self, image_size: int, recorder: Recorder | None = None) -> None:
+        """Nothing: DeepSpeed's own copies of the weights could not be put back. Step 1 compiles."""
+
+    def evaluate(
+        self, loader: Loader, select: Callable[[Output], Tensor], heart: Heartbeat
+    ) -> NDArray[np.float32]:
+        if self.average is None or self.zero_stage < 3:
+            return super().evaluate(loader, select, heart)
+        own = list(self.objective.parameters())
+        with self._whole(own, change=True):
+            self.average.exchange()
+        average, self.average = self.average, None
+        found = super().evaluate(loader, select, heart)
+        self.average = average
+        with self._whole(own, change=True):
+            self.average.exchange()
+        return found
+
+    def _make_average(self, decay: float) -> WeightAverage:
+        with self._whole(list(self.objective.parameters())):
+            return super()._make_average(decay)
+
+    def _update_average(self, average: WeightAverage) -> None:
+        with self._whole(list(self.objective.parameters())):
+            average.update()
+
+    def _make_optimizer(self, optim: Optim) -> torch.optim.Optimizer:
+        """By plain kernels: DeepSpeed's own parts of the weights are what it is called with."""
+        return make_optimizer(self.groups, optim, fused=False, capturable=False)
+
+    def _trained(self) -> list[nn.Parameter]:
+        """The parameters in the order in which checkpoints number them."""
+        return [parameter for group in self.groups for parameter in group.parameters]
 
     def _wrap(self) -> nn.Module:
         derived: dict[str, Any] = {
@@ -153,7 +204,10 @@ class DeepSpeedEngine(Engine):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # torch's serves where its state is offloaded
             # Not its bf16 section, which casts weights but not BatchNorm's statistics.
-            "torch_autocast": {"enabled": self.bf16, "dtype": "bfloat16"},
+            "torch_autocast": {
+                "enabled": self.options.precision == "bf16",
+                "dtype": "bfloat16",
+            },
             "steps_per_print": 10**9,
         }
         group_of_one(self.world)
@@ -215,6 +269,16 @@ class DeepSpeedEngine(Engine):
         )  # fmt: skip
         found: list[Tensor] = getattr(zero, name)
         return found
+
+    def _link_moments(self) -> None:
+        """Lets DeepSpeed find each parameter's moments.
+
+        It does so itself in its first step, but there for the first group alone: the others have
+        none yet.
+        """
+        zero: Any = self.model.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
     def _inner_state(self) -> tuple[Tensor | None, list[str]]:
         """Adam's step number, and the names of the moments that are kept of each parameter."""

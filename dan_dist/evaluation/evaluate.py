@@ -53,7 +53,9 @@ def main(options: EvaluateOptions, *, timeout_s: float = 60.0) -> dict[str, Any]
     """
     with session(options.device, timeout_s=timeout_s, on_loss=lambda line: None) as (world, heart):
         trained = world.run_on_all(
-            lambda: load_trained(options.checkpoint, options.classes, task=None)
+            lambda: load_trained(
+                options.checkpoint, options.classes, task=None, weights=options.weights
+            )
         )
         cached = world.run_once(lambda: localise(options.data, options.cache), per_node=True)
         shards = world.run_on_all(lambda: open_shardset(cached))

@@ -10,7 +10,8 @@ from torch import Tensor
 from dan_dist.data.loader import Loader, evaluation_loader
 from dan_dist.distributed.heartbeat import Heartbeat
 from dan_dist.distributed.world import World
-from dan_dist.engine.ddp import PrecisionChoice, evaluate, resolve_precision
+from dan_dist.engine.ddp import evaluate
+from dan_dist.engine.precision import PrecisionChoice, resolve_precision, weight_dtype
 from dan_dist.model.arithmetic import choose_arithmetic
 from dan_dist.model.dan import Output, probabilities
 from dan_dist.model.weights import Trained
@@ -35,12 +36,11 @@ def predict(
         precision = trained.config["train"]["precision"]
     resolved = resolve_precision(precision, world.device)
     choose_arithmetic(resolved)
-    dtype = torch.float64 if resolved == "float64" else torch.float32
-    network = trained.network.to(world.device, dtype).to(memory_format=torch.channels_last)
+    network = trained.network.to(world.device, weight_dtype(resolved)).to(
+        memory_format=torch.channels_last
+    )
     with open_loader(trained, split, world) as loader:
-        found = evaluate(
-            network, loader, world, select=select, bf16=resolved == "bf16", heart=heart
-        )
+        found = evaluate(network, loader, world, select=select, precision=resolved, heart=heart)
     if bad := int((~np.isfinite(found)).any(axis=1).sum()):
         raise ValueError(
             f"{trained.path}: the output is not finite for {bad} of {len(found)} images"

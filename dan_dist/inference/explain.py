@@ -49,7 +49,7 @@ def main(options: ExplainOptions) -> dict[str, Any]:
         if world.size > 1:
             raise ValueError(f"{world.size} ranks: explain runs as one")
         given = [p for p in (options.checkpoint, options.against) if p is not None]
-        networks = [load_trained(p, options.classes) for p in given]
+        networks = [load_trained(p, options.classes, weights=options.weights) for p in given]
         inputs = open_inputs(options, networks, Path(folder), world.cores)
         explanations = [examine(trained, inputs, options.count, world) for trained in networks]
     report = describe(explanations, inputs)

@@ -104,7 +104,7 @@ def main(options: ExportOptions) -> list[Path]:
             packages that it needs are not installed.
     """
     require_libraries()
-    trained = load_trained(options.checkpoint, options.classes)
+    trained = load_trained(options.checkpoint, options.classes, weights=options.weights)
     output = options.output or trained.path.parent
     check_writable(output, "--output")
     size, plain = trained.image_size, Classifier(trained.network.float()).eval()

@@ -27,7 +27,7 @@ def main(options: PredictOptions) -> int:
     with session(options.device, timeout_s=60.0, on_loss=lambda line: None) as (world, heart):
         if world.size > 1:
             raise ValueError(f"{world.size} ranks: predict runs as one; evaluate runs on many")
-        trained = load_trained(options.checkpoint, options.classes)
+        trained = load_trained(options.checkpoint, options.classes, weights=options.weights)
         paths = find_images(options.images)
         names, size = trained.class_names, trained.image_size
         with tempfile.TemporaryDirectory(prefix="dan_dist-") as folder:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dan_dist.model.authors import authors_name
 from dan_dist.model.dan import CHANNELS, DAN
 from dan_dist.model.state_dict import named_tensors
-from dan_dist.run.checkpoint import NETWORK, load, read, save
+from dan_dist.run.checkpoint import NETWORK, learned, load, read, save
 
 BACKBONE = "backbone.pth"
 
@@ -59,8 +59,8 @@ def _read_backbone(path: Path) -> tuple[dict[str, Tensor], str]:
         content = read(path)
     except (ValueError, OSError) as error:
         raise type(error)(f"model.backbone {error}") from error
-    if isinstance(own := content.get("objective"), dict):  # one of our checkpoints
-        return _own_backbone(own), ""
+    if isinstance(content.get("objective"), dict):  # one of our checkpoints
+        return _own_backbone(learned(content)), ""
     tensors, origin = named_tensors(content), ""
     if isinstance(facts := content.get("provenance"), dict):
         wanted = ("run_id", "accuracy", "fingerprint")
@@ -86,7 +86,7 @@ def write_backbone(best: Path, *, run_id: str | None) -> Path:
     in its place stands torchvision's, of 1,000 classes, all zero, for programs that want all names.
     """
     content = load(best)
-    own = _own_backbone(content["objective"])
+    own = _own_backbone(learned(content))
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in own.items()}
     tensors |= {"fc.weight": torch.zeros(1000, CHANNELS), "fc.bias": torch.zeros(1000)}
     provenance = {

@@ -73,7 +73,7 @@ def partition_batch_loss(heads: Tensor) -> Tensor:
     The batch is that of all ranks: the mean is reduced over them with its gradient, so that every
     rank computes the same value and the ranks' shares of it add up to the one-process gradient.
     """
-    sums = torch.cat([heads.var(dim=1).sum(dim=0), heads.new_tensor([heads.size(0)])])
+    sums = torch.cat([heads.var(dim=1).sum(dim=0), heads.new_full((1,), heads.size(0))])
     sums = all_reduce_sum(sums)
     variance = sums[:-1] / sums[-1].detach()
     return torch.log1p(heads.size(1) / (variance + VARIANCE_GUARD)).mean()
@@ -96,7 +96,8 @@ def arcface_logits(cosines: Tensor, labels: Tensor, margin: Margin) -> Tensor:
 class Objective(nn.Module):
     """Equation 7: classification + λ1 · FCN loss + λ2 · AFN loss, over part of a global batch.
 
-    margin: the network's logits are cosines, from which ArcFace's are made.
+    margin: the network's logits are cosines, from which ArcFace's are made. label_smoothing: the
+    part of an image's label that is spread over all classes.
     """
 
     def __init__(
@@ -109,9 +110,10 @@ class Objective(nn.Module):
         lambda_fcn: float = 1.0,
         lambda_afn: float = 1.0,
         margin: Margin | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        self.network, self.margin = network, margin
+        self.network, self.margin, self.label_smoothing = network, margin, label_smoothing
         self.fcn, self.afn = fcn, afn if len(network.heads) > 1 else "none"  # 0 at k = 1 (§3.3)
         self.lambda_fcn, self.lambda_afn = lambda_fcn, lambda_afn
         if fcn != "none":
@@ -132,7 +134,9 @@ class Objective(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             if self.margin is not None:
                 logits = arcface_logits(logits, labels, self.margin)
-            classification = F.cross_entropy(logits, labels) * share
+            classification = (
+                F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing) * share
+            )
             fcn = afn = zero
             if self.fcn == "affinity":
                 fcn = affinity_loss(features, labels, self.centers).mean() * share

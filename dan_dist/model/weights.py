@@ -1,13 +1,15 @@
 """Trained networks from files: our checkpoints, and the authors' DAN. No code in them is run."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dan_dist.model.authors import AUTHORS_SIZE, read_authors
 from dan_dist.model.classes import check_names, class_order, columns_of, join_names
 from dan_dist.model.dan import DAN
 from dan_dist.model.state_dict import fill_network, is_count
-from dan_dist.run.checkpoint import BEST, FORMAT, NETWORK, read
+from dan_dist.run.checkpoint import BEST, FORMAT, NETWORK, learned, read
+
+Which = Literal["auto", "average", "trained"]  # of a checkpoint's weights
 
 
 class Trained(NamedTuple):
@@ -38,14 +40,16 @@ class Trained(NamedTuple):
 
 
 def load_trained(
-    path: Path, classes: str | None = None, *, task: str | None = "expression"
-) -> Trained:
+    path: Path, classes: str | None = None, *, task: str | None = "expression",
+    weights: Which = "auto",
+) -> Trained:  # fmt: skip
     """The network of one of our checkpoints, of a run's folder (its best), or of the authors' file.
 
     task: the one that it must have been trained on, "expression" or "identity"; None takes both.
 
     classes: the authors' files do not name theirs; see `class_order`. Theirs of eight classes are
-    AffectNet's.
+    AffectNet's. weights: the average of a training that kept one (`optim.ema`), or those of its
+    last step; "auto" takes the average where there is one, as the training's evaluations did.
 
     A file that is none of these, or damaged, is a ValueError that names it.
     """
@@ -54,10 +58,12 @@ def load_trained(
         raise FileNotFoundError(f"{path}: no such checkpoint")
     content = read(path)
     if content.get("format") != FORMAT:
+        if weights == "average":
+            raise ValueError(f"{path} holds no average of the weights")
         network, names, epochs = read_authors(path, content, classes)
         return Trained(path, network, names, AUTHORS_SIZE, epochs, {}, None)
     try:
-        trained = _ours(path, content)
+        trained = _ours(path, content, weights)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a readable checkpoint ({error!r})") from error
     if task not in (None, trained.task):
@@ -72,7 +78,7 @@ def load_trained(
     return trained
 
 
-def _ours(path: Path, content: dict[str, Any]) -> Trained:
+def _ours(path: Path, content: dict[str, Any], weights: Which) -> Trained:
     """A checkpoint of ours, which may come from anywhere: every value is checked before use."""
     names, model, step = content["class_names"], content["config"]["model"], content["step"]
     check_names(names, str(path))
@@ -88,9 +94,10 @@ def _ours(path: Path, content: dict[str, Any]) -> Trained:
     is_identity = content["config"].get("task") == "identity"
     if is_identity and not is_count(pairs := content["config"]["data"]["pairs"]):
         raise ValueError(f"{path}: data.pairs is {pairs!r}")
-    own = {
-        k.removeprefix(NETWORK): v for k, v in content["objective"].items() if k.startswith(NETWORK)
-    }
+    if weights == "average" and "average" not in content:
+        raise ValueError(f"{path} holds no average of the weights; optim.ema keeps one")
+    tensors = learned(content, average=weights != "trained")
+    own = {k.removeprefix(NETWORK): v for k, v in tensors.items() if k.startswith(NETWORK)}
     is_cosine = content["config"]["loss"].get("classification") == "arcface"
     network = fill_network(len(names), heads, own, str, path, cosine=is_cosine)
     return Trained(

@@ -75,6 +75,12 @@ def load(path: Path, *, keys: tuple[str, ...] = KEYS) -> dict[str, Any]:
     return content
 
 
+def learned(content: Mapping[str, Any], *, average: bool = True) -> dict[str, Any]:
+    """The objective's tensors by name; with the average of the weights where one was kept."""
+    own: dict[str, Any] = content["objective"]
+    return own | content["average"] if average and "average" in content else own
+
+
 def to_cpu(value: Any) -> Any:
     """A copy in the CPU's memory of all tensors in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):

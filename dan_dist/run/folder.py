@@ -204,8 +204,10 @@ def check_continues(
         raise ValueError(
             f"{path} was trained on other images than data.shards holds; give another train.output"
         )
+    set_by_length = ("train.epochs",) if config.get("schedule.name") == "cosine" else ()
     for key in sorted({*saved, *config}):
-        if not key.startswith(FREE_KEYS) and saved.get(key) != config.get(key):
+        is_free = key.startswith(FREE_KEYS) and key not in set_by_length
+        if not is_free and saved.get(key) != config.get(key):
             raise ValueError(
                 f"{path} is of another configuration: {key} was {saved.get(key)!r}, "
                 f"is {config.get(key)!r}; give another train.output"

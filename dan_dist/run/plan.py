@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dan_dist.config import Config, Schedule
+from dan_dist.config import Config
+from dan_dist.run.schedule import LearningRate
 
 
 class Due(NamedTuple):
@@ -21,18 +22,12 @@ class Plan:
     steps_per_epoch: int
     epochs: int
     total: int
-    base_lr: float
-    schedule: Schedule
+    lr: LearningRate  # of a step: plan.lr(step)
     checkpoint_every: int | None  # steps
 
     def epoch(self, step: int) -> int:
         """The epoch, from 1, that `step` belongs to."""
         return -(-step // self.steps_per_epoch)
-
-    def lr(self, step: int) -> float:
-        """The learning rate of `step`: times gamma each `every` epochs."""
-        past = (step - 1) // self.steps_per_epoch
-        return self.base_lr * self.schedule.gamma ** (past // self.schedule.every)
 
     def due(self, step: int, *, evaluated: int | None, asked: bool) -> Due:
         """What is due after `step`: at an epoch's end both, at an interval or when asked a save.
@@ -54,13 +49,12 @@ def make_plan(config: Config, *, images: int, start: int) -> Plan:
     """
     train = config.train
     steps_per_epoch = images // train.global_batch
-    total = min(steps_per_epoch * train.epochs, train.max_steps or steps_per_epoch * train.epochs)
+    whole = steps_per_epoch * train.epochs
+    total = min(whole, train.max_steps or whole)
     if start > total:
         raise ValueError(
             f"train.output {train.output} is at step {start} already, "
             f"train.epochs and train.max_steps end at {total}"
         )
-    return Plan(
-        start, steps_per_epoch, train.epochs, total, config.optim.lr, config.schedule,
-        train.checkpoint_every,
-    )  # fmt: skip
+    lr = LearningRate(config.optim.lr, train.global_batch, steps_per_epoch, whole, config.schedule)
+    return Plan(start, steps_per_epoch, train.epochs, total, lr, train.checkpoint_every)

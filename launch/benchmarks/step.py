@@ -21,7 +21,8 @@ from dan_dist.build import build_engine, build_objective
 from dan_dist.config import Config
 from dan_dist.data.loader import Batch
 from dan_dist.distributed.world import World
-from dan_dist.engine.ddp import StepFlags, resolve_precision
+from dan_dist.engine.ddp import StepFlags
+from dan_dist.engine.precision import resolve_precision
 from shards.format import ShardSet
 
 PLAIN, TRAINED = "plain: float32, contiguous", "as trained"
@@ -44,10 +45,10 @@ def run(
     }
     if precision == "bf16":
         contenders["+ bfloat16"] = plain(channels_last=True, bf16=True)
-    contenders[TRAINED] = _engine_step(config, world, shards, batch)
+    contenders[TRAINED] = engine_step(config, world, shards, batch)
     if tried:
         with_compile = config.train.model_copy(update={"compile": True})
-        contenders["train.compile"] = _engine_step(
+        contenders["train.compile"] = engine_step(
             config.model_copy(update={"train": with_compile}), world, shards, batch
         )
         contenders["fused optimiser"] = plain(
@@ -80,11 +81,12 @@ def resident_batch(config: Config, world: World, classes: int) -> Batch:
     return Batch(pixels.permute(0, 3, 1, 2), labels, torch.arange(images))
 
 
-def _engine_step(
+def engine_step(
     config: Config, world: World, shards: ShardSet, batch: Batch
 ) -> Callable[[], Tensor]:
     """What training does with a batch."""
     engine = build_engine(config, world, build_objective(config, shards.class_names, is_new=True))
+    engine.warm_up(config.model.image_size)
     flags = StepFlags(stop=False, save=False, replaced=0)
     return lambda: engine.train_step(batch, lr=config.optim.lr, flags=flags).losses
 
@@ -92,11 +94,11 @@ def _engine_step(
 def _measure(
     step: Callable[[], object], *, steps: int, images: int, device: torch.device
 ) -> Measure:
-    seconds = _seconds(step, steps, device)
+    seconds = seconds_a_call(step, steps, device)
     return {"ms": 1e3 * seconds, "images/s": images / seconds}
 
 
-def _seconds(work: Callable[[], object], times: int, device: torch.device) -> float:
+def seconds_a_call(work: Callable[[], object], times: int, device: torch.device) -> float:
     """The mean of so many calls, one after another."""
     wait_for(device)
     began_s = perf_counter()
@@ -173,12 +175,12 @@ def _matrix_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product, the best of a few."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return float(2 * n**3 / min(_seconds(lambda: a @ b, 3, device) for _ in range(5)))
+    return float(2 * n**3 / min(seconds_a_call(lambda: a @ b, 3, device) for _ in range(5)))
 
 
 def _copy_bytes_s(device: torch.device) -> float:
     """Bytes read and written a second by a large copy, the best of a few."""
     source = torch.zeros(2**28, device=device)  # 1 GiB
     target = torch.ones_like(source)
-    best_s = min(_seconds(lambda: target.copy_(source), 1, device) for _ in range(5))
+    best_s = min(seconds_a_call(lambda: target.copy_(source), 1, device) for _ in range(5))
     return float(2 * source.nbytes / best_s)

@@ -16,7 +16,8 @@ from dan_dist.build import build_engine, build_objective, open_train_loader
 from dan_dist.config import Config
 from dan_dist.data.loader import Batch, Loader
 from dan_dist.distributed.world import World
-from dan_dist.engine.ddp import StepFlags, resolve_precision
+from dan_dist.engine.ddp import StepFlags
+from dan_dist.engine.precision import resolve_precision
 from dan_dist.monitor import Monitor
 from dan_dist.run.plan import make_plan
 from dan_dist.run.signals import StopRequest
@@ -35,6 +36,7 @@ def run(
     steps: of each repeat, of each form.
     """
     engine = build_engine(config, world, build_objective(config, shards.class_names, is_new=True))
+    engine.warm_up(config.model.image_size)
     resident = resident_batch(config, world, len(shards.class_names))
     flags = StepFlags(stop=False, save=False, replaced=0)
     with (

@@ -1,0 +1,43 @@
+"""How a global batch is divided over ranks, and a rank's share over forward passes. Pure."""
+
+import logging
+
+from dan_dist.data.sampler import rank_columns
+
+log = logging.getLogger(__name__)
+
+
+def micro_steps(global_batch: int, micro_batch: int | None, world_size: int) -> int:
+    """Forward and backward passes of a step, the same on every rank: set by the fullest one."""
+    fullest = -(-global_batch // world_size)
+    return -(-fullest // (micro_batch or fullest))
+
+
+def pass_images(global_batch: int, passes: int, world_size: int) -> list[tuple[int, ...]]:
+    """The images of each rank in each of a step's passes, as `Tensor.tensor_split` divides them."""
+    columns = [rank_columns(global_batch, rank, world_size) for rank in range(world_size)]
+    own = [c.stop - c.start for c in columns]
+    return [tuple(n // passes + (i < n % passes) for n in own) for i in range(passes)]
+
+
+def check_split(global_batch: int, micro_batch: int | None, world_size: int, sync_bn: bool) -> None:
+    """Every rank needs an image in every micro-step, and BatchNorm at least two to normalise.
+
+    Raises:
+        ValueError: more ranks than images, or too few images in a micro-step.
+    """
+    if world_size > global_batch:
+        raise ValueError(f"{world_size} ranks, more than train.global_batch ({global_batch})")
+    passes = micro_steps(global_batch, micro_batch, world_size)
+    smallest = global_batch // world_size // passes
+    statistics = smallest * (world_size if sync_bn else 1)
+    if smallest < 1 or statistics < 2:
+        raise ValueError(
+            f"train.global_batch {global_batch} over {world_size} ranks in {passes} micro-steps "
+            f"leaves BatchNorm {statistics} images, it needs at least 2; raise train.micro_batch"
+        )
+    if passes > 1:
+        log.info(
+            "%d micro-steps a step: BatchNorm and the batch-mean partition loss see about %d "
+            "images at a time, not %d", passes, statistics, global_batch,
+        )  # fmt: skip
