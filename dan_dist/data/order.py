@@ -1,5 +1,6 @@
 """Which images a rank reads at each step: the sampler's orders, computed ahead of their use."""
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -13,8 +14,9 @@ from dan_dist.data.sampler import (
     epoch_order,
     evaluation_order,
     group_samples,
-    steps_per_epoch,
+    take_turns,
 )
+from dan_dist.data.shares import Shares
 from shards.format import Split
 
 
@@ -26,14 +28,22 @@ class Request(NamedTuple):
 
 
 class TrainOrder:
-    """The requests of a training run, step by step; the next epoch is ordered in the background."""
+    """The requests of a training run, step by step; the next epoch is ordered in the background.
+
+    shares: of the split's classes, from the images that each has; by default equal ones.
+    """
 
     def __init__(
-        self, split: Split, columns: slice, *, global_batch: int, seed: int, balanced: bool
-    ) -> None:
+        self, split: Split, columns: slice, *, global_batch: int, seed: int, balanced: bool,
+        shares: Callable[[Sequence[int]], Shares] | None = None,
+    ) -> None:  # fmt: skip
         self.groups = group_samples(split.index["label"], balanced=balanced)
         self.columns, self.global_batch, self.seed = columns, global_batch, seed
-        self.steps = steps_per_epoch(len(split), global_batch)
+        self.turns = take_turns(
+            self.groups, global_batch=global_batch,
+            shares=shares and shares([len(ids) for ids in self.groups]),
+        )  # fmt: skip
+        self.steps = self.turns.steps
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="order")
         self._epochs: dict[int, Future[Ids]] = {}
 
@@ -52,8 +62,9 @@ class TrainOrder:
 
     def _order(self, epoch: int) -> Ids:
         order = epoch_order(
-            self.groups, global_batch=self.global_batch, seed=self.seed, epoch=epoch
-        )
+            self.groups, global_batch=self.global_batch, seed=self.seed, epoch=epoch,
+            turns=self.turns,
+        )  # fmt: skip
         return np.ascontiguousarray(order[:, self.columns])
 
 
