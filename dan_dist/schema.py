@@ -1,12 +1,66 @@
 """The configuration's schema: every key with its type, its default and what it means."""
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+SHARDS = "{path: …, share: a number above 0, classes: {its name: the training's, …}}"
+SAMPLING = (
+    "balanced, shuffle, {power: 0 or more}, {effective: 0 or more, below 1}, "
+    "{shares: {class: 0 or more, …}} or {from: …, to: …, epochs: 1 to 2048}"
+)
+
+
+def check_shards(value: Any) -> Any:
+    """Refuses a list of sets in which one is not as SHARDS has it."""
+    if isinstance(value, str):
+        return value
+    for source in value:
+        names, share = source.get("classes", {}), source.get("share", 1)
+        is_good = (
+            {"path"} <= {*source} <= {"path", "share", "classes"}
+            and isinstance(source["path"], str)
+            and _is_number(share) and share > 0
+            and isinstance(names, dict)
+            and all(isinstance(name, str) for pair in names.items() for name in pair)
+        )  # fmt: skip
+        if not is_good:
+            raise ValueError(f"data.shards: {source!r}, expected {SHARDS}")
+    if not value:
+        raise ValueError("data.shards is an empty list, expected at least one set")
+    return value
+
+
+def check_sampling(value: Any) -> Any:
+    """Refuses what is not as SAMPLING has it."""
+    if not _is_sampling(value, may_change=True):
+        raise ValueError(f"data.sampling is {value!r}, expected {SAMPLING}")
+    return value
+
+
+def _is_sampling(value: Any, *, may_change: bool) -> bool:
+    if not isinstance(value, dict):
+        return value in ("balanced", "shuffle")
+    if {*value} == {"from", "to", "epochs"} and may_change:
+        ends = [_is_sampling(value[key], may_change=False) for key in ("from", "to")]
+        return all(ends) and type(value["epochs"]) is int and 1 <= value["epochs"] <= 2048
+    if {*value} == {"shares"} and isinstance(given := value["shares"], dict):
+        names, numbers = given.keys(), given.values()
+        is_good = all(isinstance(n, str) for n in names) and all(map(_is_number, numbers))
+        return is_good and min(numbers, default=-1) >= 0 and max(numbers) > 0
+    if {*value} in ({"power"}, {"effective"}) and _is_number(number := next(iter(value.values()))):
+        return bool(number >= 0 and ("power" in value or number < 1))
+    return False
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 class Section(BaseModel):
@@ -63,9 +117,10 @@ class Augmentation(Section):
 class Data(Section):
     """The images, and the order in which they come."""
 
-    shards: str = Field(
+    shards: str | list[dict[str, Any]] = Field(
         description="folder of shards (with manifest.json), or its URL; relative to the working "
-        "folder"
+        "folder; or several as {path, share, classes}, of shares 1 unless given, with the names "
+        "that their classes have here"
     )
     cache: str | None = Field(
         default=None, description="folder on each node into which the shards are copied first"
@@ -82,9 +137,11 @@ class Data(Section):
         default=None,
         description="task identity: a file that lists the pairs, in place of drawn ones",
     )
-    sampling: Literal["balanced", "shuffle"] = Field(
+    sampling: str | dict[str, Any] = Field(
         default="balanced",
-        description="training images: as many of each class, or each once an epoch",
+        description="training images: as many of each class (balanced), or each once an epoch "
+        "(shuffle); or classes by count to a power {power: t}, by effective numbers {effective: "
+        "beta}, by {shares: {class: number}}; or one after another, {from: …, to: …, epochs: n}",
     )
     augment: Augmentation = Augmentation()
     max_bad_images: int = Field(
@@ -96,6 +153,14 @@ class Data(Section):
         default=None, description="cores that a rank decodes on; null: its share of the node's"
     )
     synthetic: Synthetic | None = None
+
+    _check_shards = field_validator("shards")(check_shards)
+    _check_sampling = field_validator("sampling")(check_sampling)
+
+    @property
+    def paths(self) -> list[str]:
+        """The folder or URL of each set."""
+        return [self.shards] if isinstance(self.shards, str) else [s["path"] for s in self.shards]
 
 
 class Model(Section):

@@ -141,7 +141,7 @@ def _of_recipe(
 ) -> tuple[Config, ShardSet]:
     """A configuration with a rank's batch (None: the recipe's), and its shards or drawn faces."""
     config = load_config(path, overrides)
-    found = Path(config.data.shards)
+    found = Path(config.data.paths[0])
     if not (found / MANIFEST).exists():
         found, size = folder / f"faces-{config.model.image_size}", config.model.image_size
         drawn = synthetic.release(images, DRAWN_VAL, size=size, seed=0)

@@ -1,6 +1,5 @@
 """Which images a rank reads at each step: the sampler's orders, computed ahead of their use."""
 
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dan_dist.data.augment import UNIFORMS
+from dan_dist.data.mixture import groups_of
 from dan_dist.data.sampler import (
     Ids,
     augmentation_uniforms,
@@ -30,19 +30,18 @@ class Request(NamedTuple):
 class TrainOrder:
     """The requests of a training run, step by step; the next epoch is ordered in the background.
 
-    shares: of the split's classes, from the images that each has; by default equal ones.
+    shares: of the groups (`mixture.groups_of`), by class where balanced; by default equal ones.
     """
 
     def __init__(
         self, split: Split, columns: slice, *, global_batch: int, seed: int, balanced: bool,
-        shares: Callable[[Sequence[int]], Shares] | None = None,
+        shares: Shares | None = None,
     ) -> None:  # fmt: skip
-        self.groups = group_samples(split.index["label"], balanced=balanced)
+        self.groups = group_samples(
+            groups_of(split, by_class=balanced), balanced=balanced or shares is not None
+        )
         self.columns, self.global_batch, self.seed = columns, global_batch, seed
-        self.turns = take_turns(
-            self.groups, global_batch=global_batch,
-            shares=shares and shares([len(ids) for ids in self.groups]),
-        )  # fmt: skip
+        self.turns = take_turns(self.groups, global_batch=global_batch, shares=shares)
         self.steps = self.turns.steps
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="order")
         self._epochs: dict[int, Future[Ids]] = {}

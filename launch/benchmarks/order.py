@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import Measure, Table, in_turn, show
+from dan_dist.data.mixture import shares_of
 from dan_dist.data.order import TrainOrder
 from dan_dist.data.sampler import epoch_order, group_samples, take_turns
 from dan_dist.data.shares import power
@@ -132,9 +133,10 @@ def _anonymous(root: Path, sampling: str) -> tuple[int, float]:
     watcher.start()
     began_s = time.perf_counter()
     split = open_shardset(root).split("train")
+    shares = {"power": POWER} if sampling.startswith("power") else sampling
     order = TrainOrder(
         split, slice(0, BATCH), global_batch=BATCH, seed=0, balanced=sampling != "shuffle",
-        shares=partial(power, exponent=POWER) if sampling.startswith("power") else None,
+        shares=shares_of(split, shares),
     )  # fmt: skip
     order(0)
     start_s = time.perf_counter() - began_s
