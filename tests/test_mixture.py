@@ -140,7 +140,7 @@ def test_two_sets_train_resume_to_the_bit_and_are_judged_each(
     assert found["accuracy"] == sum(each) / 2
     with pytest.raises(ValueError, match="a set joins or leaves only in a new run"):
         single(tiny("parts"), f"data.shards={faces.root}", *mixed[1:])
-    with pytest.raises(ValueError, match="was trained on other images than data.shards holds"):
+    with pytest.raises(ValueError, match="was trained on other images than"):
         single(tiny("parts"), sets((faces, 2), (others, 2)), *mixed[1:])
     checkpoint = newest_checkpoint(tmp_path / "whole")
     assert checkpoint is not None and checkpoint[1]["class_names"] == list(faces.class_names)
