@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,9 @@ LEARNING_RATE = 1e-7
 FIXED = [
     "train.precision=float64", f"optim.lr={LEARNING_RATE}", "engine.name=ddp", "train.compile=false"
 ]  # fmt: skip
+
+
+NO_FLAGS = StepFlags(stop=False, save=False, replaced=0)
 
 
 class Difference(NamedTuple):
@@ -79,7 +83,7 @@ def certify(config: Config, options: CertifyOptions, steps: int) -> list[str]:
             log.info("%d steps of world %d%s", steps - start, world,
                      f", resumed after step {start}" if start else "")  # fmt: skip
             path = folder / f"{world}-{start}.json"
-            _launch(options, world, ["--part", str(path), "--begin", str(start)])
+            launch(replace(options, part=path, begin=start), world)
             runs.append(json.loads(path.read_text()))
     facts = runs[0].pop("facts")
     for run in runs[1:]:
@@ -123,9 +127,7 @@ def record(config: Config, options: CertifyOptions) -> None:
                 images = batch.images.cpu().contiguous().numpy()
                 pixels = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
                 own.append((batch.ids.tolist(), uniforms[columns].tobytes(), pixels))
-                result = engine.train_step(
-                    batch, lr=LEARNING_RATE, flags=StepFlags(False, False, 0)
-                )
+                result = engine.train_step(batch, lr=LEARNING_RATE, flags=NO_FLAGS)
                 losses.append(float(result.losses[0]))
             heart.finish()
         ranks: list[Any] = [own]
@@ -182,12 +184,12 @@ def _report(names: str, first: dict[str, Any], second: dict[str, Any]) -> list[s
     return lines
 
 
-def _launch(options: CertifyOptions, world: int, more: Sequence[str]) -> None:
-    """Runs this program's part of one world under torchrun."""
+def launch(options: CertifyOptions, world: int) -> None:
+    """Runs this program for the part of one world under torchrun."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={world}", "-m", "dan_dist", "certify", *options.words,
-        "--steps", str(options.steps), *more,
+        "--steps", str(options.steps), "--part", str(options.part), "--begin", str(options.begin),
     ]  # fmt: skip
     code = Path(__file__).resolve().parent.parent
     path = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
