@@ -1,10 +1,10 @@
-"""The programs by name: python -m dan_dist {train,evaluate,predict,explain,export,ablate} …"""
+"""The programs by name: python -m dan_dist PROGRAM …"""
 
 import sys
 
 from dan_dist import programs
 
-PROGRAMS = ("train", "evaluate", "predict", "explain", "export", "ablate")
+PROGRAMS = ("train", "evaluate", "predict", "explain", "export", "ablate", "certify")
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in PROGRAMS:

@@ -1,7 +1,9 @@
 """The parts of a training, made from its configuration: data, engine, loaders, tracker, writer."""
 
+import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from dan_dist.data.decoded import (
     open_file,
 )
 from dan_dist.data.loader import Loader, evaluation_loader
+from dan_dist.data.mixture import Part, describe_sets, join, set_of, shares_of
 from dan_dist.data.order import TrainOrder
 from dan_dist.data.reader import Reader
 from dan_dist.data.sampler import rank_columns
@@ -66,6 +69,7 @@ class TrainingData:
             "config": redact_tree(config.model_dump()),
             "class_names": list(self.class_names),
             "fingerprint": self.shards.fingerprint,
+            "sets": describe_sets(self.shards),
         }
 
 
@@ -76,14 +80,35 @@ def open_data(config: Config, world: World) -> TrainingData:
         OSError, ValueError: whatever would stop or spoil the training later.
     """
     world.run_once(lambda: make_synthetic(config))
-    folder = world.run_once(lambda: localise(config.data.shards, config.data.cache), per_node=True)
-    return world.run_on_all(lambda: check_data(config, world, open_shardset(folder)))
+    cache, folders = config.data.cache, list[str]()
+    for path in config.data.paths:
+        local = partial(localise, path, cache)
+        folders.append(world.run_once(local, per_node=True))
+    return world.run_on_all(
+        lambda: check_data(config, world, join_sets(config, [*map(open_shardset, folders)]))
+    )
+
+
+def join_sets(config: Config, found: Sequence[ShardSet]) -> ShardSet:
+    """The one set of a training, or several joined, as `data.shards` describes them.
+
+    Raises:
+        ValueError: classes do not meet, or several sets are for a task that takes one.
+    """
+    if isinstance(config.data.shards, str):
+        return found[0]
+    if config.task == "identity":
+        raise ValueError("data.shards: task=identity takes one set, as a path")
+    described = zip(found, config.data.shards, strict=True)
+    parts = [Part(own, d.get("share", 1), d.get("classes", {})) for own, d in described]
+    return join(parts, config.data.classes)
 
 
 def make_synthetic(config: Config) -> None:
     """Packs the drawn faces of the configuration where they are not yet."""
     if (faces := config.data.synthetic) is not None:
-        demo.ensure(config.data.shards, list_faces(faces, config.data.shards), size=faces.size)
+        path = config.data.paths[0]
+        demo.ensure(path, list_faces(faces, path), size=faces.size)
 
 
 def list_faces(faces: Synthetic, shards: str) -> Release:
@@ -197,7 +222,8 @@ def open_train_loader(config: Config, world: World, split: Split, *, start: int)
         rank_columns(train.global_batch, world.rank, world.size),
         global_batch=train.global_batch,
         seed=train.seed,
-        balanced=config.data.sampling == "balanced",
+        balanced=config.data.sampling != "shuffle",
+        shares=shares_of(split, config.data.sampling),
     )
     return Loader(
         open_reader(config, world, split),
@@ -217,15 +243,20 @@ def open_reader(config: Config, world: World, split: Split) -> Reader:
         ValueError, OSError: there is no room for them.
     """
     data, image_size = config.data, config.model.image_size
-    count_unique = partial(world.count_unique, "damaged") if world.store else None
+
+    def count_in_set(sample: int) -> int:
+        return world.count_unique(f"damaged-{set_of(split, sample)}", sample)
+
+    count_unique = count_in_set if world.store else None
     if data.decoded == "none":
         return Reader(split, data.max_bad_images, count_unique)
     threads = data.threads or world.cores
     if data.decoded == "host":
         path = world.run_once(
             lambda: decode_to_file(
-                split, fingerprint=open_shardset(split.root).fingerprint, cache=data.cache,
-                image_size=image_size, device=world.device, threads=threads * world.local_size,
+                split, fingerprint=hashlib.sha256(split.index.tobytes()).hexdigest(),
+                cache=data.cache, image_size=image_size, device=world.device,
+                threads=threads * world.local_size,
             ),
             per_node=True,
         )  # fmt: skip

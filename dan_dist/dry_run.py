@@ -12,8 +12,15 @@ import numpy as np
 import torch
 import torchvision
 
-from dan_dist.build import TrainingData, build_objective, check_data, list_faces, make_synthetic
-from dan_dist.config import Config
+from dan_dist.build import (
+    TrainingData,
+    build_objective,
+    check_data,
+    join_sets,
+    list_faces,
+    make_synthetic,
+)
+from dan_dist.config import Config, Synthetic
 from dan_dist.data.cache import is_remote, localise, read_manifest
 from dan_dist.distributed.device import choose_device
 from dan_dist.distributed.world import World
@@ -79,7 +86,15 @@ def check(config: Config, ranks: int) -> None:
 
 def find_shards(config: Config) -> ShardSet:
     """The set that is trained on, or its outline where the training draws or copies it first."""
-    source, cache, faces = config.data.shards, config.data.cache, config.data.synthetic
+    faces = config.data.synthetic
+    found = [_find(config, path, faces if k == 0 else None)
+             for k, path in enumerate(config.data.paths)]  # fmt: skip
+    return join_sets(config, found)
+
+
+def _find(config: Config, source: str, faces: Synthetic | None) -> ShardSet:
+    """One set; faces: that are drawn for it."""
+    cache = config.data.cache
     if faces is not None and not (Path(source) / MANIFEST).exists():
         drawn = list_faces(faces, source)
         with no_new_folders(Path(source)):
@@ -92,7 +107,8 @@ def find_shards(config: Config) -> ShardSet:
             Path(source), drawn.dataset, drawn.release, drawn.class_names, faces.size, "", counts,
             dict.fromkeys(counts, ()), {}, {}, {},
         )  # fmt: skip
-    make_synthetic(config)  # they are there: compares them
+    if faces is not None:
+        make_synthetic(config)  # they are there: compares them
     if cache is None:
         return open_shardset(localise(source, None))
     content = read_manifest(source)

@@ -144,3 +144,24 @@ class AblateOptions:
     child: int | None = option(
         "print run N's overrides, one a line, for whoever trains it elsewhere (from 0)", None
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifyOptions:
+    """Certifies a training's data, or compares two certificates:
+
+        python launch/certify.py CONFIG [section.key=value …] --steps N [--worlds 1,2,3,8]
+        python launch/certify.py ONE.json OTHER.json
+
+    Of each step's global batch: a hash of the sample ids, one of the augmentation's numbers, one of
+    the pixels, the same at every world and after a resume; and the loss, in float64 at a learning
+    rate of 1e-7: to the bit at the same world, within 1e-9 across worlds. Written as
+    certificate/certificate.json into the run's folder, and into MLflow. Code 1 where a part is not
+    equal; the first step at which it parts is named.
+    """
+
+    words: tuple[str, ...] = argument("a configuration and overrides, or two certificates")
+    steps: int | None = option("steps of each world", None)
+    worlds: str = option("numbers of ranks", "1,2,3,8")
+    part: Path | None = option("of this program itself: the file for one world's run", None)
+    begin: int = option("of this program itself: the step that the run goes on from", 0)

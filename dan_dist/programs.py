@@ -12,6 +12,7 @@ from dan_dist.config import Config, load_config, shipped_folder, to_yaml
 from dan_dist.keys import candidates, describe, names
 from dan_dist.options import (
     AblateOptions,
+    CertifyOptions,
     EvaluateOptions,
     ExplainOptions,
     ExportOptions,
@@ -67,6 +68,11 @@ def export() -> NoReturn:
 def ablate() -> NoReturn:
     """Trains a grid of settings and compares them."""
     cli.run(_ablate)
+
+
+def certify() -> NoReturn:
+    """Certifies a training's data; code 1 where a part of it is not equal."""
+    cli.run(_certify)
 
 
 class TrainCommand(NamedTuple):
@@ -169,6 +175,13 @@ def _evaluate(arguments: list[str], stop: StopRequest) -> int:
 
     main(options)
     return 0
+
+
+def _certify(arguments: list[str], stop: StopRequest) -> int:
+    options = cli.parse(CertifyOptions, arguments)
+    from dan_dist.certificate import main
+
+    return cli.FAILED if main(options) else 0
 
 
 def _predict(arguments: list[str], stop: StopRequest) -> int:

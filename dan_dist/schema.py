@@ -1,20 +1,19 @@
 """The configuration's schema: every key with its type, its default and what it means."""
 
 import os
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-Part = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Strict: no unknown keys, no silent conversions (an int is a valid float), no later change."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+from dan_dist.values import (
+    Count,
+    Part,
+    Positive,
+    Probability,
+    Section,
+    check_sampling,
+    check_shards,
+)
 
 
 class Synthetic(Section):
@@ -65,9 +64,10 @@ class Augmentation(Section):
 class Data(Section):
     """The images, and the order in which they come."""
 
-    shards: str = Field(
+    shards: str | list[dict[str, Any]] = Field(
         description="folder of shards (with manifest.json), or its URL; relative to the working "
-        "folder"
+        "folder; or several as {path, share, classes}, of shares 1 unless given, with the names "
+        "that their classes have here"
     )
     cache: str | None = Field(
         default=None, description="folder on each node into which the shards are copied first"
@@ -84,9 +84,11 @@ class Data(Section):
         default=None,
         description="task identity: a file that lists the pairs, in place of drawn ones",
     )
-    sampling: Literal["balanced", "shuffle"] = Field(
+    sampling: str | dict[str, Any] = Field(
         default="balanced",
-        description="training images: as many of each class, or each once an epoch",
+        description="training images: as many of each class (balanced), or each once an epoch "
+        "(shuffle); or classes by count to a power {power: t}, by effective numbers {effective: "
+        "beta}, by {shares: {class: number}}; or one after another, {from: …, to: …, epochs: n}",
     )
     augment: Augmentation = Augmentation()
     max_bad_images: int = Field(
@@ -103,6 +105,14 @@ class Data(Section):
         "ranks share, or into each rank's GPU; none: whenever they are drawn",
     )
     synthetic: Synthetic | None = None
+
+    _check_shards = field_validator("shards")(check_shards)
+    _check_sampling = field_validator("sampling")(check_sampling)
+
+    @property
+    def paths(self) -> list[str]:
+        """The folder or URL of each set."""
+        return [self.shards] if isinstance(self.shards, str) else [s["path"] for s in self.shards]
 
 
 class Model(Section):

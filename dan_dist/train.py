@@ -19,6 +19,7 @@ from dan_dist.build import (
     open_writer,
 )
 from dan_dist.config import Config, flatten, resolve, write_config
+from dan_dist.data.mixture import describe_sets
 from dan_dist.distributed.heartbeat import Heartbeat, session
 from dan_dist.distributed.world import World
 from dan_dist.engine.ddp import Engine
@@ -168,6 +169,13 @@ def read_checkpoint(path: str, config: Config, data: TrainingData) -> dict[str, 
     content = load(Path(path), keys=RESUMED)
     if Path(path) != step_path(Path(path).parent, content["step"]):
         raise ValueError(f"{path} is of step {content['step']}")
+    sets = describe_sets(data.shards)
+    if len(content.get("sets", sets)) != len(sets):
+        raise ValueError(
+            f"{path} was trained on {' + '.join(content['sets'])}, data.shards holds "
+            f"{' + '.join(sets)}: a set joins or leaves only in a new run; give another "
+            "train.output"
+        )
     check_continues(
         Path(path),
         resolve(content["config"]),

@@ -10,7 +10,8 @@ step      the training step beside its plainest form, what each optimisation add
 train     end to end, beside loader and step alone; the share of time spent waiting for data
 scaling   1 … N ranks of this machine; 1, 8, 16 and 64 GPUs, strong and weak, projected from parts
 start     from launch to the first step
-order     the sampler's time, and the memory of a rank, up to ten million images
+order     the sampler's time, and the memory of a rank, up to ten million images; with --peers,
+          beside the orders of five others, each in an environment that is made for it (some GB)
 
 Where the configuration's shards are not there, faces are drawn in their place, of 80,000 classes
 for configs/msceleb.yaml; networks start at random. Parts are of configs/affectnet8.yaml, of
@@ -33,6 +34,7 @@ import torch
 from nvidia import dali
 
 from benchmarks import loader, order, scaling, start, step, training
+from benchmarks.peers import table as peers
 from dan_dist.config import Config, load_config
 from dan_dist.distributed.cores import core_count
 from dan_dist.distributed.world import World, close_world, init_world
@@ -63,6 +65,7 @@ def main(arguments: list[str], _: StopRequest) -> int:
     parser.add_argument("--link-gb-s", type=float, default=50, help="of one node, to the others, "
                         "for scaling's projection (default 50: 400 Gbit/s)")  # fmt: skip
     parser.add_argument("--tried", action="store_true", help="step: what was left out as well")
+    parser.add_argument("--peers", action="store_true", help="order: beside its peers' as well")
     parser.add_argument("--folder", help="where to write (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_intermixed_args(arguments)  # options may stand between what is named
@@ -104,7 +107,9 @@ def _part(
     repeats, steps, on_gpu = options.repeats, options.steps, world.device.type == "cuda"
     images = options.images or DRAWN
     if name == "order":
-        return order.run(folder, repeats=repeats)
+        measured = order.run(folder, repeats=repeats)
+        kept = Path(options.folder) if options.folder else folder  # where environments stay
+        return {**measured, "peers": peers.run(kept / "peers")} if options.peers else measured
     if name == "start":
         return start.run(path, overrides, folder / "start", repeats=repeats)
     small = not on_gpu and name != "loader"
@@ -132,7 +137,7 @@ def _of_recipe(
 ) -> tuple[Config, ShardSet]:
     """A configuration with a rank's batch (None: the recipe's), and its shards or drawn faces."""
     config = load_config(path, overrides)
-    found = Path(config.data.shards)
+    found = Path(config.data.paths[0])
     if not (found / MANIFEST).exists():
         found, size = folder / f"faces-{config.model.image_size}", config.model.image_size
         drawn = synthetic.release(images, DRAWN_VAL, size=size, seed=0)

@@ -14,7 +14,7 @@ DAN_DIST = [
     ["__main__"],
     ["programs"],
     ["dry_run"],
-    ["train"],
+    ["train", "certificate"],
     ["build", "monitor", "header"],
     ["inference", "ablation"],
     ["evaluation"],
@@ -25,6 +25,7 @@ DAN_DIST = [
     ["config", "options"],
     ["keys"],
     ["schema", "redaction"],
+    ["values"],
 ]
 SHARDS = [
     ["pack"],

@@ -1,10 +1,16 @@
 """The order's claims, over a grid of class sizes, global batches, worlds and seeds."""
 
+import hashlib
 import itertools
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
+import torch
 
+from dan_dist.data import sampler
 from dan_dist.data.sampler import (
     augmentation_uniforms,
     epoch_order,
@@ -140,3 +146,51 @@ def test_augmentation_numbers_belong_to_the_global_column() -> None:
 def test_too_few_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="3 samples do not fill a global batch of 4"):
         epoch_order([np.arange(3, dtype=np.int32)], global_batch=4, seed=0, epoch=0)
+
+
+# Of the order as it was when shares came: sizes, global batch, balanced, seed, epoch
+FROZEN = [
+    ((1, 3, 40, 9), 13, True, 0, 0, "2618ebe06117dd15"),
+    ((1, 3, 40, 9), 13, True, 5, 1, "89d0dc18fa1183eb"),
+    ((1, 3, 40, 9), 3, False, 5, 1, "a14e8073276c2827"),
+    ((5, 200, 31, 64, 12, 2, 90, 3), 64, True, 1, 2, "6d95d6eea917e436"),
+    ((5, 200, 31, 64, 12, 2, 90, 3), 64, False, 1, 2, "255bfa59c285bd7f"),
+    ((5, 200, 31, 64, 12, 2, 90, 3), 5, True, 12345, 7, "d40f5f7b988a81f4"),
+    ((134415, 74874, 25459, 24882, 14090, 6378, 3803, 3750), 256, True, 0, 0, "677cd354a5ceac8b"),
+    ((134415, 74874, 25459, 24882, 14090, 6378, 3803, 3750), 250, True, 7, 3, "bda641d7d2098543"),
+    ((134415, 74874, 25459, 24882, 14090, 6378, 3803, 3750), 256, False, 7, 3, "2b2909112e1f7e5f"),
+    ((70000, 70001), 1024, True, 3, 40, "1e140877534a19de"),
+    ((9,) * 700, 256, True, 1, 3, "33b6f6c237ce941d"),
+    ((125,) * 80, 8, True, 2, 9, "6a64bb8ab3dd63c7"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "batch", "balanced", "seed", "epoch", "digest"), FROZEN)
+def test_equal_shares_keep_their_order_to_the_bit(
+    sizes: tuple[int, ...], batch: int, balanced: bool, seed: int, epoch: int, digest: str
+) -> None:
+    groups = group_samples(labels_of(sizes), balanced=balanced)
+    order = epoch_order(groups, global_batch=batch, seed=seed, epoch=epoch)
+    assert hashlib.sha256(order.astype("<i4").tobytes()).hexdigest()[:16] == digest
+
+
+def test_the_docstrings_example_runs() -> None:
+    example = textwrap.dedent(sampler.__doc__.split("data set's:\n\n")[1])
+    labels, seen = labels_of((3, 20, 200, 40)), []
+    assert len(example.split("\n\n")[1].strip().splitlines()) == 7
+    exec(example, {"labels": labels, "dataset": labels, "rank": 1, "world_size": 2,
+                   "train": seen.append})  # fmt: skip
+    drawn = np.bincount(torch.cat(seen), minlength=4)
+    assert len(seen) == 20 * (263 // 64) and {len(s) for s in seen} == {32}
+    assert (np.diff(drawn[[0, 1, 3, 2]]) > 0).all()
+
+
+def test_the_sampler_imports_numpy_alone() -> None:
+    code = (
+        "import sys, numpy.random, numpy.typing; before = set(sys.modules); "
+        "import dan_dist.data.sampler; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "print(*sorted(new - set(sys.stdlib_module_names)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["dan_dist"]

@@ -7,14 +7,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dan_dist.data.augment import UNIFORMS
+from dan_dist.data.mixture import groups_of
 from dan_dist.data.sampler import (
     Ids,
     augmentation_uniforms,
     epoch_order,
     evaluation_order,
     group_samples,
-    steps_per_epoch,
+    take_turns,
 )
+from dan_dist.data.shares import Shares
 from shards.format import Split
 
 
@@ -26,14 +28,21 @@ class Request(NamedTuple):
 
 
 class TrainOrder:
-    """The requests of a training run, step by step; the next epoch is ordered in the background."""
+    """The requests of a training run, step by step; the next epoch is ordered in the background.
+
+    shares: of the groups (`mixture.groups_of`), by class where balanced; by default equal ones.
+    """
 
     def __init__(
-        self, split: Split, columns: slice, *, global_batch: int, seed: int, balanced: bool
-    ) -> None:
-        self.groups = group_samples(split.index["label"], balanced=balanced)
+        self, split: Split, columns: slice, *, global_batch: int, seed: int, balanced: bool,
+        shares: Shares | None = None,
+    ) -> None:  # fmt: skip
+        self.groups = group_samples(
+            groups_of(split, by_class=balanced), balanced=balanced or shares is not None
+        )
         self.columns, self.global_batch, self.seed = columns, global_batch, seed
-        self.steps = steps_per_epoch(len(split), global_batch)
+        self.turns = take_turns(self.groups, global_batch=global_batch, shares=shares)
+        self.steps = self.turns.steps
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="order")
         self._epochs: dict[int, Future[Ids]] = {}
 
@@ -52,8 +61,9 @@ class TrainOrder:
 
     def _order(self, epoch: int) -> Ids:
         order = epoch_order(
-            self.groups, global_batch=self.global_batch, seed=self.seed, epoch=epoch
-        )
+            self.groups, global_batch=self.global_batch, seed=self.seed, epoch=epoch,
+            turns=self.turns,
+        )  # fmt: skip
         return np.ascontiguousarray(order[:, self.columns])
 
 

@@ -18,6 +18,7 @@ from nvidia.dali.tensors import TensorCPU
 from PIL import Image, UnidentifiedImageError
 
 from dan_dist.data.graph import Source, as_batch
+from dan_dist.data.mixture import groups_of, set_of
 from shards.format import Split
 
 READERS = 4  # threads; they wait for storage, not for a core
@@ -65,7 +66,10 @@ class Reader:
     The substitute is the next intact sample of the same class in index order, whatever the world
     size. Each damaged image is named once in the log; more than `max_bad` raise TooMuchDamageError.
 
-    count_unique: given a damaged sample, the number of different ones that all ranks have found.
+    Of several sets, each has its own substitutes and its own `max_bad`.
+
+    count_unique: given a damaged sample, the number of different ones that all ranks have found in
+    its set.
     """
 
     layout = ""  # of what `read` gives, in DALI's letters
@@ -131,7 +135,9 @@ class Reader:
                 return
             self.bad[sample] = fault
             name = readable_key(self.split, sample)
-            count = self._tally(sample) if self._tally else len(self.bad)
+            own = set_of(self.split, sample)
+            known = sum(set_of(self.split, bad) == own for bad in self.bad)
+            count = self._tally(sample) if self._tally else known
         if count > self.max_bad:
             raise TooMuchDamageError(
                 f"{self.split.root / name}: {fault}; {count} images of split "
@@ -171,6 +177,6 @@ class Reader:
 
     def _candidates(self, sample: int) -> Iterator[int]:
         yield sample
-        labels = self.split.index["label"]
-        same = np.flatnonzero(labels == labels[sample])
+        groups = groups_of(self.split)
+        same = np.flatnonzero(groups == groups[sample])
         yield from np.roll(same, -int(np.searchsorted(same, sample, side="right"))).tolist()

@@ -1,25 +1,50 @@
 """Which sample stands where in which global batch: pure numpy, no files, no torch, no ranks' state.
 
-The order is a function of (labels, global batch, seed, epoch) alone; a rank takes its columns. So
-every world size trains on the same global batches, and to resume is to name a step.
+The order is a function of (labels, global batch, shares, seed, epoch) alone; a rank takes its
+columns. So every world size trains on the same global batches, and to resume is to name a step.
 
-1. *Balance.* Column p < C·⌊B/C⌋ holds class p mod C. The R = B mod C odd columns rotate over the
-   classes by global step, so class totals over any run of steps differ by at most one.
-2. *Without replacement.* A class's draws are numbered t = 0, 1, 2 … over all epochs; the draws
-   [kn, (k+1)n), its cycle k, are a permutation of its n samples.
-3. *No image twice in a global batch*, unless a cycle ends inside it: that follows from 2.
-4. *Nearly sequential reads.* A cycle is laid out as blocks of neighbouring samples, the blocks
-   permuted and the samples permuted inside each. The draws of a cycle that fall to the same lane
-   (position inside the class's share of a step) take one contiguous run of that layout.
+*Theorem.* Counted from step 0, each class's total differs from its share by less than one image at
+every step, so by less than two over any run of steps: for any shares, also ones that change over
+the epochs, any batch and any number of classes. With equal shares, the classes' totals over any run
+of steps differ by at most one. *Proof idea*: the j-th image of a class may be drawn once its share
+has passed j − 1, and must be by the time that it reaches j. The shares themselves do so in
+fractions, so whole images can (bipartite flow), and the earliest due first is such an order; equal
+shares have a closed form. `turns` has the proof, and why a far step needs only those just before.
+
+*Without replacement.* A class's draws are numbered t = 0, 1, 2 … over all epochs; the draws
+[kn, (k+1)n), its cycle k, are a permutation of its n samples. So no image stands twice in a global
+batch, unless a cycle ends inside it.
+
+*Nearly sequential reads.* A cycle is laid out as blocks of neighbouring samples, the blocks
+permuted and the samples permuted inside each. The draws of a cycle that fall to the same lane
+(position inside the class's share of a step) take one contiguous run of that layout.
 
 Plain shuffling is the same with all samples in one class. numpy's Philox streams are keyed by
 (seed, class) and counted by cycle, so any cycle can be computed without those before it.
+
+With any loader, here torch's; `labels` are the data set's:
+
+    from torch.utils.data import DataLoader
+    from dan_dist.data.sampler import epoch_order, group_samples, rank_columns, take_turns
+    from dan_dist.data.shares import power
+
+    groups = group_samples(labels, balanced=True)
+    turns = take_turns(groups, global_batch=64, shares=power([len(g) for g in groups], 0.5))
+    for epoch in range(20):
+        order = epoch_order(groups, global_batch=64, seed=0, epoch=epoch, turns=turns)
+        own = order[:, rank_columns(64, rank, world_size)]
+        for images in DataLoader(dataset, batch_sampler=own.tolist()):
+            train(images)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dan_dist.data.shares import Shares
+from dan_dist.data.turns import EpochTurns, EqualTurns, SharedTurns
 
 Ids = NDArray[np.int32]
 
@@ -49,32 +74,44 @@ def steps_per_epoch(samples: int, global_batch: int) -> int:
 
 
 def epoch_order(
-    groups: Sequence[Ids], *, global_batch: int, seed: int, epoch: int, block: int = BLOCK
-) -> Ids:
+    groups: Sequence[Ids], *, global_batch: int, seed: int, epoch: int,
+    turns: EqualTurns | SharedTurns | None = None, block: int = BLOCK,
+) -> Ids:  # fmt: skip
     """The sample ids of one epoch, (steps, global_batch) int32, row by row a global batch.
+
+    turns: of unequal shares (`take_turns`); by default the groups' shares are equal.
 
     Raises:
         ValueError: fewer samples than one global batch.
+    """
+    turns = turns or take_turns(groups, global_batch=global_batch)
+    taken = turns.epoch(epoch)
+    drawn = np.concatenate([*_draws(groups, turns, seed, block, taken)])  # class after class
+    order = np.empty(turns.steps * global_batch, np.int32)
+    end = 0
+    for numbers in taken.rows:
+        start, end = end, end + len(numbers)
+        np.take(drawn, numbers, out=order[start:end])
+    return order.reshape(-1, global_batch)
+
+
+def take_turns(
+    groups: Sequence[Ids], *, global_batch: int, shares: Shares | None = None
+) -> EqualTurns | SharedTurns:
+    """The turns of the groups at these shares, equal ones by default.
+
+    Raises:
+        ValueError: fewer samples than one global batch, or shares of other groups.
     """
     samples = sum(map(len, groups))
     steps = steps_per_epoch(samples, global_batch)
     if not steps:
         raise ValueError(f"{samples} samples do not fill a global batch of {global_batch}")
-    classes, share = len(groups), global_batch // len(groups)
-    odd_columns = global_batch - share * classes
-    order = np.empty((steps, global_batch), np.int32)
-    step = np.arange(epoch * steps, (epoch + 1) * steps)
-    for c, ids in enumerate(groups):
-        first = _first_draw(step, c, classes, global_batch)
-        end = int(_first_draw(step[-1:] + 1, c, classes, global_batch)[0])
-        draws = _draw(ids, seed, c, classes, global_batch, block, int(first[0]), end)
-        at = first - first[0]
-        for lane in range(share):
-            order[:, c + classes * lane] = draws[at + lane]
-        column = (c - step * odd_columns) % classes  # which of the odd columns is this class's
-        has = column < odd_columns
-        order[has, share * classes + column[has]] = draws[at[has] + share]
-    return order
+    if shares is None or shares.are_equal:
+        return EqualTurns(len(groups), global_batch, steps)
+    if len(shares.last) != len(groups):
+        raise ValueError(f"{len(shares.last)} shares of {len(groups)} classes")
+    return SharedTurns(shares, global_batch, steps)
 
 
 def evaluation_order(samples: int, global_batch: int) -> Ids:
@@ -102,59 +139,61 @@ def _key(seed: int, stream: int) -> NDArray[np.uint64]:
     return np.array([seed, stream], np.uint64)
 
 
-def _first_draw(
-    step: NDArray[np.int64], c: int, classes: int, global_batch: int
-) -> NDArray[np.int64]:
-    """How often class c was drawn before each global step (closed form of property 1)."""
-    share = global_batch // classes
-    odd_before = step * (global_batch - share * classes)  # odd columns filled so far, c = 0, 1, 2 …
-    return step * share + (odd_before - c + classes - 1) // classes
-
-
-def _draw(
-    ids: Ids, seed: int, c: int, classes: int, global_batch: int, block: int,
-    start: int, stop: int,
-) -> Ids:  # fmt: skip
-    """The samples of class c's draws [start, stop)."""
-    n, lanes = len(ids), -(-global_batch // classes)
-    block = max(1, min(block, n // (4 * lanes)))  # with few blocks a lane, batches would recur
+def _draws(
+    groups: Sequence[Ids], turns: EqualTurns | SharedTurns, seed: int, block: int, taken: EpochTurns
+) -> Iterator[Ids]:
+    """The samples of each class's draws [start, stop)."""
+    stream = Stream(seed)
     # Cycles drawn at a time; of very many classes fewer each, as an epoch needs few of each
-    together = max(1, SMALL_CYCLE // n // max(1, classes // MANY_CLASSES))
-    span = together * n
-    drawn = np.empty(stop - start, np.int32)
-    for batch in range(start // span, -(-stop // span)):
-        # Draws sorted by (cycle, lane, number) read the layouts from left to right.
-        lane = _lanes(batch * span, span, c, classes, global_batch)
-        if together > 1:
-            lane = lane + (np.arange(span) // n) * lanes
-        samples = np.empty(span, np.int32)
-        by_lane = np.argsort(lane, kind="stable")
-        samples[by_lane] = ids[_layouts(n, block, together, seed, c, batch).ravel()]
-        low, high = max(start, batch * span), min(stop, batch * span + span)
-        drawn[low - start : high - start] = samples[low - batch * span : high - batch * span]
-    return drawn
+    few = max(1, len(groups) // MANY_CLASSES)
+    spans = zip(taken.start.tolist(), taken.stop.tolist(), turns.lanes.tolist(), strict=True)
+    for c, (ids, (start, stop, lanes)) in enumerate(zip(groups, spans, strict=True)):
+        n = len(ids)
+        own = max(1, min(block, n // (4 * lanes)))  # with few blocks a lane, batches would recur
+        span = max(1, SMALL_CYCLE // n // few) * n
+        drawn = np.empty(stop - start, np.int32)
+        for batch in range(start // span, -(-stop // span)):
+            layouts = ids[_layouts(n, own, span // n, stream.of(c, batch)).ravel()]
+            if lanes > 1:
+                # Draws sorted by (cycle, lane, number) read the layouts from left to right
+                lane = turns.lane(c, batch * span, span)
+                if span > n:
+                    lane = lane + (np.arange(span) // n) * lanes
+                samples = np.empty(span, np.int32)
+                samples[np.argsort(lane, kind="stable")] = layouts
+            else:
+                samples = layouts
+            low, high = max(start, batch * span), min(stop, batch * span + span)
+            drawn[low - start : high - start] = samples[low - batch * span : high - batch * span]
+        yield drawn
 
 
-def _layouts(n: int, block: int, cycles: int, seed: int, c: int, batch: int) -> Ids:
-    """(cycles, n): permuted blocks of neighbours, permuted inside; cycles batch·cycles + 0, 1, …"""
-    rng = np.random.Generator(np.random.Philox(key=_key(seed, c), counter=[0, 0, 0, batch]))
+class Stream:
+    """A class's random numbers for some of its cycles: Philox keyed by seed and class.
+
+    One generator is set to each in turn, as a new one costs more than most classes' numbers.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.bits = np.random.Philox(key=_key(seed, 0))
+        self.state: Any = self.bits.state
+        self.generator = np.random.Generator(self.bits)
+
+    def of(self, c: int, batch: int) -> np.random.Generator:
+        self.state["state"]["key"][1] = c
+        self.state["state"]["counter"][:] = 0, 0, 0, batch
+        self.bits.state = self.state
+        return self.generator
+
+
+def _layouts(n: int, block: int, cycles: int, rng: np.random.Generator) -> Ids:
+    """(cycles, n): permuted blocks of neighbours, permuted inside."""
     blocks = -(-n // block)
-    order = rng.permuted(np.tile(np.arange(blocks, dtype=np.int32), (cycles, 1)), axis=1)
-    layout = np.tile(np.arange(block, dtype=np.int32), (cycles * blocks, 1))
+    order = np.arange(blocks, dtype=np.int32).reshape(1, -1).repeat(cycles, 0)
+    layout = np.arange(block, dtype=np.int32).reshape(1, -1).repeat(cycles * blocks, 0)
+    rng.permuted(order, axis=1, out=order)
     rng.permuted(layout, axis=1, out=layout)
     layout += order.reshape(-1, 1) * block
     layout = layout.reshape(cycles, -1)
     # The last block may be short
     return layout if blocks * block == n else layout[layout < n].reshape(cycles, n)
-
-
-def _lanes(start: int, count: int, c: int, classes: int, global_batch: int) -> NDArray[np.integer]:
-    """The position of each of class c's draws from `start` on inside its step's share."""
-    low = max(0, start * classes // global_batch - 2 * classes)
-    high = (start + count) * classes // global_batch + 2 * classes
-    first = _first_draw(np.arange(low, high + 1), c, classes, global_batch) - start
-    # numpy sorts 16-bit integers by radix, ten times faster than wider ones
-    kind = np.uint16 if global_batch // classes < 65535 else np.int32
-    lane = np.arange(first[0], first[-1], dtype=np.int32)
-    lane -= np.repeat(first[:-1].astype(np.int32), np.diff(first))
-    return lane[-first[0] :][:count].astype(kind)

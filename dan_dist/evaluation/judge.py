@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from dan_dist.data.mixture import JoinedSplit, bounds_of
 from dan_dist.data.reader import Reader
 from dan_dist.evaluation.figures import (
     confusion_figure,
@@ -80,6 +81,20 @@ def judge_classes(rows: Rows, split: Split, title: str = "Validation") -> Evalua
         figure,
         partial(_class_details, rows, split, title, matrix, figure),
     )
+
+
+def judge_sets(rows: Rows, split: JoinedSplit, title: str = "Validation") -> EvaluationResult:
+    """As `judge_classes`, but accuracy and mean recall are the means of those of each set."""
+    whole, labels = judge_classes(rows, split, title), split.index["label"]
+    found = [
+        summarise(confusion(rows[own], labels[own]), split.class_names) for own in bounds_of(split)
+    ]
+    metrics = dict(whole.metrics)
+    for key in ("accuracy", "mean_recall"):
+        metrics[key] = float(np.mean([own[key] for own in found]))
+        named = zip(split.sets, found, strict=True)
+        metrics |= {f"{key}_{name}": own[key] for name, own in named}
+    return replace(whole, metrics=metrics)
 
 
 def _class_details(

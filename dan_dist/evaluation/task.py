@@ -11,7 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dan_dist.evaluation.judge import EvaluationResult, Rows, judge_classes, judge_pairs
+from dan_dist.data.mixture import JoinedSplit, bounds_of
+from dan_dist.evaluation.judge import (
+    EvaluationResult,
+    Rows,
+    judge_classes,
+    judge_pairs,
+    judge_sets,
+)
 from dan_dist.evaluation.verification import FAR, Pairs, draw_pairs, read_pairs
 from dan_dist.model.dan import Output, features, probabilities
 from shards.format import ShardSet, Split
@@ -33,7 +40,7 @@ class Task(NamedTuple):
 def expressions(shards: ShardSet, train: Split, val_split: str) -> Task:
     """Each image's class. A split that cannot judge it is a ValueError that names the reason."""
     val, classes = shards.split(val_split), len(shards.class_names)
-    if not len(val):
+    if any(own.start == own.stop for own in bounds_of(val)):  # of any set
         raise ValueError(f"{shards.root}: split '{val_split}' is empty")
     unknown = np.setdiff1d(_present(val), _present(train))
     if len(unknown):
@@ -41,7 +48,10 @@ def expressions(shards: ShardSet, train: Split, val_split: str) -> Task:
             f"{shards.root}: '{shards.class_names[unknown[0]]}' of split '{val_split}' has no "
             "training images; task=identity is judged by persons whom training does not know"
         )
-    return Task(classes, val, probabilities, partial(judge_classes, split=val), 1 / classes, False)
+    judge = partial(judge_classes, split=val)
+    if isinstance(val, JoinedSplit):
+        judge = partial(judge_sets, split=val)
+    return Task(classes, val, probabilities, judge, 1 / classes, False)
 
 
 def identities(

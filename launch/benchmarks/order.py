@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import Measure, Table, in_turn, show
+from dan_dist.data.mixture import shares_of
 from dan_dist.data.order import TrainOrder
-from dan_dist.data.sampler import epoch_order, group_samples
+from dan_dist.data.sampler import epoch_order, group_samples, take_turns
+from dan_dist.data.shares import power
 from shards.format import (
     INDEX_DTYPE,
     Manifest,
@@ -23,6 +25,8 @@ from shards.format import (
 from shards.releases.affectnet import TRAIN
 
 BATCH = 256
+POWER = 0.5
+SAMPLINGS = ("balanced", "shuffle", f"power {POWER}")
 SIZES = (290_000, 10_000_000)  # images: AffectNet's, and the largest set in the field, whose …
 IDENTITIES = 80_000  # … classes are persons, mixed in all shards
 SHARD_IMAGES, IMAGE_BYTES = 1000, 20_000
@@ -34,17 +38,18 @@ Labels = np.ndarray[Any, np.dtype[np.int32]]
 def run(folder: Path, *, repeats: int) -> dict[str, Any]:
     """Prints and returns both; an index of ten million images is written into `folder`."""
     contenders = {
-        f"{size:,} images, {'balanced' if balanced else 'shuffle'}": (size, len(TRAIN), balanced)
+        f"{size:,} images, {sampling}": (size, len(TRAIN), sampling)
         for size in SIZES
-        for balanced in (True, False)
+        for sampling in SAMPLINGS
     }
-    persons = f"{SIZES[-1]:,} images of {IDENTITIES:,} identities, shuffle"
-    contenders[persons] = SIZES[-1], IDENTITIES, False
+    for sampling in SAMPLINGS:
+        persons = f"{SIZES[-1]:,} images of {IDENTITIES:,} identities, {sampling}"
+        contenders[persons] = SIZES[-1], IDENTITIES, sampling
     labels = {kind: _labels(*kind) for kind in {(size, n) for size, n, _ in contenders.values()}}
     times: Table = in_turn(
         {
-            name: partial(_order, labels[size, classes], balanced)
-            for name, (size, classes, balanced) in contenders.items()
+            name: partial(_order, labels[size, classes], sampling)
+            for name, (size, classes, sampling) in contenders.items()
         },
         repeats, "order",
     )  # fmt: skip
@@ -54,13 +59,13 @@ def run(folder: Path, *, repeats: int) -> dict[str, Any]:
     memory = {}
     print("\nMemory of a rank that are its own pages, at most, over an epoch's border\n\n"
           "| | MiB | bytes an image | start, s |\n|---|---|---|---|")  # fmt: skip
-    base: dict[bool, float] = {}
-    for name, (size, classes, balanced) in contenders.items():
+    base: dict[str, float] = {}
+    for name, (size, classes, sampling) in contenders.items():
         root = _write_index(folder / f"index-{size}-{classes}", labels[size, classes], classes)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peak_bytes, start_s = pool.apply(_anonymous, (root, balanced))
-        base.setdefault(balanced, peak_bytes)
-        slope = (peak_bytes - base[balanced]) / (size - SIZES[0]) if size > SIZES[0] else 0.0
+            peak_bytes, start_s = pool.apply(_anonymous, (root, sampling))
+        base.setdefault(sampling, peak_bytes)
+        slope = (peak_bytes - base[sampling]) / (size - SIZES[0]) if size > SIZES[0] else 0.0
         memory[name] = {"peak_bytes": peak_bytes, "bytes_an_image": slope, "start_s": start_s}
         growth = f"{slope:.1f}" if slope else "–"
         print(f"| {name} | {peak_bytes / 2**20:.0f} | {growth} | {start_s:.2f} |", flush=True)
@@ -75,11 +80,14 @@ def _labels(size: int, classes: int) -> Labels:
     return np.searchsorted(bounds, np.arange(size), side="right").astype(np.int32)
 
 
-def _order(labels: Labels, balanced: bool) -> Measure:
+def _order(labels: Labels, sampling: str) -> Measure:
     began_s = time.perf_counter()
-    groups = group_samples(labels, balanced=balanced)
+    groups = group_samples(labels, balanced=sampling != "shuffle")
     grouped_s = time.perf_counter()
-    epoch_order(groups, global_batch=BATCH, seed=0, epoch=1)
+    is_equal = not sampling.startswith("power")
+    shares = None if is_equal else power([len(ids) for ids in groups], POWER)
+    turns = take_turns(groups, global_batch=BATCH, shares=shares)
+    epoch_order(groups, global_batch=BATCH, seed=0, epoch=1, turns=turns)
     return {"groups, s": grouped_s - began_s, "s": time.perf_counter() - grouped_s}
 
 
@@ -110,7 +118,7 @@ def _write_index(root: Path, labels: Labels, classes: int) -> Path:
     return root
 
 
-def _anonymous(root: Path, balanced: bool) -> tuple[int, float]:
+def _anonymous(root: Path, sampling: str) -> tuple[int, float]:
     """The most anonymous memory of a process that orders three epochs, and its start's seconds."""
     peak_bytes, is_over = 0, threading.Event()
 
@@ -125,7 +133,11 @@ def _anonymous(root: Path, balanced: bool) -> tuple[int, float]:
     watcher.start()
     began_s = time.perf_counter()
     split = open_shardset(root).split("train")
-    order = TrainOrder(split, slice(0, BATCH), global_batch=BATCH, seed=0, balanced=balanced)
+    shares = {"power": POWER} if sampling.startswith("power") else sampling
+    order = TrainOrder(
+        split, slice(0, BATCH), global_batch=BATCH, seed=0, balanced=sampling != "shuffle",
+        shares=shares_of(split, shares),
+    )  # fmt: skip
     order(0)
     start_s = time.perf_counter() - began_s
     for step in (order.steps - 1, order.steps, 2 * order.steps):

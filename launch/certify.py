@@ -1,0 +1,11 @@
+"""Certifies a training's data at several worlds: python launch/certify.py demo --steps 20"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's code comes first
+
+from dan_dist.programs import certify
+
+if __name__ == "__main__":
+    certify()
