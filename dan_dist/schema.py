@@ -1,7 +1,7 @@
 """The configuration's schema: every key with its type, its default and what it means."""
 
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
