@@ -327,6 +327,8 @@ class Config(Section):
             low, high = getattr(self.data.augment, name)
             if low > high:
                 raise ValueError(f"data.augment.{name}: [{low}, {high}] is not [low, high]")
+        if self.data.decoded == "host" and self.data.cache is None:
+            raise ValueError("data.decoded: host takes a folder on each node, set data.cache")
         if self.model.weights_classes and not self.model.weights:
             raise ValueError("model.weights_classes: only model.weights takes it")
         if self.task == "identity":

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dan_dist.config import load_config
 from dan_dist.data import decoded as module
 from dan_dist.data.augment import Augment
 from dan_dist.data.decoded import DecodedReader, decode_to_file, decode_to_memory, open_file
@@ -18,6 +19,9 @@ from dan_dist.data.loader import Batch, Loader
 from dan_dist.data.order import TrainOrder
 from dan_dist.data.reader import Reader, TooMuchDamageError
 from dan_dist.data.sampler import rank_columns
+from dan_dist.run.checkpoint import load
+from dan_dist.run.folder import step_path
+from dan_dist.train import main
 from shards.format import ShardSet, Split, open_shardset
 
 CPU = torch.device("cpu")
@@ -167,6 +171,24 @@ def test_ranks_share_the_memory(faces: ShardSet, tmp_path: Path) -> None:
     maps = Path("/proc/self/maps").read_text().splitlines()
     (own,) = [line for line in maps if line.endswith(path)]
     assert own.split()[1] == "r--s"  # shared
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_a_training_is_the_same(tiny: Callable[[str], Path], tmp_path: Path, place: str) -> None:
+    """Of the whole story, by the key; and a run may go on with it."""
+    chosen = [f"data.decoded={place}", f"data.cache={tmp_path / 'cache'}"]
+    weights = []
+    for name, first in (("plain", []), ("decoded", chosen), ("both", [])):
+        main(load_config(tiny(name), [*first, "train.max_steps=10"]))
+        main(load_config(tiny(name), [*(chosen if name != "plain" else []), "train.max_steps=14"]))
+        weights.append(load(step_path(tmp_path / name, 14))["objective"])
+    for name, value in weights[0].items():
+        assert all(torch.equal(other[name], value) for other in weights[1:]), name
+
+
+def test_a_file_needs_a_folder(tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match=r"data\.decoded: host takes a folder .* set data\.cache"):
+        load_config(tiny("run"), ["data.decoded=host"])
 
 
 def test_what_does_not_fit_is_refused(

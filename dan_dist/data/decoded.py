@@ -246,10 +246,11 @@ class _Decoder:
         return torch.utils.dlpack.from_dlpack(images.as_tensor())
 
 
-@pipeline_def  # type: ignore[untyped-decorator]
-def _decoding_graph(device: str, size: int | None) -> Any:
-    jpegs = fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1)
-    return decode(jpegs, device, size)
+def _decoded_input(device: str, size: int | None) -> Any:
+    return decode(fn.external_source(name="jpegs", dtype=types.UINT8, ndim=1), device, size)
+
+
+_decoding_graph: Any = pipeline_def(_decoded_input)
 
 
 def _rows(
