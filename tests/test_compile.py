@@ -102,7 +102,9 @@ def test_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert cache_dir() == "/elsewhere"
 
 
-@pytest.mark.parametrize(("heads", "micro_batch", "steps"), [(2, None, 1), (0, 4, 1)])
+@pytest.mark.parametrize(
+    ("heads", "micro_batch", "steps"), [(2, None, 1), pytest.param(0, 4, 1, marks=pytest.mark.slow)]
+)
 def test_a_compiled_objective_trains_the_same(
     rehearsed: None, heads: int, micro_batch: int | None, steps: int
 ) -> None:
@@ -130,6 +132,7 @@ def test_two_compiled_ranks_equal_one() -> None:
         assert torch.allclose(torch.tensor(rows, dtype=torch.float64), expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_compiled_runs_resume_in_mid_epoch(rehearsed: None, tiny: Write, tmp_path: Path) -> None:
     options = ["train.compile=true", "train.max_steps=9"]
     single(tiny("whole"), *options)

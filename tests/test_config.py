@@ -55,7 +55,7 @@ def test_the_description_fits_100_columns_and_names_type_and_default() -> None:
     text = " ".join(" ".join(lines).split())
     for expected in (
         "model.heads attention heads; 0 is the baseline ResNet-18 [whole number ≥ 0; default 4]",
-        "[adam or sgd; default adam]", "[whole number ≥ 1; required]",
+        "[adam, adamw or sgd; default adam]", "[whole number ≥ 1; required]",
         "[text or null; default null]", "[true or false; default false]",
         "[number from 0 to 1; default 0.5]",
         "[list of 2 × number > 0; default [1.0, 1.0]]", "[mapping; default {}]",
