@@ -20,6 +20,7 @@ from dan_dist import train as story
 from dan_dist.config import load_config
 from dan_dist.distributed.world import World
 from dan_dist.run.folder import newest_checkpoint
+from dan_dist.tracking.store import connect
 from shards.files import locked
 from shards.format import ShardSet, open_shardset
 from shards.packing.writer import pack
@@ -116,6 +117,26 @@ def dan_run(faces: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def baseline_run(faces: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The baseline after ten steps, one epoch, with the checkpoint of step 5; see HALVES."""
     return trained(tmp_path_factory, "baseline", faces, HALVES)
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database with its tables and nothing in them, which takes seconds to make."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        connect(f"sqlite:///{folder}/mlflow.db")
+
+    return shared(tmp_path_factory, "store", make) / "mlflow.db"
+
+
+@pytest.fixture
+def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of an empty store of the test's own, which MLflow is set to."""
+    shutil.copy(empty_store, tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri
 
 
 def copied(run: Path, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,28 +20,19 @@ from dan_dist.tracking.__main__ import main as command
 from dan_dist.tracking.faults import is_refusal, reason_of
 from dan_dist.tracking.journal import NAME, SENT, Journal, read_sent
 from dan_dist.tracking.names import MOST_LETTERS, ORIGINAL, fit, is_fit
-from dan_dist.tracking.store import connect
 from dan_dist.tracking.tracker import MlflowTracker, RunRecord, replay
 
 Write = Callable[[str], Path]
 GONE = (404, "<html>no such page</html>")
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A store with its tables, which MLflow takes seconds to make."""
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    connect(f"sqlite:///{path}")
-    return path.read_bytes()
-
-
 @pytest.fixture
 def server(
-    empty: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[TrackingServer]:
     monkeypatch.setattr(tracking, "RETRY_S", 0.0)
     (tmp_path / "server").mkdir()
-    (tmp_path / "server" / STORE).write_bytes(empty)
+    shutil.copy(empty_store, tmp_path / "server" / STORE)
     with serve(tmp_path / "server") as found:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", found.url)
         yield found

@@ -22,14 +22,6 @@ def still(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "STILL_S", 0.2)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store as MLflow makes it."""
-    path = tmp_path_factory.mktemp("whole") / "mlflow.db"
-    connect(f"sqlite:///{path}")
-    return path
-
-
 def change(path: Path, *commands: str) -> None:
     with closing(sqlite3.connect(path)) as store:
         store.execute("PRAGMA foreign_keys = OFF")
@@ -49,11 +41,11 @@ HALF_MADE = [
 
 @pytest.mark.parametrize("commands", HALF_MADE)
 def test_a_store_half_made_is_made_anew(
-    whole: Path, tmp_path: Path, commands: tuple[str, ...], caplog: pytest.LogCaptureFixture,
+    empty_store: Path, tmp_path: Path, commands: tuple[str, ...], caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     path = tmp_path / "mlflow.db"
-    path.write_bytes(whole.read_bytes())
+    path.write_bytes(empty_store.read_bytes())
     change(path, *commands)
     before = path.read_bytes()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
@@ -69,10 +61,10 @@ def test_a_store_half_made_is_made_anew(
 
 
 def test_a_store_with_runs_is_left_alone(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "mlflow.db"
-    path.write_bytes(whole.read_bytes())
+    path.write_bytes(empty_store.read_bytes())
     change(path, "INSERT INTO runs (run_uuid, experiment_id) VALUES ('a', 0)", *HALF_MADE[1])
     before = path.read_bytes()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
@@ -81,10 +73,10 @@ def test_a_store_with_runs_is_left_alone(
     assert path.read_bytes() == before and not list(tmp_path.glob("*.half-made*"))
 
 
-def test_a_store_in_the_making_is_waited_for(whole: Path, tmp_path: Path) -> None:
+def test_a_store_in_the_making_is_waited_for(empty_store: Path, tmp_path: Path) -> None:
     """A server that starts makes its tables at this moment."""
     path = tmp_path / "mlflow.db"
-    path.write_bytes(whole.read_bytes())
+    path.write_bytes(empty_store.read_bytes())
     change(path, *HALF_MADE[0])
 
     def go_on() -> None:
@@ -99,11 +91,11 @@ def test_a_store_in_the_making_is_waited_for(whole: Path, tmp_path: Path) -> Non
         assert store.execute("SELECT COUNT(*) FROM one_more").fetchone() == (0,)
 
 
-def test_a_full_disk_is_no_reason_to_begin_anew(whole: Path) -> None:
-    uri = f"sqlite:///{whole}"
+def test_a_full_disk_is_no_reason_to_begin_anew(empty_store: Path) -> None:
+    uri = f"sqlite:///{empty_store}"
     for text in ("database or disk is full", "database is locked", "disk I/O error"):
         assert not sqlite.mend(uri, OSError(text))
-    with pytest.raises(ClosedError, match=f"begins after: mv {whole}"):
+    with pytest.raises(ClosedError, match=f"begins after: mv {empty_store}"):
         sqlite.mend(uri, OSError("Can't locate revision identified by 'abc'"))
     assert not sqlite.mend("http://h", OSError("table runs already exists"))
 

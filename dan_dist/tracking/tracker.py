@@ -303,7 +303,7 @@ def replay(folder: Path, uri: str | None = None) -> tuple[int, list[LeftOut]]:
                 f"{folder} was begun in the store {journal.uri}; to send it there: "
                 f"MLFLOW_TRACKING_URI={journal.uri} python -m dan_dist.tracking replay {folder}"
             )
-        return Sender(journal, chosen).send_all(), list(journal.left_out)
+        return Sender(journal, chosen).send_all(), sorted(journal.left_out)
     finally:
         journal.close()
 
