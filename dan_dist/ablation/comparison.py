@@ -93,11 +93,7 @@ def pairs(summaries: Sequence[RunSummary]) -> list[Pair]:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-<<<<<<< HEAD
     """The p of McNemar's exact test: twice the chance of so few heads of fair coins, at most 1."""
-=======
-    """McNemar's exact p: twice the chance of so few heads among so many fair coins, at most 1."""
->>>>>>> judge
     few, coins = min(only_first, only_second), only_first + only_second
     return min(1.0, 2 * float(binom.cdf(few, coins, 0.5)))
 
