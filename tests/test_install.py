@@ -32,7 +32,7 @@ def test_each_way_brings_the_dali_of_its_cuda_alone(cuda: str, found: str) -> No
 def test_another_cuda_is_refused() -> None:
     environment = os.environ | {"DAN_CUDA": "11"}
     done = subprocess.run(
-        [sys.executable, "setup.py", "--version"], cwd=REPOSITORY, env=environment,
+        [sys.executable, ".ci/setup.py", "--version"], cwd=REPOSITORY, env=environment,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1 and done.stderr == "DAN_CUDA is '11', expected 12 or 13\n"

@@ -75,10 +75,10 @@ def call(*command: str | Path, cwd: Path) -> None:
 def build(folder: Path) -> Path:
     """The wheel, built of a copy of the sources."""
     sources = folder / "sources"
-    for name in ("dan_dist", "shards", "configs"):
+    for name in ("dan_dist", "shards", "configs", ".ci"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(REPOSITORY / name, sources / name, ignore=ignored)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, sources / name)
     offline = ["--no-deps", "--no-build-isolation", "--no-index"]
     call(sys.executable, "-m", "pip", "wheel", ".", *offline, "-w", folder, cwd=sources)
