@@ -201,7 +201,8 @@ def module(*words: str) -> subprocess.CompletedProcess[str]:
 def test_python_m_dan_dist_names_the_programs() -> None:
     for words in (["dan_dist"], ["dan_dist", "play"]):
         done = module(*words)
-        expected = "usage: python -m dan_dist {train,evaluate,predict,explain,export,ablate} …"
+        programs = "train,evaluate,predict,explain,export,ablate,certify"
+        expected = f"usage: python -m dan_dist {{{programs}}} …"
         assert done.returncode == 1 and done.stderr.strip() == expected
     done = module("dan_dist", "train", "train.epoch=3")
     assert done.returncode == 2 and "did you mean 'train.epochs'" in done.stderr

@@ -199,6 +199,23 @@ def test_step_1_000_000_is_reached_in_seconds() -> None:
         assert abs(drawn - exact) < 1
 
 
+def test_many_classes_of_changing_shares_take_seconds() -> None:
+    counts = np.bincount(np.random.default_rng(0).integers(80_000, size=400_000), minlength=80_000)
+    counts = np.maximum(counts, 1)
+    groups = np.split(np.arange(counts.sum(), dtype=np.int32), np.cumsum(counts)[:-1])
+    sizes = counts.tolist()
+    began_s = time.perf_counter()
+    own = shares.scheduled(shares.power(sizes, 1), shares.power(sizes, 0.5), 10)
+    made = take_turns(groups, global_batch=256, shares=own)
+    order = epoch_order(groups, global_batch=256, seed=0, epoch=3, turns=made)
+    assert time.perf_counter() - began_s < 60
+    labels = np.repeat(np.arange(80_000), counts)
+    assert isinstance(made, SharedTurns)
+    whole, rest = made.due(4 * made.steps)
+    drawn = made.drawn_before(3) + np.bincount(labels[order.ravel()], minlength=80_000)
+    assert ((drawn >= whole) & (drawn <= whole + (rest > 0))).all()
+
+
 def test_ranks_see_every_class_and_lanes_read_neighbours() -> None:
     sizes = (6400, 1600, 400, 100)
     labels = np.repeat(np.arange(4), sizes)

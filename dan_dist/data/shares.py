@@ -119,17 +119,20 @@ def scheduled(first: Shares, last: Shares, epochs: int) -> Shares:
         raise ValueError("a schedule is between two constant shares of the same classes")
     if not 1 <= epochs <= MOST_PARTS // PARTS:
         raise ValueError(f"a schedule over {epochs} epochs, expected 1 to {MOST_PARTS // PARTS}")
-    ends = [s.last.astype(object) for s in (first, last)]
-    total = math.lcm(*(int(w.sum()) for w in ends))
+    ends = [(s.last, s.parts) for s in (first, last)]
+    total = math.lcm(first.parts, last.parts)
     if total * epochs <= MOST_PARTS:
-        exact = [(w * (total // int(w.sum()))).astype(np.int64) for w in ends]
+        exact = [weights * (total // parts) for weights, parts in ends]
     else:
-        exact = [_rounded([Fraction(int(x), int(w.sum())) for x in w]) for w in ends]
+        exact = [_rounded([Fraction(w, parts) for w in weights.tolist()])
+                 for weights, parts in ends]  # fmt: skip
     return Shares(exact[0], exact[1], epochs)
 
 
 def combine(outer: Sequence[Number], inner: Sequence[Shares]) -> Shares:
     """Shares of several sets' classes, set after set: a set's share times its classes' in it."""
+    if len(inner) == 1:
+        return inner[0]
     ends = []
     for k in (0, 1):
         products: list[Number] = []
