@@ -15,19 +15,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dan_dist.data_schema import Augmentation, Synthetic
 from dan_dist.keys import GONE, RENAMED, names_in, suggest
 from dan_dist.redaction import redact_tree
-from dan_dist.schema import (
-    Augmentation,
-    Config,
-    EngineChoice,
-    Loss,
-    Optim,
-    Schedule,
-    Synthetic,
-    Tracking,
-    Train,
-)
+from dan_dist.schema import Config, EngineChoice, Loss, Optim, Schedule, Tracking, Train
 from shards.files import write_atomically
 
 __all__ = [

@@ -127,7 +127,7 @@ def _part(
             config, world, shards, steps=steps or (100 if on_gpu else 10), repeats=repeats
         )
     return scaling.run(
-        path, overrides, config, world, shards, ranks=options.ranks,
+        [path, *overrides], config, world, shards, ranks=options.ranks,
         steps=steps or (100 if on_gpu else 4), repeats=repeats, link_gb_s=options.link_gb_s,
     )  # fmt: skip
 

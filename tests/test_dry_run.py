@@ -73,7 +73,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "DeepSpeed's key": (
         ["engine.name=deepspeed", "engine.deepspeed={train_batch_size: 8}"],
-        r"engine\.deepspeed\.train_batch_size: train\.global_batch says that",
+        r"engine\.deepspeed\.train_batch_size: train\.global_batch sets that",
     ),
 }
 

@@ -25,6 +25,7 @@ DAN_DIST = [
     ["config", "options"],
     ["keys"],
     ["schema", "redaction"],
+    ["data_schema"],
     ["values"],
 ]
 SHARDS = [

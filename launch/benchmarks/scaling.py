@@ -24,12 +24,12 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def run(
-    path: str, overrides: list[str], config: Config, world: World, shards: ShardSet, *,
+    words: list[str], config: Config, world: World, shards: ShardSet, *,
     ranks: list[int] | None, steps: int, repeats: int, link_gb_s: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Prints and returns images/s of 1 … N ranks of this machine, and what is projected beyond.
 
-    config: train.global_batch is this rank's batch, every rank's of the measured table (weak
+    words: the configuration's file and overrides. config: train.global_batch is this rank's batch, every rank's of the measured table (weak
     scaling). A rank has the same share of the cores however many there are, one alone too.
     """
     batch = config.train.global_batch
@@ -37,10 +37,10 @@ def run(
     sizes = ranks or [n for n in (1, 2, 4, 8, 16) if n <= places]
     rates: dict[int, list[float]] = {}
     print(f"\nScaling, {batch} images a rank\n\n| ranks | images/s | of linear |\n|---|---|---|")
-    own = [*overrides, f"data.shards={shards.root}"]
+    own = [*words, f"data.shards={shards.root}"]
     for size in sizes:
         threads = max(1, core_count() // max(sizes))
-        rates[size] = _train(path, own, size, batch, steps, repeats, threads)
+        rates[size] = _train(own, size, batch, steps, repeats, threads)
         linear = median(rates[size]) / median(rates[sizes[0]]) * sizes[0] / size
         spread = f"{median(rates[size]):.1f} ({min(rates[size]):.1f} to {max(rates[size]):.1f})"
         print(f"| {size} | {spread} | {100 * linear:.1f} % |", flush=True)
@@ -73,13 +73,13 @@ def measure_parts(
 
 
 def _train(
-    path: str, overrides: list[str], ranks: int, batch: int, steps: int, repeats: int, threads: int
+    words: list[str], ranks: int, batch: int, steps: int, repeats: int, threads: int
 ) -> list[float]:
     """Images/s, end to end, of every repeat of a training on that many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "figures.json"
         torchrun(
-            ranks, "bench.py", "train", path, *overrides, f"data.threads={threads}",
+            ranks, "bench.py", "train", *words, f"data.threads={threads}",
             "--batch", str(batch), "--steps", str(steps), "--repeats", str(repeats),
             "--json", str(found), OMP_NUM_THREADS=str(threads),
         )  # fmt: skip

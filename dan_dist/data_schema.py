@@ -1,0 +1,106 @@
+"""The schema's part on the data: shards, order, augmentation, the drawn faces."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from dan_dist.values import Count, Positive, Probability, Section, check_sampling, check_shards
+
+
+class Synthetic(Section):
+    """Drawn faces, packed into data.shards on first use; null draws none."""
+
+    train: Count = Field(
+        description="training images: of expressions in AffectNet's proportions, of identities "
+        "evenly"
+    )
+    val: Count = Field(description="validation images, evenly over the classes")
+    size: Count = Field(description="side of an image in pixels")
+    seed: int = Field(default=0, ge=0, description="of the drawing; another one draws other faces")
+    by: Literal["expression", "identity"] = Field(
+        default="expression", description="what the classes are"
+    )
+    identities: Count = Field(default=400, description="by identity: persons in training")
+    held_out: Count = Field(default=40, description="by identity: other persons, in validation")
+
+
+class Augmentation(Section):
+    """What happens to training images."""
+
+    flip_p: Probability = Field(default=0.5, description="probability that an image is mirrored")
+    affine_p: Probability = Field(default=0.0, description="probability that an image is warped")
+    degrees: float = Field(
+        default=0.0, ge=0, le=180, description="warp: largest rotation, either way"
+    )
+    scale: list[Positive] = Field(
+        default=[1.0, 1.0],
+        min_length=2,
+        max_length=2,
+        description="warp: smallest and largest scale",
+    )
+    translate: Probability = Field(
+        default=0.0, description="warp: largest shift on each axis, of the image's side"
+    )
+    erase_p: Probability = Field(
+        default=0.0, description="probability that a random rectangle is erased from an image"
+    )
+    erase_area: list[Probability] = Field(
+        default=[0.02, 0.33],
+        min_length=2,
+        max_length=2,
+        description="smallest and largest area of that rectangle, of the image's",
+    )
+
+
+class Data(Section):
+    """The images, and the order in which they come."""
+
+    shards: str | list[dict[str, Any]] = Field(
+        description="folder of shards (with manifest.json), or its URL; relative to the working "
+        "folder; or several as {path, share, classes}, of shares 1 unless given, with the names "
+        "that their classes have here"
+    )
+    cache: str | None = Field(
+        default=None, description="folder on each node into which the shards are copied first"
+    )
+    classes: list[str] | None = Field(
+        default=None,
+        description="class names that the shards must have, in label order; null takes theirs",
+    )
+    val_split: str = Field(default="val", description="split of the evaluations")
+    pairs: int = Field(
+        default=6000, ge=20, description="task identity: pairs of images drawn from val_split"
+    )
+    pairs_file: str | None = Field(
+        default=None,
+        description="task identity: a file that lists the pairs, in place of drawn ones",
+    )
+    sampling: str | dict[str, Any] = Field(
+        default="balanced",
+        description="training images: as many of each class (balanced), or each once an epoch "
+        "(shuffle); or classes by count to a power {power: t}, by effective numbers {effective: "
+        "beta}, by {shares: {class: number}}; or one after another, {from: …, to: …, epochs: n}",
+    )
+    augment: Augmentation = Augmentation()
+    max_bad_images: int = Field(
+        default=100,
+        ge=0,
+        description="damaged images over all ranks that are replaced; one more is an error",
+    )
+    threads: Count | None = Field(
+        default=None, description="cores that a rank decodes on; null: its share of the node's"
+    )
+    decoded: Literal["none", "host", "device"] = Field(
+        default="none",
+        description="training images decoded once: into a file in data.cache whose memory a node's "
+        "ranks share, or into each rank's GPU; none: whenever they are drawn",
+    )
+    synthetic: Synthetic | None = None
+
+    _check_shards = field_validator("shards")(check_shards)
+    _check_sampling = field_validator("sampling")(check_sampling)
+
+    @property
+    def paths(self) -> list[str]:
+        """The folder or URL of each set."""
+        return [self.shards] if isinstance(self.shards, str) else [s["path"] for s in self.shards]
