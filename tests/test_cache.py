@@ -154,7 +154,7 @@ def test_files_that_are_not_what_the_manifest_says_are_refused(
     url, folder, _ = web
     tar = folder / "train-01-00000.tar"
     tar.write_bytes(tar.read_bytes()[:-1] + b"x")
-    with pytest.raises(OSError, match=r"train-01-00000.tar: its sha256 is .* the manifest says"):
+    with pytest.raises(OSError, match=r"train-01-00000.tar: its sha256 is .* the manifest has"):
         localise(url, str(tmp_path / "cache"))
     tar.unlink()
     with pytest.raises(FileNotFoundError, match=rf"{url}/train-01-00000.tar not found"):

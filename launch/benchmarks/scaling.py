@@ -29,8 +29,9 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """Prints and returns images/s of 1 … N ranks of this machine, and what is projected beyond.
 
-    words: the configuration's file and overrides. config: train.global_batch is this rank's batch, every rank's of the measured table (weak
-    scaling). A rank has the same share of the cores however many there are, one alone too.
+    words: the configuration's file and overrides. config: train.global_batch is this rank's batch,
+    and every rank's in the measured table (weak scaling). A rank has the same share of the cores
+    however many there are, one alone too.
     """
     batch = config.train.global_batch
     places = torch.cuda.device_count() if world.device.type == "cuda" else core_count()
