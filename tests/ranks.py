@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,12 +72,11 @@ def run_ranks(
         for rank in range(n):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if n > 1 else {}
             logs = Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err"
-            receiver, sender = _context.Pipe(duplex=False)
-            job = (logs, cwd or Path.cwd(), {**common, **own}, sender, function, arguments)
+            result = Path(folder) / f"{rank}.result"  # a pipe would hold 64 KiB of it
+            job = (logs, cwd or Path.cwd(), {**common, **own}, result, function, arguments)
             process = _context.Process(target=_work, args=job)
             process.start()
-            sender.close()
-            started.append(_Rank(process, receiver, logs))
+            started.append(_Rank(process, result, logs))
         late = _wait(started, timeout_s)
         found = [rank.ended() for rank in started]
     assert not late, f"ranks {late} took more than {timeout_s} s\n{_texts(found)}"
@@ -111,7 +110,7 @@ def _start_server() -> None:
 
 
 def _work(
-    logs: tuple[Path, Path], folder: Path, environment: dict[str, str], results: Connection,
+    logs: tuple[Path, Path], folder: Path, environment: dict[str, str], result: Path,
     function: Callable[..., Any], arguments: tuple[Any, ...],
 ) -> None:  # fmt: skip
     """One rank."""
@@ -126,27 +125,29 @@ def _work(
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        results.send((function(*arguments), None))
+        result.write_bytes(pickle.dumps((function(*arguments), None)))
     except SystemExit:
         raise
     except BaseException as error:
         try:
-            results.send((None, pickle.loads(pickle.dumps(error))))
+            content = pickle.dumps((None, error))
+            pickle.loads(content)
         except Exception:  # of an exception that cannot be pickled, the text
-            results.send((None, RuntimeError(f"{type(error).__name__}: {error}")))
+            content = pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}")))
+        result.write_bytes(content)
         raise SystemExit(1) from error
 
 
 class _Rank(NamedTuple):
     process: BaseProcess
-    pipe: Connection
+    result: Path
     logs: tuple[Path, Path]
 
     def ended(self) -> Ended:
         """What became of it; it has ended."""
         value, error = None, None
-        with suppress(EOFError), self.pipe:
-            value, error = self.pipe.recv()
+        with suppress(FileNotFoundError, EOFError):
+            value, error = pickle.loads(self.result.read_bytes())
         out, err = (path.read_text() if path.is_file() else "" for path in self.logs)
         return Ended(value, error, self.process.exitcode or 0, out, err)
 

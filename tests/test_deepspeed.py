@@ -1,7 +1,8 @@
 """Training under DeepSpeed equals training under DDP, and each goes on where the other stopped.
 
 Most is bit for bit, at real learning rates: on the baseline network (DAN itself is chaotic, and
-makes much of a last bit), with DDP's weights laid out in memory as DeepSpeed lays them.
+makes much of a last bit), with DDP's weights laid out in memory as DeepSpeed lays them. Each test
+trains in processes of its own: DeepSpeed gives no memory back.
 """
 
 import json
@@ -64,6 +65,7 @@ def two(faces: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return shared(tmp_path_factory, "two", make)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_ddp(two: Path) -> None:
     """Weights, moments, statistics and validation after three steps."""
     expected = learned(two / "ddp", 3)
@@ -72,26 +74,39 @@ def test_two_ranks_equal_ddp(two: Path) -> None:
         assert same(learned(two / str(stage), 3), expected), stage
 
 
+@pytest.mark.slow
 def test_each_goes_on_where_another_stopped(two: Path) -> None:
     for pair in ("0-ddp", "1-0", "2-1", "3-2", "ddp-3"):
         assert same(learned(two / pair, 5), learned(two / "ddp", 5)), pair
 
 
-def test_from_two_ranks_to_one(two: Path, tiny: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "Engine", ContiguousDDP)
-    found = []
+def train_contiguous(runs: list[tuple[Path, list[str]]]) -> None:
+    """Trains each configuration; DDP's weights are laid out as DeepSpeed's."""
+    vars(parts)["Engine"] = ContiguousDDP
+    for config, options in runs:
+        story.main(load_config(config, options))
+
+
+@pytest.mark.slow
+def test_from_two_ranks_to_one(two: Path, tiny: Write) -> None:
+    runs = []
     for number, engine in enumerate([[], *map(deepspeed, STAGES)]):
         config = tiny(f"one{number}")
         shutil.copytree(two / "3", config.with_suffix(""))
-        story.main(load_config(config, [*OPTIONS, *engine, "train.max_steps=5"]))
-        found.append(learned(config.with_suffix(""), 5))
+        runs.append((config, [*OPTIONS, *engine, "train.max_steps=5"]))
+    ranks(1, train_contiguous, runs, timeout_s=240)
+    found = [learned(config.with_suffix(""), 5) for config, _ in runs]
     assert all(same(content, found[0]) for content in found)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_accumulated_and_clipped_steps_of_unequal_shares(two: Path, ranks: int) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_accumulated_and_clipped_steps_of_unequal_shares(two: Path, size: int) -> None:
     """A step of DAN, by SGD and by Adam. Sums in another order differ in their last bits."""
-    steps = single_steps(ALONE) if ranks == 1 else json.loads((two / "steps.json").read_text())
+    if size == 1:
+        (steps,) = ranks(1, single_steps, ALONE)
+    else:
+        steps = json.loads((two / "steps.json").read_text())
     assert len(steps) == 2 * len(STAGES)
     for name, apart in steps.items():
         assert abs(apart["norm"] - 1) < 1e-5, (name, apart)
@@ -100,6 +115,11 @@ def test_accumulated_and_clipped_steps_of_unequal_shares(two: Path, ranks: int) 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_skipped_step_leaves_the_next_ones_as_they_are(stage: int) -> None:
+    ranks(1, skip_a_step, stage)
+
+
+def skip_a_step(stage: int) -> None:
+    """A step that is not finite, between two that are."""
     ddp, engine = (build(ALONE, s, "sgd", may_skip=True, clip_norm=None) for s in (None, stage))
     for number, poison in enumerate((0.0, float("nan"), 0.0)):
         before = to_cpu(engine.state()["objective"])
@@ -113,6 +133,7 @@ def test_a_skipped_step_leaves_the_next_ones_as_they_are(stage: int) -> None:
             assert moved.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_both_launchers_lead_to_the_same_training(two: Path, tiny: Write, tmp_path: Path) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
     done = run(launcher, "--no_local_rank", "--num_accelerators", "2",
@@ -129,6 +150,11 @@ def test_both_launchers_lead_to_the_same_training(two: Path, tiny: Write, tmp_pa
 
 
 def test_an_offloaded_optimiser_trains_as_well() -> None:
+    ranks(1, offload_an_optimiser)
+
+
+def offload_an_optimiser() -> None:
+    """A step with the optimiser's state in the CPU's memory, and one without."""
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     start, states = to_cpu(build(ALONE, None, "adam").state()), []
     for extra in ({}, offload):

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from engines import ContiguousDDP
+from ranks import ranks
 
 from conftest import ALONE
 from dan_dist.config import EngineChoice, Optim
@@ -63,8 +64,14 @@ def apart(found: dict[str, Any], expected: dict[str, Any], start: dict[str, Any]
     return max(float((a[k] - b[k]).norm() / (b[k] - begin.get(k, 0.0)).norm()) for k in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_stage_trains_and_resumes_as_ddp(stage: int) -> None:
+    ranks(1, compare, stage)
+
+
+def compare(stage: int) -> None:
+    """Two steps, and two more from each other's states, of a stage and of DDP."""
     ddp, ours = build(None), build(stage)
     start = {k: to_cpu(ddp.state())[k] for k in ("objective", "average")}
     expected, found = train(ddp, range(2)), train(ours, range(2))

@@ -59,7 +59,10 @@ def test_help_lists_every_key_without_torch(tmp_path: Path) -> None:
     assert [line.split()[0] for line in lines if line.startswith("  train.")][:2] == [
         "train.epochs", "train.global_batch",
     ]  # fmt: skip
-    assert "affectnet7, affectnet8, demo, demo-backbone, msceleb, rafdb, sfew." in lines
+    assert (
+        "affectnet7, affectnet8, affectnet8-large, demo, demo-backbone, msceleb, rafdb, sfew."
+        in lines
+    )
     for name in programs.OPTIONS[:-1]:
         assert any(line.startswith(f"  {name} ") for line in lines)
 
