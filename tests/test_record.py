@@ -58,6 +58,6 @@ def test_the_run_is_shown_where_there_is_one(
     caplog.clear()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     single(tiny("away"), *options)
-    with pytest.raises(ValueError, match="train.global_batch"):
+    with pytest.raises(ValueError, match=r"train\.global_batch"):
         single(tiny("failed"), *options, "train.global_batch=1000")
     assert "finished after 2 steps" in caplog.text and "look at the run" not in caplog.text
