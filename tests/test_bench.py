@@ -44,6 +44,7 @@ BARE = """
 import runpy, sys
 sys.modules |= dict.fromkeys(("webdataset", "mlflow", "deepspeed", "statsmodels"))
 sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]  # as for a script
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
