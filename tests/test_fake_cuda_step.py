@@ -84,6 +84,8 @@ class FakeEngine(Engine):
 
 @pytest.fixture
 def many_ranks() -> Iterator[None]:
+    if dist.is_initialized():  # DeepSpeed holds on to the group of one rank
+        dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     yield
     dist.destroy_process_group()
