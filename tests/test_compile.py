@@ -126,6 +126,7 @@ def compiled_on_two() -> list[list[float]]:
     return rows
 
 
+@pytest.mark.slow
 def test_two_compiled_ranks_equal_one() -> None:
     expected = train(engine())
     for rows in ranks(2, compiled_on_two):

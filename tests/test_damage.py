@@ -76,6 +76,7 @@ def test_a_deleted_shard_is_read_to_the_end(faces: ShardSet, tmp_path: Path) -> 
     reader.close()
 
 
+@pytest.mark.slow
 def test_damage_under_and_over_the_limit(tiny: Write, tmp_path: Path, faces: ShardSet) -> None:
     """Planted at step 7: under the limit, however often it stops, the run is that of its data;
     over it, restored shards give what had been if nothing had ever happened."""

@@ -42,6 +42,7 @@ def test_a_journal_forgets_a_torn_line_and_nothing_else(tmp_path: Path) -> None:
         Journal(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_server_that_was_away_gets_every_record_once(
     tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,6 +19,7 @@ from dan_dist.data.reader import TooMuchDamageError
 Write = Callable[[str], Path]
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_job_and_is_named(tiny: Write, tmp_path: Path) -> None:
     options = [tiny("run"), "train.epochs=500", "train.timeout_s=8"]
     process = start(*torchrun(2)[1:], SCRIPT, *options, cwd=tmp_path)
@@ -67,6 +68,7 @@ def train_with_fault(fault: Callable[[], None], program: str, words: list[str]) 
     call_program(program, words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "line"),
     [

@@ -52,8 +52,8 @@ both_tasks = pytest.mark.parametrize("task", ["expression", "identity"], indirec
     [
         ("partition", 3, 15, "expression"),
         pytest.param("partition", 3, 50, "expression", marks=pytest.mark.slow),
-        ("partition_batch", 2, 15, "expression"),
-        ("arcface", 3, 15, "identity"),
+        pytest.param("partition_batch", 2, 15, "expression", marks=pytest.mark.slow),
+        pytest.param("arcface", 3, 15, "identity", marks=pytest.mark.slow),
     ],
     indirect=["task"],
 )
@@ -149,6 +149,7 @@ def test_checkpoints_are_whole_and_few(tiny: Write, tmp_path: Path) -> None:
     assert "centers" in best["objective"] and best["config"]["model"]["heads"] == 2
 
 
+@pytest.mark.slow
 def test_mlflow_holds_one_run_and_resume_continues_it(
     tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +245,7 @@ def test_a_checkpoint_of_something_else_is_refused(
         single(tiny("run"), f"data.shards={tmp_path / 'other'}")
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_line_and_fails(tiny: Write, tmp_path: Path) -> None:
     done = run(sys.executable, SCRIPT, tiny("run"), "train.epoch=1", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "epochs" in done.stderr
@@ -260,6 +262,7 @@ def test_a_non_finite_loss_stops_all_ranks_and_names_the_step(tiny: Write, tmp_p
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
+@pytest.mark.slow
 def test_the_demo_makes_its_own_shards(tmp_path: Path) -> None:
     """The documented command from another working folder, with a smaller budget."""
     options = ["data.synthetic.train=64", "data.synthetic.val=8", "data.synthetic.size=32"]
