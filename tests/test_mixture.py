@@ -173,7 +173,7 @@ def test_sets_from_a_server_and_a_folder_go_through_a_cache(
     a, b = weights(tmp_path / "local"), weights(tmp_path / "remote")
     assert all(torch.equal(a[name], b[name]) for name in a)
     found = evaluate(
-        EvaluateOptions(tmp_path / "remote", str(faces.root), cache=str(tmp_path / "cache"),
+        EvaluateOptions(checkpoint=tmp_path / "remote", data=str(faces.root), cache=str(tmp_path / "cache"),
                         device="cpu", no_tracking=True)
     )  # fmt: skip
     assert found["images"] == len(faces.split("val"))

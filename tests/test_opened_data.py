@@ -36,6 +36,10 @@ def exchange(index: np.ndarray, field: str) -> None:
     index[field][[0, -1]] = index[field][[-1, 0]]
 
 
+def evaluation(run: Path, data: str) -> EvaluateOptions:
+    return EvaluateOptions(checkpoint=run, data=data, device="cpu", no_tracking=True)
+
+
 def spoilt(faces: ShardSet, root: Path, split: str, field: str, how: Callable) -> Path:
     """A copy of the faces with another index than was packed."""
     shutil.copytree(faces.root, root)
@@ -72,7 +76,7 @@ def test_no_program_takes_another_index(
         single(tiny("run"), f"data.shards={root}")
     assert not list((tmp_path / "run").glob("*.pt"))
     with pytest.raises(ValueError, match=refused):
-        evaluate(EvaluateOptions(baseline_run, str(root), device="cpu", no_tracking=True))
+        evaluate(evaluation(baseline_run, str(root)))
     done = launch("train", 1, tiny("run"), f"data.shards={root}", "--dry-run", cwd=tmp_path)
     assert done.returncode == 2 and "index-val.npy: its sha256 is" in errors(done)[0]
 
@@ -84,7 +88,7 @@ def work_on_own_set(program: str, words: list[str]) -> str:
         if program == "train":
             single(Path(words[0]), *words[1:])
         else:
-            evaluate(EvaluateOptions(Path(words[0]), "set", device="cpu", no_tracking=True))
+            evaluate(evaluation(Path(words[0]), "set"))
     except (ValueError, OSError) as error:
         return str(error)
     return "no error"
