@@ -153,9 +153,9 @@ def test_sets_from_a_server_and_a_folder_go_through_a_cache(
     tiny: Write, tmp_path: Path, faces: ShardSet, others: ShardSet
 ) -> None:
     """The same training as from folders, a copy of each set, and each checked by itself."""
-    options = ["data.sampling={power: 0.5}", "train.max_steps=3"]
-    cached = [f"data.cache={tmp_path / 'cache'}", *options]
-    local = single(tiny("local"), sets((faces, 2), (others, 1)), *options)
+    chosen = ["data.sampling={power: 0.5}", "train.max_steps=3"]
+    cached = [f"data.cache={tmp_path / 'cache'}", *chosen]
+    local = single(tiny("local"), sets((faces, 2), (others, 1)), *chosen)
     with Server(others.root) as server:
         remote = sets((faces, 2), (others, 1)).replace(str(others.root), server.url)
         assert single(tiny("remote"), remote, *cached).metrics == local.metrics
@@ -169,13 +169,14 @@ def test_sets_from_a_server_and_a_folder_go_through_a_cache(
         (copy / "index-train.npy").write_bytes(b"torn")  # which is copied again
         single(tiny("remote"), remote, *cached, "train.max_steps=5")
         assert server.asked.count("index-train.npy") == 2
-    single(tiny("local"), sets((faces, 2), (others, 1)), *options, "train.max_steps=5")
+    single(tiny("local"), sets((faces, 2), (others, 1)), *chosen, "train.max_steps=5")
     a, b = weights(tmp_path / "local"), weights(tmp_path / "remote")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    found = evaluate(
-        EvaluateOptions(checkpoint=tmp_path / "remote", data=str(faces.root), cache=str(tmp_path / "cache"),
-                        device="cpu", no_tracking=True)
+    options = EvaluateOptions(
+        checkpoint=tmp_path / "remote", data=str(faces.root), cache=str(tmp_path / "cache"),
+        device="cpu", no_tracking=True,
     )  # fmt: skip
+    found = evaluate(options)
     assert found["images"] == len(faces.split("val"))
 
 
