@@ -49,7 +49,8 @@ def checksums(pixels: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """
     whole = pixels.shape[1] // 8 * 8
     words = np.ascontiguousarray(pixels[:, :whole]).view(np.uint64)
-    return words.sum(axis=1) + pixels[:, whole:].sum(axis=1, dtype=np.uint64)
+    sums: NDArray[np.uint64] = words.sum(axis=1) + pixels[:, whole:].sum(axis=1, dtype=np.uint64)
+    return sums
 
 
 def sums_of(path: Path) -> Path:
