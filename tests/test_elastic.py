@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 def test_chaos_in_short(tmp_path: Path, task: str, faults: int) -> None:
     """Some of the kinds, and the comparison with the undisturbed run, bit for bit."""
     kinds = ["sigkill_rank", "sigkill_all", "sigusr1", "corrupt_checkpoint", "truncate_shard"]
-    tallies = chaos.run(tmp_path, faults, random.randrange(10**6), kinds, task)
+    tallies = chaos.run(tmp_path, faults, random.randrange(10**6), kinds, task, epochs=3)
     assert sum(t.injected for t in tallies.values()) >= 1
 
 
