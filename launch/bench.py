@@ -89,8 +89,8 @@ def main(arguments: list[str], _: StopRequest) -> int:
         path = paths[0] if paths else RECIPE
         found = _shards(load_config(path, overrides), options.visit, options.images or DRAWN)
         words = [path, *overrides, f"data.shards={found.resolve()}"]
-        large, small = (options.batch or size for size in visit.BATCHES)
-        parts = visit.parts(options.visit, words, large=large, small=small)
+        batches = [options.batch] if options.batch else visit.BATCHES
+        parts = visit.parts(options.visit, words, batches)
         done = visit.run(options.visit, parts, minutes=options.minutes)
         return int(any(part["result"] != "done" for part in done.values()))
     world = init_world()

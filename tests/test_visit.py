@@ -36,7 +36,7 @@ def test_parts_that_fail_and_hang_cost_the_others_nothing(tmp_path: Path) -> Non
 
 
 def test_the_most_important_come_first_and_fit_the_time(tmp_path: Path) -> None:
-    chosen = visit.parts(tmp_path, ["demo", "data.shards=here"], large=256, small=32)
+    chosen = visit.parts(tmp_path, ["demo", "data.shards=here"], visit.BATCHES)
     assert [p.name for p in chosen][:3] == ["checks", "step 256", "step 32"]
     assert sum(p.share for p in chosen) <= 1.0
     assert all("data.shards=here" in p.command for p in chosen[1:])

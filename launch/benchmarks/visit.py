@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.measure import LAUNCH
 
-BATCHES = (256, 32)  # images: the recipe's, and what eight GPUs see of it each
+BATCHES = [256, 32]  # images: the recipe's, and what eight GPUs see of it each
 TESTS = ("test_gpu.py", "test_gpu_paths.py", "test_fake_cuda_step.py")
 
 
@@ -32,33 +32,31 @@ class Part:
     writes: Path | None = None  # figures as JSON
 
 
-def parts(folder: Path, words: list[str], *, large: int, small: int) -> list[Part]:
+def parts(folder: Path, words: list[str], batches: list[int]) -> list[Part]:
     """What is run, the most important first.
 
-    words: the configuration and overrides of its keys. large, small: images of a step.
+    words: the configuration and overrides of its keys. batches: images of a step.
     """
     bench = [sys.executable, str(LAUNCH / "bench.py")]
 
-    def measured(name: str, share: float, *options: str, own: tuple[str, ...] = ()) -> Part:
+    def measured(name: str, share: float, *options: str, n: int = batches[0]) -> Part:
         found = folder / f"{name.replace(' ', '-')}.json"
-        command = [*bench, *options, *words, *own, "--json", str(found)]
+        command = [*bench, *options, *words, "--batch", str(n), "--json", str(found)]
         return Part(name, command, share, found)
 
     tests = [str(LAUNCH.parent / "tests" / name) for name in TESTS]
     # Without the plugins and options of the project, which need not be installed there
     checks = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-o", "addopts=", "-o",
               "cache_dir=" + str(folder / "pytest"), *tests]  # fmt: skip
-    compiled = ("train.compile=true",)
     return [
-        Part("checks", checks, 0.2),
-        measured(f"step {large}", 0.15, "step", "--batch", str(large), "--repeats", "3"),
-        measured(f"step {small}", 0.1, "step", "--batch", str(small), "--repeats", "3"),
+        Part("checks", checks, 0.15),
+        *(measured(f"step {n}", 0.12, "step", "--repeats", "3", n=n) for n in batches),
         measured("train", 0.1, "train", "--repeats", "3"),
-        measured("loader", 0.15, "loader", "--repeats", "2", "--images", "2048"),
-        measured(f"step {large} compiled", 0.12, "step", "--tried", "--batch", str(large),
-                 "--repeats", "2"),
-        measured("train compiled", 0.1, "train", "--repeats", "2", own=compiled),
-        measured("start", 0.08, "start", "--repeats", "1", own=("tracking.enabled=false",)),
+        measured("loader", 0.12, "loader", "--repeats", "2", "--images", "2048"),
+        *(measured(f"step {n} compiled", 0.1, "step", "--tried", "--repeats", "2", n=n)
+          for n in batches),
+        measured("train compiled", 0.1, "train", "--repeats", "2", "train.compile=true"),
+        measured("start", 0.05, "start", "--repeats", "1", "tracking.enabled=false"),
     ]  # fmt: skip
 
 
