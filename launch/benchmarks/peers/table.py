@@ -6,6 +6,7 @@ environment's Python runs; one that cannot be installed, or fails, has a row tha
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -53,7 +54,8 @@ def _ask(name: str, folder: Path) -> dict[str, Any]:
         environment = {"PYTHONPATH": f"{LAUNCH}:{LAUNCH.parent}" if name == OURS else f"{LAUNCH}"}
         answers: dict[str, Any] = {"versions": _versions(python, name)}
         for part in ("small", "large"):
-            (folder / part).mkdir(exist_ok=True)
+            shutil.rmtree(folder / part, ignore_errors=True)  # of an earlier run
+            (folder / part).mkdir()
             script = [python, PEERS / f"with_{name}.py", part, folder / part]
             answers[part] = json.loads(_output(script, environment).splitlines()[-1])
     except (subprocess.SubprocessError, OSError, ValueError) as error:
