@@ -84,9 +84,11 @@ def open_data(config: Config, world: World) -> TrainingData:
     for path in config.data.paths:
         local = partial(localise, path, cache)
         folders.append(world.run_once(local, per_node=True))
-    return world.run_on_all(
+    data = world.run_on_all(
         lambda: check_data(config, world, join_sets(config, [*map(open_shardset, folders)]))
     )
+    world.check_equal(f"{data.shards.root}: the images' fingerprint", data.shards.fingerprint)
+    return data
 
 
 def join_sets(config: Config, found: Sequence[ShardSet]) -> ShardSet:

@@ -21,7 +21,7 @@ from dan_dist.build import (
     make_synthetic,
 )
 from dan_dist.config import Config, Synthetic
-from dan_dist.data.cache import is_remote, localise, read_manifest
+from dan_dist.data.cache import find_copy, is_remote, localise, read_manifest
 from dan_dist.distributed.device import choose_device
 from dan_dist.distributed.world import World
 from dan_dist.header import log_data, log_place
@@ -34,14 +34,13 @@ from dan_dist.tracking.sqlite import refuse_broken
 from dan_dist.tracking.store import check_takes, connect, store
 from dan_dist.train import read_checkpoint
 from shards.format import (
-    INDEX_DTYPE,
     MANIFEST,
     ShardSet,
     Split,
-    copy_name,
     open_shardset,
     parse_manifest,
 )
+from shards.index import INDEX_DTYPE
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +111,7 @@ def _find(config: Config, source: str, faces: Synthetic | None) -> ShardSet:
     if cache is None:
         return open_shardset(localise(source, None))
     content = read_manifest(source)
-    copied = Path(cache) / copy_name(content)
-    if (copied / MANIFEST).exists():
+    if (copied := find_copy(cache, content)) is not None:
         return open_shardset(copied)
     found = parse_manifest(Path(source), content)
     with no_new_folders(Path(cache)):

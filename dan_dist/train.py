@@ -19,7 +19,7 @@ from dan_dist.build import (
     open_writer,
 )
 from dan_dist.config import Config, flatten, resolve, write_config
-from dan_dist.data.mixture import describe_sets
+from dan_dist.data.mixture import describe_sets, replaced_folders
 from dan_dist.distributed.heartbeat import Heartbeat, session
 from dan_dist.distributed.world import World
 from dan_dist.engine.ddp import Engine
@@ -133,6 +133,7 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
                 heart.beat("checkpoint", step)
                 content = {**data.describe(config), **state.as_dict(), **engine.state()}
                 writer.write(step, content, is_best=is_best)
+                warn_of_replaced(world, data)
                 monitor.saved()
             if step == plan.total or (due.save and monitor.stop):
                 break
@@ -183,6 +184,15 @@ def read_checkpoint(path: str, config: Config, data: TrainingData) -> dict[str, 
         same_data=content["fingerprint"] == data.shards.fingerprint,
     )
     return content
+
+
+def warn_of_replaced(world: World, data: TrainingData) -> None:
+    """Logs, once a node, where shards were packed over since the run has opened them."""
+    for folder in replaced_folders(data.shards) if world.local_rank == 0 else []:
+        log.warning(
+            "%s holds another set now, or none: this run goes on with the images that it has open, "
+            "and a run that is to go on with it needs the former set there", folder,
+        )  # fmt: skip
 
 
 @contextmanager

@@ -20,6 +20,19 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_bounded(path: Path, limit_bytes: int) -> bytes:
+    """The content of a file that may come from elsewhere.
+
+    Raises:
+        ValueError: it is longer than that. OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        content = file.read(limit_bytes + 1)
+    if len(content) > limit_bytes:
+        raise ValueError(f"{path} has more than {limit_bytes:,} bytes, expected that many at most")
+    return content
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Writes `path` as `replacing` does: it is whole or absent."""
     with replacing(path) as file:

@@ -2,7 +2,7 @@
 
 A folder holds, for each split, `<split>-<label>-<number>.tar` (members `<key>.jpg`, `<key>.cls`,
 `<key>.json` where there is metadata), beside each tar DALI's text index `.idx`, one
-`index-<split>.npy` that every rank maps into memory, and `manifest.json`, written last: a folder
+`index-<split>.npy` that every rank reads into memory, and `manifest.json`, written last: a folder
 with a manifest is complete.
 """
 
@@ -20,14 +20,13 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.files import replacing, sha256_of, write_atomically
+from shards.files import read_bounded, replacing, sha256_of, write_atomically
+from shards.index import INDEX_DTYPE, check_present, read_index
 
 FORMAT = "dan_dist shards, version 1"
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 64 * 2**20  # at most; 300,000 shards take as many
 MAX_KEY = 90  # bytes: a USTAR header has 100 for `<key>.json`
-INDEX_DTYPE = np.dtype(
-    [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")]
-)
 
 
 class Sample(NamedTuple):
@@ -57,7 +56,7 @@ class Split:
     name: str
     root: Path
     shards: tuple[Shard, ...]
-    index: NDArray[Any]  # (samples,) INDEX_DTYPE, memory-mapped; offset and size are the JPEG's
+    index: NDArray[Any]  # (samples,) INDEX_DTYPE, read-only; offset and size are the JPEG's
     class_names: tuple[str, ...]
     image_size: int | None  # pixels, where all images are squares of one size
 
@@ -125,24 +124,31 @@ class ShardSet:
         return tuple(self.shards)
 
     def split(self, name: str) -> Split:
-        """Opens one split; checks sizes and ranges, reads no tar.
+        """Opens one split; checks its index by sha256, its tars by their sizes, and reads no tar.
 
         Raises:
             FileNotFoundError: a tar or the index is missing.
-            ValueError: no such split, a tar shorter than stated, or an index that does not fit.
+            ValueError: no such split, a tar of another size, or an index that was not packed here.
         """
         if name not in self.shards:
             raise ValueError(f"{self.root}: no split '{name}', it has {', '.join(self.splits)}")
         shards = self.shards[name]
         for shard in shards:
             path = self.root / shard.name
-            _check_present(path)
+            check_present(path)
             if (actual := path.stat().st_size) != shard.size_bytes:
                 raise ValueError(
                     f"{path} holds {actual} bytes, the manifest lists {shard.size_bytes}: "
                     "the copy is incomplete, copy or pack it again"
                 )
-        index = open_index(self.root / self.index_names[name], shards, len(self.class_names))
+        path, listed = self.root / self.index_names[name], self.index_sha256[name]
+        sizes, counts = [shard.size_bytes for shard in shards], self.counts[name]
+        index, sha256 = read_index(path, sizes, sum(counts), len(counts))
+        if sha256 != listed:
+            raise ValueError(
+                f"{path}: its sha256 is {sha256}, the manifest lists {listed}: it is not the index "
+                "that was packed, copy or pack the whole set again"
+            )
         return Split(name, self.root, shards, index, self.class_names, self.image_size)
 
 
@@ -158,7 +164,7 @@ def open_shardset(root: str | Path) -> ShardSet:
         raise FileNotFoundError(
             f"{path} not found: no finished shards there; make them with python -m shards.pack"
         )
-    return parse_manifest(Path(root), path.read_bytes())
+    return parse_manifest(Path(root), read_bounded(path, MANIFEST_BYTES))
 
 
 def parse_manifest(root: Path, content: bytes) -> ShardSet:
@@ -191,7 +197,7 @@ def parse_manifest(root: Path, content: bytes) -> ShardSet:
         _check_values(result)
     except KeyError as error:
         raise ValueError(f"{path}: not a manifest of shards: {error} is missing") from error
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a manifest of shards: {error}") from error
     return result
 
@@ -226,42 +232,6 @@ def _fingerprint(manifest: Mapping[str, Any]) -> str:
     """Class names and the indexes' checksums (which hold every image's crc32) fix the samples."""
     indexes = [(name, split["index_sha256"]) for name, split in manifest["splits"].items()]
     return hashlib.sha256(json.dumps([manifest["class_names"], indexes]).encode()).hexdigest()
-
-
-def _check_present(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} not found, but the manifest lists it: copy the whole set")
-
-
-def open_index(path: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[Any]:
-    """Maps a split's index into memory; every row is within range.
-
-    Raises:
-        FileNotFoundError: it is missing. ValueError: it is no index, or does not fit the shards.
-    """
-    _check_present(path)
-    try:
-        # Not np.load, which opens zip archives too.
-        index: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # the header is parsed as Python text: errors of many kinds
-        raise ValueError(f"{path}: not an index: {error}") from error
-    expected = sum(s.samples for s in shards)
-    if index.dtype != INDEX_DTYPE or index.shape != (expected,):
-        found = f"{index.shape} of {index.dtype}"
-        raise ValueError(f"{path}: {found}, the manifest lists {expected} samples")
-    if not expected:
-        return index
-    sizes = np.array([s.size_bytes for s in shards])
-    for field, limit in (("shard", len(shards)), ("label", classes)):
-        low, high = int(index[field].min()), int(index[field].max())
-        if low < 0 or high >= limit:
-            value = low if low < 0 else high
-            raise ValueError(f"{path}: {field} {value}, expected 0 to {limit - 1}")
-    size, offset = index["size"], index["offset"]
-    last = sizes[index["shard"]] - size  # a difference cannot overflow, offset + size can
-    if size.min() < 1 or offset.min() < 0 or (offset > last).any():
-        raise ValueError(f"{path}: an image lies outside its shard")
-    return index
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, NDArray[Any]]:

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shards.files import sha256_of
-from shards.format import MANIFEST, Shard, ShardSet, check_key, copy_name, open_index, open_shardset
+from shards.format import MANIFEST, Shard, ShardSet, check_key, copy_name, open_shardset
 from shards.images import MAX_PIXELS, jpeg_fault, plain_jpeg_size
+from shards.index import read_index
 from shards.packing.pool import in_processes
 from shards.releases.source import plain_name
 
@@ -64,11 +65,12 @@ def _verify_split(shards: ShardSet, split: str, workers: int) -> Iterator[str]:
     name, own = shards.index_names[split], shards.shards[split]
     path, classes = shards.root / name, len(shards.class_names)
     try:
-        index = open_index(path, own, classes)
+        sizes = [shard.size_bytes for shard in own]
+        index, sha256 = read_index(path, sizes, sum(shards.counts[split]), classes)
     except (ValueError, OSError) as error:
         yield f"{name}: {error}; its shards were not checked"
         return
-    if sha256_of(path) != shards.index_sha256[split]:
+    if sha256 != shards.index_sha256[split]:
         yield f"{name}: its sha256 differs from the manifest's"
     counts = np.bincount(index["label"], minlength=classes).tolist()
     if counts != list(shards.counts[split]):

@@ -178,8 +178,8 @@ def test_a_short_answer_is_asked_for_again(
     def unreliable(source: str) -> cache.Source:
         whole, failed = origin(source), set()
 
-        def once_torn(name: str, target: Path) -> None:
-            whole.fetch(name, target)
+        def once_torn(name: str, target: Path, limit_bytes: int) -> None:
+            whole.fetch(name, target, limit_bytes)
             if name.endswith("00000.tar") and name not in failed:
                 failed.add(name)
                 target.write_bytes(target.read_bytes()[:100])
@@ -231,8 +231,8 @@ def test_a_disk_that_others_fill_meanwhile(
 ) -> None:
     origin = cache._origin(str(faces.root))
 
-    def full(name: str, target: Path) -> None:
-        origin.fetch(name, target)
+    def full(name: str, target: Path, limit_bytes: int) -> None:
+        origin.fetch(name, target, limit_bytes)
         if name == "train-01-00000.tar":
             raise OSError(number, os.strerror(number))
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
+from trees import replace_index
 
 from dan_dist.data import loader as data
 from dan_dist.data.augment import ERASE_RATIO, MEAN, STD, UNIFORMS, Augment, placements
@@ -180,7 +181,7 @@ def damage(faces: ShardSet, folder: Path, kind: str, samples: list[int]) -> Spli
             data[start : start + size] = bytes(size)
             index = np.load(folder / "index-train.npy")
             index[sample]["crc32"] = zlib.crc32(bytes(size))
-            np.save(folder / "index-train.npy", index)
+            replace_index(folder, index)
         path.write_bytes(data)
     return open_shardset(folder).split("train")
 

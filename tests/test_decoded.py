@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from trees import replace_index
 
 from dan_dist.config import load_config
 from dan_dist.data import decoded as module
@@ -100,7 +101,7 @@ def damaged(faces: ShardSet, folder: Path, kind: str, samples: Sequence[int] = B
             data[start : start + size] = broken(bytes(data[start : start + size]), kind)
             index[sample]["crc32"] = zlib.crc32(data[start : start + size])
         path.write_bytes(data)
-    np.save(folder / "index-train.npy", index)
+    replace_index(folder, index)
     return open_shardset(folder).split("train")
 
 
@@ -158,19 +159,57 @@ def test_a_node_decodes_once(faces: ShardSet, tmp_path: Path, monkeypatch) -> No
     assert len(set(paths)) == len(calls) == 1
     assert Path(paths[0]).stat().st_size == len(split) * 32 * 32 * 3
     assert "0123456789abcdef-train-32-" in paths[0]
+    with monkeypatch.context() as patch:  # what is whole needs no lock, which may be another user's
+        patch.setattr(module, "locked", None)
+        assert to_file(split, tmp_path) == paths[0]
     Path(paths[0]).with_suffix(".json").unlink()  # what a power cut has left is not trusted
     assert to_file(split, tmp_path) == paths[0] and len(calls) == 2
     assert to_file(split, tmp_path, 64) != paths[0]
 
 
 def test_ranks_share_the_memory(faces: ShardSet, tmp_path: Path) -> None:
+    """That of the system's page cache: none has a copy, so what is written into it all see."""
     split = faces.split("train")
     path = to_file(split, tmp_path)
-    found = open_file(path, split, image_size=32)
-    assert not found.pixels.flags.writeable
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    (own,) = [line for line in maps if line.endswith(path)]
-    assert own.split()[1] == "r--s"  # shared
+    ranks = [DecodedReader(split, open_file(path, split, image_size=32), 0) for _ in range(2)]
+    before = [rank.read(3) for rank in ranks]
+    assert (before[0] == before[1]).all() and not before[0].flags.writeable
+    assert path not in Path("/proc/self/maps").read_text()
+    backwards = np.frombuffer(before[0].tobytes(), np.uint64)[::-1].tobytes()  # of the same sum
+    with Path(path).open("rb+") as file:
+        file.seek(3 * len(backwards))
+        file.write(backwards)
+    assert [rank.read(3).tobytes() for rank in ranks] == [backwards] * 2
+
+
+@pytest.mark.parametrize("kind", ["a bit", "cut short", "its sums"])
+def test_a_file_that_changes_under_a_training_is_damage(
+    faces: ShardSet, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """A line for each image that it costs, its substitute, and an end past the limit."""
+    split, size = faces.split("train"), 32 * 32 * 3
+    path = Path(to_file(split, tmp_path))
+    own, plain = reader(split, "host", tmp_path, max_bad=1), reader(split, "device", tmp_path)
+    content = bytearray(path.read_bytes())
+    content[7 * size + 5] ^= 4
+    if kind == "its sums":
+        sums = path.with_suffix(".sums")
+        sums.write_bytes(sums.read_bytes()[:-8])
+        with pytest.raises(OSError, match="is not whole any more; the same command decodes anew"):
+            open_file(str(path), split, image_size=32)
+        assert to_file(split, tmp_path) == str(path)  # which makes it anew
+        return
+    path.write_bytes(content if kind == "a bit" else content[: 60 * size])
+    hit = 7 if kind == "a bit" else 79
+    same = np.flatnonzero(split.index["label"] == split.index["label"][hit])
+    substitute = int(same[(np.searchsorted(same, hit) + 1) % len(same)])
+    if kind == "a bit":
+        assert (own.read(hit) == plain.read(substitute)).all()
+        assert f"its pixels in {path} are not those that were decoded" in caplog.text
+    else:  # the substitutes are gone as well
+        with pytest.raises(TooMuchDamageError, match=r"its pixels in .* remove that file, and the"):
+            own.read(hit)
+            own.read(hit - 1)
 
 
 @pytest.mark.parametrize("place", ["host", "device"])

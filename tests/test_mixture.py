@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from web import Server
 
 from conftest import REPOSITORY, shared, single, weights
 from dan_dist.config import load_config, to_yaml
 from dan_dist.data.mixture import Part, groups_of, join, shares_of
 from dan_dist.data.order import TrainOrder
 from dan_dist.data.reader import Reader, TooMuchDamageError
+from dan_dist.evaluation.evaluate import main as evaluate
+from dan_dist.options import EvaluateOptions
 from dan_dist.run.folder import newest_checkpoint
 from shards.format import ShardSet, open_shardset
 from shards.packing.writer import pack
@@ -144,6 +147,37 @@ def test_two_sets_train_resume_to_the_bit_and_are_judged_each(
         single(tiny("parts"), sets((faces, 2), (others, 2)), *mixed[1:])
     checkpoint = newest_checkpoint(tmp_path / "whole")
     assert checkpoint is not None and checkpoint[1]["class_names"] == list(faces.class_names)
+
+
+def test_sets_from_a_server_and_a_folder_go_through_a_cache(
+    tiny: Write, tmp_path: Path, faces: ShardSet, others: ShardSet
+) -> None:
+    """The same training as from folders, a copy of each set, and each checked by itself."""
+    chosen = ["data.sampling={power: 0.5}", "train.max_steps=3"]
+    cached = [f"data.cache={tmp_path / 'cache'}", *chosen]
+    local = single(tiny("local"), sets((faces, 2), (others, 1)), *chosen, "train.max_steps=5")
+    with Server(others.root) as server:
+        remote = sets((faces, 2), (others, 1)).replace(str(others.root), server.url)
+        single(tiny("remote"), remote, *cached)
+        tars = [name for name in server.asked if name.endswith(".tar")]
+        assert sorted(tars) == sorted(s.name for own in others.shards.values() for s in own)
+        copies = [path.parent for path in (tmp_path / "cache").glob("*/manifest.json")]
+        assert {open_shardset(c).fingerprint for c in copies} == {
+            faces.fingerprint, others.fingerprint
+        }  # fmt: skip
+        (copy,) = [c for c in copies if open_shardset(c).dataset == others.dataset]
+        (copy / "index-train.npy").write_bytes(b"torn")  # which is copied again
+        again = single(tiny("remote"), remote, *cached, "train.max_steps=5")
+        assert server.asked.count("index-train.npy") == 2
+    assert again.metrics == local.metrics
+    a, b = weights(tmp_path / "local"), weights(tmp_path / "remote")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    options = EvaluateOptions(
+        checkpoint=tmp_path / "remote", data=str(faces.root), cache=str(tmp_path / "cache"),
+        device="cpu", no_tracking=True,
+    )  # fmt: skip
+    found = evaluate(options)
+    assert found["images"] == len(faces.split("val"))
 
 
 def test_several_sets_are_for_expressions(tiny: Write, people: ShardSet) -> None:

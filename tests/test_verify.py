@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from trees import edit_manifest
+from trees import edit_manifest, replace_index
 
 from conftest import damaged_scans, run
 from shards import show
@@ -86,9 +86,7 @@ def exchange(root: Path, jpeg: Callable[[bytes], bytes]) -> None:
     index["offset"][own] = [m.offset_data for m in images]
     index["size"][own] = [m.size for m in images]
     index["crc32"][own] = [zlib.crc32(data[m.offset_data :][: m.size]) for m in images]
-    np.save(root / "index-train.npy", index)
-    sha256 = sha256_of(root / "index-train.npy")
-    edit_manifest(root, lambda m: m["splits"]["train"].update(index_sha256=sha256))
+    replace_index(root, index)
 
 
 def spoil(kind: str) -> Callable[[Path], None]:

@@ -57,3 +57,11 @@ def edit_manifest(root: Path, change: Callable[[dict], object]) -> None:
     manifest = json.loads((root / MANIFEST).read_text())
     change(manifest)
     (root / MANIFEST).write_text(json.dumps(manifest))
+
+
+def replace_index(root: Path, index: np.ndarray, split: str = "train") -> None:
+    """Writes another index as if the set had been packed with it."""
+    path = root / f"index-{split}.npy"
+    np.save(path, index)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit_manifest(root, lambda m: m["splits"][split].update(index_sha256=sha256))

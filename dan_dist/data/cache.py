@@ -7,6 +7,7 @@ ended.
 """
 
 import errno
+import io
 import logging
 import os
 import shutil
@@ -14,22 +15,28 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 from tqdm import tqdm
 
 from dan_dist.redaction import redact
-from shards.files import locked, sha256_of, write_atomically
-from shards.format import INDEX_DTYPE, MANIFEST, ShardSet, copy_name, parse_manifest
+from shards.files import locked, read_bounded, sha256_of, write_atomically
+from shards.format import MANIFEST, MANIFEST_BYTES, ShardSet, copy_name, parse_manifest
+from shards.index import HEADER_BYTES, INDEX_DTYPE
+
+T = TypeVar("T")
 
 # What fsspec may open. It knows others that chain protocols or reach other machines' shells.
 PROTOCOLS = ("http", "https", "s3", "gs", "az", "abfs", "hf")
 THREADS = 8  # files copied at once
 ATTEMPTS = 3  # of each file
 RETRY_S = 1.0
+CONNECT_S, READ_S = 30.0, 60.0  # that a web server may take to be there, and to send a few bytes
+CHUNK_BYTES = 4 * 2**20  # of a file in a bucket, by one request
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 log = logging.getLogger(__name__)
@@ -46,8 +53,25 @@ class FileEntry(NamedTuple):
 class Source(NamedTuple):
     """Where a set is copied from; errors name the file."""
 
-    read: Callable[[str], bytes]  # a file's name → its bytes
-    fetch: Callable[[str, Path], None]  # a file's name, where to copy it
+    read: Callable[[str], bytes]  # the manifest's name → its bytes
+    fetch: Callable[[str, Path, int], None]  # a file's name, where to copy it, its bytes at most
+
+
+class TooLongError(OSError):
+    """A file has more bytes than it may have: it is another one, or has no end."""
+
+
+class _Bounded(io.RawIOBase):
+    """Hands on what is written, up to so many bytes."""
+
+    def __init__(self, out: BinaryIO, limit_bytes: int) -> None:
+        self._out, self._limit, self._left = out, limit_bytes, limit_bytes
+
+    def write(self, data: Any, /) -> int:
+        self._left -= len(data)
+        if self._left < 0:
+            raise TooLongError(f"it goes on after {self._limit:,} bytes, the most that it may have")
+        return self._out.write(data)
 
 
 def is_remote(source: str) -> bool:
@@ -71,6 +95,8 @@ def localise(source: str, cache: str | None) -> str:
         return source
     origin, home = _origin(source), Path(cache)
     content = origin.read(MANIFEST)  # into memory: the error of a full disk needs it
+    if (found := find_copy(cache, content)) is not None:
+        return str(found)
     folder = home / copy_name(content)
     files = _files(parse_manifest(folder, content))
     try:
@@ -81,7 +107,7 @@ def localise(source: str, cache: str | None) -> str:
             if todo := _missing(folder, files):
                 _check_space(folder, todo)
                 _copy(origin.fetch, folder, todo, redact(source))
-            if not (folder / MANIFEST).exists():
+            if find_copy(cache, content) is None:
                 write_atomically(folder / MANIFEST, content)
     except OSError as error:
         if error.errno not in NO_SPACE:
@@ -89,6 +115,20 @@ def localise(source: str, cache: str | None) -> str:
         raise OSError(f"data.cache {cache}: the disk is full; {_megabytes(files)} are needed for "
                       f"{redact(source)}") from error  # fmt: skip
     return str(folder)
+
+
+def find_copy(cache: str, manifest: bytes) -> Path | None:
+    """The whole copy of a set in a cache, if there is one. Takes no lock: it may be read-only.
+
+    Raises:
+        ValueError: it is no manifest of shards.
+    """
+    folder = Path(cache) / copy_name(manifest)
+    files = _files(parse_manifest(folder, manifest))
+    if not (folder / MANIFEST).is_file():
+        return None
+    is_same = read_bounded(folder / MANIFEST, MANIFEST_BYTES) == manifest
+    return folder if is_same and not _missing(folder, files) else None
 
 
 def read_manifest(source: str) -> bytes:
@@ -108,25 +148,64 @@ def _origin(source: str) -> Source:
         known = ", ".join(f"{name}://" for name in PROTOCOLS)
         raise ValueError(f"data.shards {shown}: expected a folder, or a URL of {known}")
     is_web = protocol in ("http", "https")
-    is_signed = is_web and bool(urlsplit(source).query)
     try:
-        # What is signed is quoted already, and holds for these very characters.
-        files, root = fsspec.core.url_to_fs(source, **({"encoded": True} if is_signed else {}))
+        files, root = fsspec.core.url_to_fs(source, **(_web_options(source) if is_web else {}))
     except ImportError as error:
         raise OSError(f"{shown}: {error}; pip install -e '.[remote]' brings most of them") from (
             error
         )
 
-    def read(name: str) -> bytes:
+    def transfer(name: str, out: _Bounded) -> None:
+        address = file_address(root, name, is_web=is_web)
         with _naming(redact(file_address(source, name, is_web=is_web))):
-            content: bytes = files.cat_file(file_address(root, name, is_web=is_web))
-            return content
+            if is_web:
+                files.get_file(address, out)
+            elif protocol == "file" and not Path(address).is_file():
+                raise FileNotFoundError  # a pipe, say, from which nothing may ever come
+            else:
+                with files.open(address, "rb", block_size=CHUNK_BYTES) as body:
+                    shutil.copyfileobj(body, out, CHUNK_BYTES)
 
-    def fetch(name: str, target: Path) -> None:
-        with _naming(redact(file_address(source, name, is_web=is_web))):
-            files.get_file(file_address(root, name, is_web=is_web), str(target))
+    def read(name: str) -> bytes:
+        def attempt() -> bytes:
+            content = io.BytesIO()
+            transfer(name, _Bounded(content, MANIFEST_BYTES))
+            return content.getvalue()
+
+        return _tried(attempt)
+
+    def fetch(name: str, target: Path, limit_bytes: int) -> None:
+        with target.open("wb") as file:
+            transfer(name, _Bounded(file, limit_bytes))
 
     return Source(read, fetch)
+
+
+def _web_options(source: str) -> dict[str, Any]:
+    """fsspec's for a web address.
+
+    aiohttp's own deadline, 300 s for a whole file, would refuse a large file on a slow line. What
+    is signed is quoted already, and holds for these very characters.
+    """
+    import aiohttp  # as fsspec does, where the source is on the web
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=READ_S)
+    return {"client_kwargs": {"timeout": timeout}, "encoded": bool(urlsplit(source).query)}
+
+
+def _tried(task: Callable[[], T]) -> T:
+    """What the task returns; it is tried again where another try may mend its error."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return task()
+        except (FileNotFoundError, TooLongError):
+            raise
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                raise
+            log.warning("%s; trying again", error)
+        time.sleep(RETRY_S * attempt)
+    return task()
 
 
 def file_address(root: str, name: str, *, is_web: bool) -> str:
@@ -144,12 +223,20 @@ def _naming(file: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} not found") from error
+    except TooLongError as error:
+        raise TooLongError(f"{file}: {error}") from error
     except OSError as error:
         if error.errno in NO_SPACE:
             raise
-        raise OSError(f"{file}: {redact(str(error))}") from error
+        raise OSError(f"{file}: {_reason(error)}") from error
     except Exception as error:
-        raise OSError(f"{file}: {type(error).__name__}: {redact(str(error))}") from error
+        raise OSError(f"{file}: {type(error).__name__}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error's words; some have none."""
+    nothing = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+    return redact(str(error)) or nothing
 
 
 def _files(shards: ShardSet) -> list[FileEntry]:
@@ -197,13 +284,15 @@ def _megabytes(files: list[FileEntry]) -> str:
 
 
 def _copy(
-    fetch: Callable[[str, Path], None], folder: Path, todo: list[FileEntry], source: str
+    fetch: Callable[[str, Path, int], None], folder: Path, todo: list[FileEntry], source: str
 ) -> None:
     total = sum(file.size_bytes for file in todo)
     log.info("copying %d files, %s, from %s to %s", len(todo), _megabytes(todo), source, folder)
     bar = tqdm(desc="copying shards", total=total, unit="B", unit_scale=True, disable=None)
     with bar, ThreadPoolExecutor(THREADS) as pool:
-        copies = {pool.submit(_copy_one, fetch, folder, file): file for file in todo}
+        copies = {
+            pool.submit(_tried, partial(_copy_one, fetch, folder, file)): file for file in todo
+        }
         try:
             for done in as_completed(copies):
                 done.result()
@@ -213,27 +302,14 @@ def _copy(
             raise
 
 
-def _copy_one(fetch: Callable[[str, Path], None], folder: Path, file: FileEntry) -> None:
-    partial = folder / f"{file.name}.partial"
-    fault: Any = None
-    for attempt in range(ATTEMPTS):
-        if fault:
-            log.warning("%s; trying again", fault)
-            time.sleep(RETRY_S * attempt)
-        try:
-            fetch(file.name, partial)
-            if (found := sha256_of(partial)) == file.sha256:
-                with partial.open("rb+") as written:
-                    os.fsync(written.fileno())
-                partial.replace(folder / file.name)
-                return
-            fault = OSError(f"{file.name}: its sha256 is {found}, the manifest has {file.sha256}")
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            if error.errno in NO_SPACE:
-                raise
-            fault = error
-        finally:
-            partial.unlink(missing_ok=True)
-    raise fault
+def _copy_one(fetch: Callable[[str, Path, int], None], folder: Path, file: FileEntry) -> None:
+    incomplete = folder / f"{file.name}.partial"
+    try:
+        fetch(file.name, incomplete, file.size_bytes + HEADER_BYTES)
+        if (found := sha256_of(incomplete)) != file.sha256:
+            raise OSError(f"{file.name}: its sha256 is {found}, the manifest has {file.sha256}")
+        with incomplete.open("rb+") as written:
+            os.fsync(written.fileno())
+        incomplete.replace(folder / file.name)
+    finally:
+        incomplete.unlink(missing_ok=True)

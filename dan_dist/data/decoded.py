@@ -6,7 +6,6 @@ the same operators. A damaged image is met where it is drawn, and replaced, as b
 
 import json
 import logging
-import mmap
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dan_dist.data.graph import Source, as_batch, decode
+from dan_dist.data.pixels import PixelFile, checksums, sums_of
 from dan_dist.data.reader import READERS, Reader, decoding_fault
 from shards.files import locked, replacing, write_atomically
 from shards.format import Split
@@ -42,11 +42,9 @@ Contents = list[tuple[NDArray[np.uint8], str]]  # bytes and fault of each image
 class Decoded(NamedTuple):
     """The pixels of a split."""
 
-    pixels: (
-        Any  # (samples, S, S, 3) uint8 RGB, an array or a GPU's tensor; 0 where there is a fault
-    )
+    # (samples, S, S, 3) uint8 RGB, an array or a GPU's tensor; 0 where there is a fault
+    pixels: Any
     faults: dict[int, str]  # sample → why it cannot be read or decoded; its pixels are 0
-    file: mmap.mmap | None = None  # that the pixels are mapped from, if any
 
 
 class DecodedReader(Reader):
@@ -62,7 +60,7 @@ class DecodedReader(Reader):
         count_unique: Callable[[int], int] | None = None,
     ) -> None:
         super().__init__(split, max_bad, count_unique)
-        self._pixels, self._faults, self._file = decoded
+        self._pixels, self._faults = decoded
 
     def source(self, device: torch.device) -> Source:
         """What `fetch` gives, for a graph on this device."""
@@ -70,17 +68,24 @@ class DecodedReader(Reader):
 
     def advise(self, ids: list[int]) -> None:
         """Has the kernel read the pixels that are wanted soon, where they lie in a file."""
-        if self._file is None:
-            return
-        size = self._pixels[0].nbytes
-        for sample in ids:
-            start = sample * size // mmap.PAGESIZE * mmap.PAGESIZE
-            self._file.madvise(mmap.MADV_WILLNEED, start, (sample + 1) * size - start)
+        if isinstance(self._pixels, PixelFile):
+            for sample in ids:
+                self._pixels.advise(sample)
 
     def contents(self, samples: list[int]) -> Iterator[tuple[Any, str]]:
         """The pixels of each sample, and what is wrong with it."""
         for sample in samples:
-            yield self._pixels[sample], self._faults.get(sample, "")
+            if fault := self._faults.get(sample, ""):
+                yield None, fault
+            elif isinstance(self._pixels, PixelFile):
+                yield self._pixels.read(sample)
+            else:
+                yield self._pixels[sample], ""
+
+    def close(self) -> None:
+        super().close()
+        if isinstance(self._pixels, PixelFile):
+            self._pixels.close()
 
 
 class DeviceReader(DecodedReader):
@@ -148,31 +153,40 @@ def decode_to_file(
     _announce("host", split, image_size, need, free_memory(), "this machine")
     decoder = f"{'mixed' if device.type == 'cuda' else 'cpu'}-{nvidia.dali.__version__}"
     path = Path(cache) / f"{fingerprint[:16]}-{split.name}-{image_size}-{decoder}.pixels"
+    if _is_whole(path, split, need):  # looked at before the lock: the folder may be read-only
+        return str(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_suffix(".lock")
     with locked(lock, f"another process decodes into {path}", wait=True):
-        if _is_whole(path, need):
+        if _is_whole(path, split, need):
             return str(path)
         if (free := shutil.disk_usage(path.parent).free) < need:
             raise OSError(f"data.cache {cache}: {need / 1e6:,.1f} MB are needed for the decoded "
                           f"images, {free / 1e6:,.1f} MB are free")  # fmt: skip
-        faults: dict[int, str] = {}
+        faults, sums = dict[int, str](), []
         with replacing(path) as file:
             for rows in decode_all(
                 split, faults, image_size=image_size, device=device, threads=threads
             ):
-                file.write(rows.cpu().numpy().data)
+                pixels = rows.cpu().numpy()
+                file.write(pixels.data)
+                sums.append(checksums(pixels.reshape(len(pixels), -1)))
+        write_atomically(sums_of(path), np.concatenate(sums).tobytes())
         write_atomically(_faults_of(path), json.dumps(faults, indent=1) + "\n")
     return str(path)
 
 
 def open_file(path: str, split: Split, *, image_size: int) -> Decoded:
-    """The pixels in a file that `decode_to_file` has made; processes of a node share the memory."""
-    with Path(path).open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    pixels = np.frombuffer(mapped, np.uint8).reshape(len(split), image_size, image_size, 3)
-    faults = json.loads(_faults_of(Path(path)).read_text())
-    return Decoded(pixels, {int(sample): fault for sample, fault in faults.items()}, mapped)
+    """The pixels in a file that `decode_to_file` has made.
+
+    Raises:
+        OSError: it is there no more, or not whole.
+    """
+    file = Path(path)
+    if not _is_whole(file, split, size_bytes(split, image_size)):
+        raise OSError(f"{path} is not whole any more; the same command decodes anew")
+    faults = json.loads(_faults_of(file).read_text())
+    return Decoded(PixelFile(file, image_size), {int(k): v for k, v in faults.items()})
 
 
 def size_bytes(split: Split, image_size: int) -> int:
@@ -296,5 +310,7 @@ def _faults_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _is_whole(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size and _faults_of(path).is_file()
+def _is_whole(path: Path, split: Split, size: int) -> bool:
+    expected = {path: size, sums_of(path): 8 * len(split)}
+    found = all(file.is_file() and file.stat().st_size == n for file, n in expected.items())
+    return found and _faults_of(path).is_file()

@@ -7,6 +7,7 @@ and its labels are the training's.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from dan_dist.data import shares
 from dan_dist.data.shares import Shares
-from shards.format import Shard, ShardSet, Split
+from shards.format import Shard, ShardSet, Split, open_shardset
 
 
 class Part(NamedTuple):
@@ -113,6 +114,18 @@ def describe_sets(shards: ShardSet) -> list[str]:
     parts = shards.parts if isinstance(shards, JoinedSet) else (Part(shards, 1, {}),)
     names = zip(set_names(parts), parts, strict=True)
     return [f"{name} ({part.shards.fingerprint[:8]})" for name, part in names]
+
+
+def replaced_folders(shards: ShardSet) -> list[Path]:
+    """The folders that by now hold another set, or none, than was opened in them."""
+    parts = [p.shards for p in shards.parts] if isinstance(shards, JoinedSet) else [shards]
+    found = []
+    for part in parts:
+        with suppress(OSError, ValueError):
+            if open_shardset(part.root).fingerprint == part.fingerprint:
+                continue
+        found.append(part.root)
+    return found
 
 
 def set_of(split: Split, sample: int) -> int:

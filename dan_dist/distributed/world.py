@@ -114,6 +114,20 @@ class World:
             time.sleep(POLL_S)
         return self.store.get(place).decode()
 
+    def check_equal(self, name: str, value: str) -> None:
+        """Compares a value over all ranks; where one's is not rank 0's, all ranks raise.
+
+        Raises:
+            ValueError: names the first rank that differs, and both values.
+        """
+        first = self.run_once(lambda: value)
+
+        def compare() -> None:
+            if value != first:
+                raise ValueError(f"{name} is {value}, on rank 0 it is {first}")
+
+        self.run_on_all(compare)
+
     def count_unique(self, name: str, item: int) -> int:
         """How many items the ranks have named, `item` now among them, each counted once."""
         assert self.store is not None

@@ -61,6 +61,7 @@ def main(options: EvaluateOptions, *, timeout_s: float = 60.0) -> dict[str, Any]
         shards = world.run_on_all(lambda: open_shardset(cached))
         open_inputs = open_pairs if trained.task == "identity" else open_classes
         inputs = world.run_on_all(lambda: open_inputs(shards, trained, options))
+        world.check_equal(f"{shards.root}: the images' fingerprint", shards.fingerprint)
         rows = predict(trained, inputs.split, world, heart, options.precision, inputs.select)
         details = inputs.judge(rows).details()
         report = {

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.files import write_atomically
-from shards.format import INDEX_DTYPE, Sample, Shard, write_shard
+from shards.format import Sample, Shard, write_shard
 from shards.images import to_jpeg
+from shards.index import INDEX_DTYPE
 from shards.release import Item, Read
 
 SUFFIXES = (".tar", ".idx")

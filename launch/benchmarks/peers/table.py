@@ -6,6 +6,7 @@ environment's Python runs; one that cannot be installed, or fails, has a row tha
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -23,7 +24,8 @@ PACKAGES = {  # peer → what its environment has; the first is the one whose ve
     "litdata": ["litdata==0.2.76", "torch"],
     "torch": ["torch", "numpy"],
 }
-LIMIT_S = 900
+LIMIT_S = 900  # of one answer
+INSTALL_S = 3600  # torch and CUDA are gigabytes
 ALL = (1, 2, 3, 5, 8, 64)
 
 
@@ -48,11 +50,12 @@ def _ask(name: str, folder: Path) -> dict[str, Any]:
         if not python.exists():
             venv.create(folder / "env", with_pip=True)
         _output([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-                 *PACKAGES[name]], {})  # fmt: skip
+                 *PACKAGES[name]], {}, limit_s=INSTALL_S)  # fmt: skip
         environment = {"PYTHONPATH": f"{LAUNCH}:{LAUNCH.parent}" if name == OURS else f"{LAUNCH}"}
         answers: dict[str, Any] = {"versions": _versions(python, name)}
         for part in ("small", "large"):
-            (folder / part).mkdir(exist_ok=True)
+            shutil.rmtree(folder / part, ignore_errors=True)  # of an earlier run
+            (folder / part).mkdir()
             script = [python, PEERS / f"with_{name}.py", part, folder / part]
             answers[part] = json.loads(_output(script, environment).splitlines()[-1])
     except (subprocess.SubprocessError, OSError, ValueError) as error:
@@ -61,11 +64,11 @@ def _ask(name: str, folder: Path) -> dict[str, Any]:
     return answers
 
 
-def _output(command: list[Any], environment: dict[str, str]) -> str:
+def _output(command: list[Any], environment: dict[str, str], limit_s: float = LIMIT_S) -> str:
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
     return subprocess.run(
         [str(word) for word in command], env={**kept, **environment}, check=True, text=True,
-        capture_output=True, timeout=LIMIT_S,
+        capture_output=True, timeout=limit_s,
     ).stdout  # fmt: skip
 
 
