@@ -162,15 +162,24 @@ def build_objective(config: Config, class_names: tuple[str, ...], *, is_new: boo
     is_new: there is no checkpoint to come, which would make the file of weights pointless.
     """
     torch.manual_seed(config.train.seed)
-    classes, margin = len(class_names), None
-    if config.loss.classification == "arcface":
-        margin = Margin(config.loss.arcface_s, config.loss.arcface_m)
-    network = DAN(classes, config.model.heads, cosine=margin is not None)
+    objective = make_objective(config, len(class_names))
+    network = objective.network
     if is_new and (source := config.model.weights) is not None:
         order = config.model.weights_classes
         log.info(load_weights(network, class_names, source, order))
     elif is_new:
         log.info(load_backbone(network, config.model.backbone))
+    return objective
+
+
+def make_objective(config: Config, classes: int) -> Objective:
+    """Network and losses as torch's generator gives them."""
+    margin = None
+    if config.loss.classification == "arcface":
+        margin = Margin(config.loss.arcface_s, config.loss.arcface_m)
+    network = DAN(
+        classes, config.model.heads, cosine=margin is not None, fusion=config.model.fusion
+    )
     return Objective(
         network,
         classes,
