@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from dan_dist.data.augment import MEAN, STD
+from dan_dist.inference.card import EXAMPLE, write_card
 from dan_dist.model.dan import DAN, SpatialAttention
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import ExportOptions
 from dan_dist.run.folder import check_writable
+from shards.files import write_atomically
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # of the largest logit
+TORCHS_OPSET = 18  # that torch's exporter writes, from which onnx converts to others
 TIMED_BATCH, REPEATS = 8, 9
 
 
@@ -97,7 +100,8 @@ def main(options: ExportOptions) -> list[Path]:
     """Exports a checkpoint as ONNX and as `torch.export`, and checks both against it.
 
     Returns the files, `<checkpoint>.onnx` and `<checkpoint>.pt2`: any number of images at once,
-    normalisation within; class names and sizes stand in their metadata.
+    normalisation within; class names and sizes stand in their metadata. Beside them lie a model
+    card and an example that runs without torch.
 
     Raises:
         ValueError, OSError: bad input, an export that does not give the network's logits, or the
@@ -115,7 +119,7 @@ def main(options: ExportOptions) -> list[Path]:
     files = [output / f"{trained.path.stem}.{kind}" for kind in ("onnx", "pt2")]
     partial = [file.with_name(f"{file.stem}.partial{file.suffix}") for file in files]
     try:
-        write(program, partial[0], partial[1], describe(trained))
+        write(program, partial[0], partial[1], describe(trained), options.opset)
         forms: dict[str, Callable[[Tensor], Tensor]] = {
             "network": lambda x: plain(x)[0],
             "merged": lambda x: merged(x)[0],
@@ -128,6 +132,11 @@ def main(options: ExportOptions) -> list[Path]:
     finally:
         for file in partial:
             file.unlink(missing_ok=True)
+    stem = trained.path.stem
+    for name, text in ((f"{stem}-card.md", write_card(trained, stem, options.opset)),
+                       (f"{stem}-example.py", EXAMPLE.format(stem=stem))):  # fmt: skip
+        write_atomically(output / name, text)
+        files.append(output / name)
     compare_speed(forms, size)
     for file in files:
         log.info("%s: %.1f MB", file, file.stat().st_size / 1e6)
@@ -137,7 +146,7 @@ def main(options: ExportOptions) -> list[Path]:
 def require_libraries() -> None:
     """Imports what only an export needs, which takes seconds."""
     try:
-        for name in ("onnxruntime", "onnxscript"):  # torch's exporter needs the second one
+        for name in ("onnx", "onnxruntime", "onnxscript"):  # torch's exporter needs the last one
             import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(
@@ -162,11 +171,12 @@ def describe(trained: Trained) -> dict[str, Any]:
 
 
 def write(
-    program: torch.export.ExportedProgram, onnx: Path, exported: Path, facts: dict[str, Any]
-) -> None:
+    program: torch.export.ExportedProgram, onnx: Path, exported: Path, facts: dict[str, Any],
+    opset: int,
+) -> None:  # fmt: skip
     """Writes a program in both formats, with its metadata."""
     try:
-        write_onnx(program, onnx, facts)
+        write_onnx(program, onnx, facts, opset)
         torch.export.save(program, exported, extra_files={"metadata.json": json.dumps(facts)})
     except (OSError, RuntimeError) as error:  # torch's writer makes ENOSPC a RuntimeError
         raise OSError(f"{onnx.parent} cannot be written: {error}") from error
@@ -186,15 +196,40 @@ def load_program(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda x: module(x)[0]
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path, facts: dict[str, Any]) -> None:
-    """One self-contained ONNX file; `facts` are its metadata, lists as JSON."""
+def write_onnx(
+    program: torch.export.ExportedProgram, path: Path, facts: dict[str, Any], opset: int
+) -> None:
+    """One self-contained ONNX file; `facts` are its metadata, lists as JSON.
+
+    Its format's version is the lowest that holds the opset: older runtimes refuse a newer one.
+    """
+    import onnx
+    from onnx import helper, version_converter
+
     exported = torch.onnx.export(
-        program, input_names=["pixels"], output_names=["logits", "probabilities"], verbose=False
+        program,
+        input_names=["pixels"],
+        output_names=["logits", "probabilities"],
+        dynamic_shapes=({0: "batch"},),
+        opset_version=TORCHS_OPSET,
+        verbose=False,
     )
     assert exported is not None
-    for key, value in facts.items():
-        exported.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
-    exported.save(path, external_data=False)
+    model = exported.model_proto
+    if opset != TORCHS_OPSET:
+        model = version_converter.convert_version(model, opset)
+    model.ir_version = helper.find_min_ir_version_for(model.opset_import)
+    for node in model.graph.node:
+        node.ClearField("metadata_props")  # where its line of Python lies
+        if node.op_type == "ReduceMean" and opset < 18:  # the converter leaves what 18 added
+            kept = [a for a in node.attribute if a.name != "noop_with_empty_axes"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    helper.set_model_props(
+        model, {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
+    )
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from dan_dist.model.authors import AUTHORS_SIZE, read_authors
 from dan_dist.model.classes import check_names, class_order, columns_of, join_names
@@ -69,6 +70,7 @@ class Trained(NamedTuple):
     step: int  # optimiser steps; in the authors' files, epochs
     config: dict[str, Any]  # of the training; empty in the authors' files
     run_id: str | None  # MLflow's, of the training
+    facts: dict[str, Any]  # sets, fingerprint, the best evaluation and its images, if it names them
 
     @property
     def name(self) -> str:
@@ -112,7 +114,7 @@ def load_trained(
         if weights == "average":
             raise ValueError(f"{path} holds no average of the weights")
         network, names, epochs = read_authors(path, content, classes)
-        return Trained(path, network, names, AUTHORS_SIZE, epochs, {}, None)
+        return Trained(path, network, names, AUTHORS_SIZE, epochs, {}, None, {})
     trained = _ours(path, content, weights)
     if task not in (None, trained.task):
         raise ValueError(
@@ -143,13 +145,16 @@ def _ours(path: Path, content: dict[str, Any], weights: Which) -> Trained:
         raise ValueError(f"{path} holds no average of the weights; optim.ema keeps one")
     tensors = learned(content, average=weights != "trained")
     own = {k.removeprefix(NETWORK): v for k, v in tensors.items() if k.startswith(NETWORK)}
+    facts = {key: content[key] for key in ("sets", "fingerprint", "best") if key in content}
+    if isinstance(right := content.get("right"), Tensor):
+        facts["images"] = right.numel()
     network = fill_network(
         len(names), known.model.heads, own, path,
         cosine=known.loss.classification == "arcface", fusion=known.model.fusion,
     )  # fmt: skip
     return Trained(
         path, network, tuple(names), known.model.image_size, content["step"], content["config"],
-        content.get("run_id"),
+        content.get("run_id"), facts,
     )  # fmt: skip
 
 
@@ -169,6 +174,9 @@ def load_weights(network: DAN, class_names: tuple[str, ...], source: str,
             f"model.weights {source} has {len(trained.network.heads)} heads, model.heads is "
             f"{len(network.heads)}"
         )
+    fused = ""
+    if trained.network.fusion != network.fusion:
+        fused = f"; its heads were fused by {trained.network.fusion}, here by {network.fusion}"
     state = trained.network.state_dict()
     ending = [k for k in state if k.startswith(("classifier.", "logit_norm."))]
     columns = columns_of(trained.class_names, class_names)
@@ -179,4 +187,4 @@ def load_weights(network: DAN, class_names: tuple[str, ...], source: str,
         state |= {k: state[k][columns] for k in ending if state[k].ndim}
         end = "classifier and all"
     network.load_state_dict(state, strict=False)
-    return f"network: from {trained.path}, {end}"
+    return f"network: from {trained.path}, {end}{fused}"

@@ -27,9 +27,8 @@ RESUMED = (*KEYS, "optimizer", "run_id", "evaluated", "replaced", "replaced_sinc
 # Beside tensors and plain values, what training scripts leave in their files: constructors of
 # values that run no code of the file, by the names that files give them.
 HARMLESS: list[Any] = [
-    *[(np._core.multiarray.scalar, f"{module}.multiarray.scalar")
-      for module in ("numpy.core", "numpy._core")],
-    *[(np._core.multiarray._reconstruct, f"{module}.multiarray._reconstruct")
+    *[(value.__reduce__()[0], f"{module}.multiarray.{name}")
+      for value, name in ((np.float64(0), "scalar"), (np.zeros(1), "_reconstruct"))
       for module in ("numpy.core", "numpy._core")],
     np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdgFDUSO"},
     argparse.Namespace, pathlib.PosixPath,
