@@ -1,6 +1,7 @@
 """Weights in circulation: whatever holds all tensors of a network loads, and runs no code."""
 
 import argparse
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from authors import authors_state
 from safetensors.torch import save_file
 from torch import Tensor
 
+from conftest import LAUNCH
 from dan_dist.model.authors import authors_name
 from dan_dist.model.backbone import load_backbone
 from dan_dist.model.dan import DAN
@@ -113,6 +115,16 @@ def test_what_does_not_fit_says_what_fits_and_what_is_left(tmp_path: Path) -> No
     assert "162 of 164 tensors match (in 'model' under 'net.')" in line, line
     assert "missing or of another shape: net.features.0.weight, net.bn.bias;" in line
     assert r"unknown: net.extra, odd\x1b[31m" in line
+
+
+def test_the_documented_lines_give_a_module(dan_run: Path) -> None:
+    text = (LAUNCH / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(from pathlib.*?)```", text, re.S)
+    assert len(lines.splitlines()) == 3
+    found: dict[str, Any] = {}
+    exec(lines.replace("runs/affectnet8", str(dan_run)), found)
+    assert isinstance(found["network"], torch.nn.Module)
+    assert found["network"](torch.zeros(2, 3, 32, 32)).logits.shape == (2, 8)
 
 
 def test_code_is_named_and_not_run(tmp_path: Path) -> None:
