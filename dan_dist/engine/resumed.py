@@ -74,14 +74,17 @@ def check_optimizer(found: Mapping[str, Any], objective: Objective, optim: Optim
         return
     if {*state} != {*range(first)} or not all(is_count(key) for key in state):
         raise ValueError(f"optimizer.state is not of {first} parameters")
+    wanted = MOMENTS[optim.name]
     for number, parameter in enumerate(p for parameters in groups for p in parameters):
         own = state[number]
-        if not isinstance(own, dict) or not {*own} <= MOMENTS[optim.name]:
+        kept = {*own} if isinstance(own, dict) else None
+        if kept != {*state[0]} or not (kept == wanted or (not kept and optim.name == "sgd")):
             raise ValueError(f"optimizer.state.{number} is not of {optim.name}")
         for key, moment in own.items():
             name = f"optimizer.state.{number}.{key}"
             if key == "momentum_buffer" and moment is None:
                 continue
-            check_tensor(name, moment, torch.Size() if key == "step" else parameter.shape)
+            shape = torch.Size() if key == "step" else parameter.shape
+            check_tensor(name, moment, shape)
             if not moment.is_floating_point() or moment.isnan().any():
                 raise ValueError(f"{name} holds what is no number")
