@@ -75,10 +75,11 @@ def check_optimizer(found: Mapping[str, Any], objective: Objective, optim: Optim
     if {*state} != {*range(first)} or not all(is_count(key) for key in state):
         raise ValueError(f"optimizer.state is not of {first} parameters")
     wanted = MOMENTS[optim.name]
+    is_plain_sgd = optim.name == "sgd" and all(own == {} for own in state.values())
     for number, parameter in enumerate(p for parameters in groups for p in parameters):
         own = state[number]
         kept = {*own} if isinstance(own, dict) else None
-        if kept != {*state[0]} or not (kept == wanted or (not kept and optim.name == "sgd")):
+        if kept != wanted and not is_plain_sgd:
             raise ValueError(f"optimizer.state.{number} is not of {optim.name}")
         for key, moment in own.items():
             name = f"optimizer.state.{number}.{key}"

@@ -21,7 +21,7 @@ for path in sys.argv[1:]:
     face = face.resize((size, size), Image.Resampling.BILINEAR)
     pixels = numpy.asarray(face, numpy.float32).transpose(2, 0, 1)[None]
     row = session.run(["probabilities"], {{"pixels": pixels}})[0][0]
-    print(path, names[row.argmax()], dict(zip(names, row.round(4).tolist())))
+    print(path, names[row.argmax()], {{n: round(float(p), 4) for n, p in zip(names, row)}})
 '''
 
 CARD = """\

@@ -3,9 +3,11 @@
 import copy
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,19 @@ def load_program(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda x: module(x)[0]
 
 
+def plain_log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The log-softmax by steps of one shape, which OpenCV 4.8 computes as they stand.
+
+    Its own log-softmax is the logarithm of a softmax, which may be 0; the logarithm of a sum of
+    exponentials it takes for log(1 + exp x), but not that of their mean.
+    """
+    parts = x.unbind(dim)
+    largest = reduce(torch.maximum, parts)
+    mean = reduce(torch.add, [(part - largest).exp() for part in parts]) / len(parts)
+    shift = largest + mean.log() + math.log(len(parts))
+    return torch.stack([part - shift for part in parts], dim)
+
+
 def write_onnx(
     program: torch.export.ExportedProgram, path: Path, facts: dict[str, Any], opset: int
 ) -> None:
@@ -206,8 +221,9 @@ def write_onnx(
     import onnx
     from onnx import helper, version_converter
 
+    by_steps = {torch.ops.aten.log_softmax.int: plain_log_softmax}
     exported = torch.onnx.export(
-        program,
+        program.run_decompositions(by_steps),
         input_names=["pixels"],
         output_names=["logits", "probabilities"],
         dynamic_shapes=({0: "batch"},),
@@ -221,7 +237,9 @@ def write_onnx(
     model.ir_version = helper.find_min_ir_version_for(model.opset_import)
     for node in model.graph.node:
         node.ClearField("metadata_props")  # where its line of Python lies
-        if node.op_type == "ReduceMean" and opset < 18:  # the converter leaves what 18 added
+        if (
+            node.op_type in ("ReduceMean", "ReduceMax") and opset < 18
+        ):  # the converter leaves what 18 added
             kept = [a for a in node.attribute if a.name != "noop_with_empty_axes"]
             del node.attribute[:]
             node.attribute.extend(kept)
