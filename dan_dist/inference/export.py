@@ -211,6 +211,16 @@ def plain_log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> 
     return torch.stack([part - shift for part in parts], dim)
 
 
+def plain_sum(x: Tensor, dim: list[int], *others: Any, **options: Any) -> Any:
+    """The sum over heads of (B, k, D) by steps; OpenCV 4.8 sums over another axis."""
+    return reduce(torch.add, x.unbind(dim[0])) if x.ndim == 3 else NotImplemented
+
+
+def plain_mean(x: Tensor, dim: list[int], *others: Any, **options: Any) -> Any:
+    """The mean over heads, as `plain_sum`."""
+    return plain_sum(x, dim) / x.size(dim[0]) if x.ndim == 3 else NotImplemented
+
+
 def write_onnx(
     program: torch.export.ExportedProgram, path: Path, facts: dict[str, Any], opset: int
 ) -> None:
@@ -221,7 +231,11 @@ def write_onnx(
     import onnx
     from onnx import helper, version_converter
 
-    by_steps = {torch.ops.aten.log_softmax.int: plain_log_softmax}
+    by_steps: dict[Any, Callable[..., Any]] = {
+        torch.ops.aten.log_softmax.int: plain_log_softmax,
+        torch.ops.aten.sum.dim_IntList: plain_sum,
+        torch.ops.aten.mean.dim: plain_mean,
+    }
     exported = torch.onnx.export(
         program.run_decompositions(by_steps),
         input_names=["pixels"],

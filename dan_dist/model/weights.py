@@ -145,7 +145,9 @@ def _ours(path: Path, content: dict[str, Any], weights: Which) -> Trained:
         raise ValueError(f"{path} holds no average of the weights; optim.ema keeps one")
     tensors = learned(content, average=weights != "trained")
     own = {k.removeprefix(NETWORK): v for k, v in tensors.items() if k.startswith(NETWORK)}
-    facts = {key: content[key] for key in ("sets", "fingerprint", "best") if key in content}
+    facts: dict[str, Any] = {
+        key: content[key] for key in ("sets", "fingerprint", "best") if key in content
+    }
     if isinstance(right := content.get("right"), Tensor):
         facts["images"] = right.numel()
     network = fill_network(
