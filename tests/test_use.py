@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import mlflow
 import numpy as np
 import onnx as onnx_format
@@ -194,6 +195,10 @@ def test_exported_files_give_the_networks_logits(
     assert json.loads(facts["size"]) == 32 and json.loads(facts["mean"]) == list(MEAN)
     assert json.loads(extra["metadata.json"])["class_names"] == list(faces.class_names)
     paths = crop_files(faces, tmp_path / "crops")
+    other = cv2.dnn.readNetFromONNX(str(onnx))
+    other.setInput(noise := np.random.default_rng(0).uniform(0, 255, (1, 3, 32, 32)).astype("f4"))
+    assert np.allclose(other.forward("logits"), session.run(["logits"], {"pixels": noise})[0],
+                       atol=1e-4)  # fmt: skip
     alone = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; "
     alone += "runpy.run_path(sys.argv[0])"
     done = run(sys.executable, "-I", "-c", alone, example, *paths[:2], cwd=tmp_path)
