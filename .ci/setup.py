@@ -17,6 +17,7 @@ DEPENDENCIES = [
     "mlflow>=3.10",
     "pydantic>=2.10",
     "pyyaml>=6",
+    "safetensors>=0.4",
     "numpy>=2",
     "pillow>=11",
     "simplejpeg>=1.8",

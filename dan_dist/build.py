@@ -34,7 +34,7 @@ from dan_dist.engine.passes import check_split
 from dan_dist.engine.precision import resolve_precision
 from dan_dist.evaluation.task import Task, expressions, identities
 from dan_dist.model.backbone import load_backbone
-from dan_dist.model.classes import join_names
+from dan_dist.model.classes import check_names, join_names
 from dan_dist.model.dan import DAN, cost
 from dan_dist.model.losses import Margin, Objective
 from dan_dist.model.weights import load_weights
@@ -132,6 +132,7 @@ def check_data(config: Config, world: World, shards: ShardSet) -> TrainingData:
         FileNotFoundError, ValueError: classes, splits or the global batch do not fit, or
             `train.output` cannot be written.
     """
+    check_names(list(shards.class_names), str(shards.root))
     expected = config.data.classes
     if expected is not None and tuple(expected) != shards.class_names:
         raise ValueError(
@@ -164,24 +165,29 @@ def build_objective(config: Config, class_names: tuple[str, ...], *, is_new: boo
     is_new: there is no checkpoint to come, which would make the file of weights pointless.
     """
     torch.manual_seed(config.train.seed)
-    classes, margin = len(class_names), None
-    if config.loss.classification == "arcface":
-        margin = Margin(config.loss.arcface_s, config.loss.arcface_m)
-    network = DAN(classes, config.model.heads, cosine=margin is not None)
+    objective = make_objective(config, len(class_names))
+    network = objective.network
     if is_new and (source := config.model.weights) is not None:
         order = config.model.weights_classes
         log.info(load_weights(network, class_names, source, order))
     elif is_new:
         log.info(load_backbone(network, config.model.backbone))
+    return objective
+
+
+def make_objective(config: Config, classes: int) -> Objective:
+    """Network and losses as torch's generator gives them."""
+    model, loss = config.model, config.loss
+    is_cosine = loss.classification == "arcface"
     return Objective(
-        network,
+        DAN(classes, model.heads, cosine=is_cosine, fusion=model.fusion),
         classes,
-        fcn=config.loss.fcn,
-        afn=config.loss.afn,
-        lambda_fcn=config.loss.lambda_fcn,
-        lambda_afn=config.loss.lambda_afn,
-        margin=margin,
-        label_smoothing=config.loss.label_smoothing,
+        fcn=loss.fcn,
+        afn=loss.afn,
+        lambda_fcn=loss.lambda_fcn,
+        lambda_afn=loss.lambda_afn,
+        margin=Margin(loss.arcface_s, loss.arcface_m) if is_cosine else None,
+        label_smoothing=loss.label_smoothing,
     )
 
 

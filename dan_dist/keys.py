@@ -76,7 +76,8 @@ def _kind(field: Mapping[str, Any]) -> str:
     if field["type"] == "null":
         return "null"
     if "minimum" in field and "maximum" in field:
-        return f"{KINDS[field['type']]} from {field['minimum']} to {field['maximum']}"
+        steps = f", a multiple of {field['multipleOf']}" if "multipleOf" in field else ""
+        return f"{KINDS[field['type']]} from {field['minimum']} to {field['maximum']}{steps}"
     bounds = [text.format(field[name]) for name, text in BOUNDS.items() if name in field]
     if field["type"] == "array":
         count = f"{field['minItems']} × " if "minItems" in field else ""

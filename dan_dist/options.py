@@ -7,6 +7,7 @@ from typing import Any, Literal
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"]
 Weights = Literal["auto", "average", "trained"]
+Opset = Literal[17, 18, 19, 20, 21, 22, 23, 24]
 
 
 def argument(text: str, *, default: Any = MISSING) -> Any:
@@ -110,10 +111,12 @@ class ExportOptions:
     Writes CHECKPOINT.onnx and CHECKPOINT.pt2 (torch.export): BatchNorms folded, each head's
     parallel convolutions merged into one, any number of images at once, normalisation within, class
     names in the metadata. Both are checked against the network, and timed beside it on the CPU.
+    CHECKPOINT-card.md describes the network, CHECKPOINT-example.py predicts without torch.
     """
 
     checkpoint: Path = argument(CHECKPOINT)
     output: Path | None = option("folder; default: the checkpoint's", None)
+    opset: Opset = option("version of ONNX's operators; ONNX Runtime 1.15 reads up to 19", 17)
     classes: str | None = option(CLASSES, None)
     weights: Weights = option(WEIGHTS, "auto")
 
@@ -125,11 +128,11 @@ class AblateOptions:
         python launch/ablate.py heads --config configs/demo.yaml --seeds 3
         python launch/ablate.py model.heads=1,2,4 loss.fcn=center,affinity train.epochs=10
 
-    `heads` (0 to 8; the paper's figure 5), `fcn-loss` (its table 1) and `afn-loss` (table 2) are
-    grids that come along; any `section.key=value,value` adds an axis, any `section.key=value` holds
-    for all. Each run is trained under torchrun, one after another; the same command goes on where
-    it was stopped and trains what is missing. MLflow holds the runs under one parent, with the
-    tables and figures.
+    `heads` (0 to 8; the paper's figure 5), `fcn-loss` (its table 1), `afn-loss` (table 2) and
+    `fusion` (how heads are fused) are grids that come along; any `section.key=value,value` adds an
+    axis, any `section.key=value` holds for all. Each run is trained under torchrun, one after
+    another; the same command goes on where it was stopped and trains what is missing. MLflow holds
+    the runs under one parent, with the tables and figures.
     """
 
     words: tuple[str, ...] = argument(

@@ -3,7 +3,7 @@
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dan_dist.data_schema import Data
 from dan_dist.values import (
@@ -14,14 +14,27 @@ from dan_dist.values import (
     Section,
 )
 
+MOST_PIXELS, MOST_HEADS = 1024, 64  # beyond them memory ends, not learning
+
 
 class Model(Section):
     """The network, and what its weights start from."""
 
     image_size: int = Field(
-        default=224, ge=32, multiple_of=32, description="side of the network's input in pixels"
+        default=224,
+        ge=32,
+        le=MOST_PIXELS,
+        multiple_of=32,
+        description="side of the network's input in pixels",
     )
-    heads: int = Field(default=4, ge=0, description="attention heads; 0 is the baseline ResNet-18")
+    heads: int = Field(
+        default=4, ge=0, le=MOST_HEADS, description="attention heads; 0 is the baseline ResNet-18"
+    )
+    fusion: Literal["log_softmax", "mean"] = Field(
+        default="log_softmax",
+        description="what the classifier sees of several heads: the sum of their log-softmax, as "
+        "in the paper, or their mean",
+    )
     backbone: str = Field(
         default="none",
         description="start of the ResNet-18: a weights file or checkpoint, 'imagenet', or "
@@ -45,10 +58,10 @@ class Loss(Section):
     fcn: Literal["affinity", "center", "none"] = Field(
         default="affinity", description="loss of the feature clustering network"
     )
-    afn: Literal["partition", "partition_batch", "none"] = Field(
+    afn: Literal["partition", "partition_release", "none"] = Field(
         default="partition",
         description="loss of the attention fusion network: per image as in the paper, "
-        "or over the batch as in the authors' release",
+        "or one logarithm for the batch as in the authors' release",
     )
     lambda_fcn: float = Field(default=1.0, ge=0, description="weight of loss.fcn")
     lambda_afn: float = Field(default=1.0, ge=0, description="weight of loss.afn")
@@ -60,6 +73,16 @@ class Loss(Section):
     label_smoothing: Part = Field(
         default=0.0, description="part of a label spread over all classes"
     )
+
+    @field_validator("afn", mode="before")
+    @classmethod
+    def _has_another_name(cls, value: Any) -> Any:
+        if value == "partition_batch":
+            raise ValueError(
+                "loss.afn: partition_batch has gone; the form of the authors' release is "
+                "partition_release, whose variance is averaged over the channels as well"
+            )
+        return value
 
 
 class Optim(Section):

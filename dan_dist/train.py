@@ -8,10 +8,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from dan_dist.build import (
     TrainingData,
     build_engine,
     build_objective,
+    make_objective,
     open_data,
     open_tracker,
     open_train_loader,
@@ -23,6 +26,7 @@ from dan_dist.data.mixture import describe_sets, replaced_folders
 from dan_dist.distributed.heartbeat import Heartbeat, session
 from dan_dist.distributed.world import World
 from dan_dist.engine.ddp import Engine
+from dan_dist.engine.resumed import check_state
 from dan_dist.evaluation.metrics import format_metrics
 from dan_dist.header import log_data, log_place
 from dan_dist.model.backbone import write_backbone
@@ -177,12 +181,22 @@ def read_checkpoint(path: str, config: Config, data: TrainingData) -> dict[str, 
             f"{' + '.join(sets)}: a set joins or leaves only in a new run; give another "
             "train.output"
         )
+    try:
+        known = resolve(content["config"])
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be gone on from: {error}") from error
     check_continues(
         Path(path),
-        resolve(content["config"]),
+        known,
         flatten(config.model_dump()),
         same_data=content["fingerprint"] == data.shards.fingerprint,
     )
+    with torch.device("meta"):
+        objective = make_objective(config, len(data.class_names))
+    try:
+        check_state(content, objective, config.optim)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
     return content
 
 

@@ -127,7 +127,7 @@ def graph_breaks(model: Objective) -> tuple[int, list[Any]]:
     return found.graph_count, found.break_reasons
 
 
-@pytest.mark.parametrize("afn", ["partition", "partition_batch"])
+@pytest.mark.parametrize("afn", ["partition", "partition_release"])
 def test_the_objective_is_one_graph_at_two_ranks(two_ranks: None, afn: AfnLoss) -> None:
     shares = Shares(CPU, torch.float32)
     shares.announce((4, 4))

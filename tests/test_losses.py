@@ -14,8 +14,8 @@ from dan_dist.model.losses import (
     affinity_loss,
     arcface_logits,
     center_loss,
-    partition_batch_loss,
     partition_loss,
+    partition_release_loss,
 )
 
 FEATURES = torch.tensor([[1.0, 2.0], [0.0, -1.0], [3.0, 0.0]], dtype=torch.float64)
@@ -59,9 +59,20 @@ def test_partition_loss_is_equation_6() -> None:
         (math.log(1 + 2 / e) + math.log(1 + 2 / (18 + e))) / 2,
     ]
     assert partition_loss(heads).tolist() == pytest.approx(expected, rel=1e-14)
-    # The release's form: batch means of the variances, (1, 9), inside the log
-    batch = (math.log(1 + 2 / (1 + e)) + math.log(1 + 2 / (9 + e))) / 2
-    assert partition_batch_loss(heads).item() == pytest.approx(batch, rel=1e-14)
+
+
+def test_the_releases_partition_loss_is_one_logarithm() -> None:
+    """σ² averaged over images and channels: of (2, 0) and (0, 18), and of (3, 12) alone."""
+    heads = torch.tensor([[[0.0, 1.0], [2.0, 1.0]], [[1.0, 0.0], [1.0, 6.0]]], dtype=torch.float64)
+    assert partition_release_loss(heads).item() == pytest.approx(math.log(1 + 2 / 5), rel=1e-14)
+    three = torch.tensor([[[0.0, 0.0], [3.0, 6.0], [0.0, 6.0]]], dtype=torch.float64)
+    # Unbiased over k = 3: of 0, 3, 0 it is 3, of 0, 6, 6 it is 12
+    assert partition_release_loss(three).item() == pytest.approx(math.log(1 + 3 / 7.5), rel=1e-14)
+    equal = torch.ones(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    loss = partition_release_loss(equal)
+    assert loss.item() == pytest.approx(math.log(1 + 4 / 2**-52), rel=1e-14)
+    (gradient,) = torch.autograd.grad(loss, equal)
+    assert gradient.isfinite().all()
 
 
 def test_arcface_is_its_equation_3() -> None:
@@ -110,8 +121,28 @@ def test_attention_fusion_is_equation_5() -> None:
     assert torch.allclose(output.heads.exp().sum(dim=1), torch.ones(4, 512).double())
 
 
+def test_the_mean_of_heads_is_classified_and_their_log_softmax_partitioned() -> None:
+    torch.manual_seed(0)
+    plain = DAN(classes=3, heads=3).double().eval()
+    network = DAN(classes=3, heads=3, fusion="mean").double().eval()
+    network.load_state_dict(plain.state_dict())
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        output, other = network(images), plain(images)
+        x = network.backbone(images)
+        attended = torch.stack([head(x) for head in network.heads])
+    weight, bias = network.classifier.weight, network.classifier.bias
+    logits = F.linear(attended.mean(dim=0), weight, bias) / math.sqrt(1 + network.logit_norm.eps)
+    assert torch.allclose(output.logits, logits, rtol=1e-10)
+    assert not torch.allclose(output.logits, other.logits)
+    assert torch.equal(output.heads, other.heads)
+    one, mean = DAN(3, 1).eval(), DAN(3, 1, fusion="mean").eval()
+    mean.load_state_dict(one.state_dict())
+    assert torch.equal(one(images.float()).logits, mean(images.float()).logits)
+
+
 @pytest.mark.parametrize("fcn", ["affinity", "center", "none"])
-@pytest.mark.parametrize("afn", ["partition", "partition_batch", "none"])
+@pytest.mark.parametrize("afn", ["partition", "partition_release", "none"])
 def test_objective_is_equation_7_and_its_parts_add_up(fcn: str, afn: str) -> None:
     torch.manual_seed(0)
     objective = Objective(DAN(5, 2), 5, fcn=fcn, afn=afn, lambda_fcn=0.5, lambda_afn=2.0).double()

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import mlflow
 import numpy as np
+import onnx as onnx_format
 import onnxruntime
 import pandas as pd
 import pytest
@@ -168,7 +170,23 @@ def test_exported_files_give_the_networks_logits(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "times as fast as the network" in done.stdout
     onnx, program = out / "best.onnx", out / "best.pt2"
-    assert set(out.iterdir()) == {onnx, program}
+    card, example = out / "best-card.md", out / "best-example.py"
+    assert set(out.iterdir()) == {onnx, program, card, example}
+    for part in (
+        "Wilson",
+        "split `val`",
+        faces.fingerprint,
+        "Intended use",
+        "Licences",
+        "opset 17",
+    ):
+        assert part in card.read_text()
+    model = onnx_format.load(onnx)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)]
+    assert model.ir_version == 8  # what ONNX Runtime 1.15 reads at most is 9
+    for value in (*model.graph.input, *model.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert b"dan_dist/" not in onnx.read_bytes()  # no path of this machine
     session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
     extra = {"metadata.json": ""}
     module = torch.export.load(program, extra_files=extra).module()
@@ -177,10 +195,22 @@ def test_exported_files_give_the_networks_logits(
     assert json.loads(facts["size"]) == 32 and json.loads(facts["mean"]) == list(MEAN)
     assert json.loads(extra["metadata.json"])["class_names"] == list(faces.class_names)
     paths = crop_files(faces, tmp_path / "crops")
+    other = cv2.dnn.readNetFromONNX(str(onnx))
+    other.setInput(noise := np.random.default_rng(0).uniform(0, 255, (1, 3, 32, 32)).astype("f4"))
+    assert np.allclose(other.forward("logits"), session.run(["logits"], {"pixels": noise})[0],
+                       atol=1e-4)  # fmt: skip
+    alone = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; "
+    alone += "runpy.run_path(sys.argv[0])"
+    done = run(sys.executable, "-I", "-c", alone, example, *paths[:2], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
     pixels = np.stack([np.asarray(decode(p.read_bytes())) for p in paths]).transpose(0, 3, 1, 2)
     scaled = (pixels / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
     with torch.no_grad():
         logits = network(torch.from_numpy(scaled).float()).logits
+    for line, path, row in zip(lines, paths, logits, strict=False):
+        assert line.startswith(f"{path} {faces.class_names[int(row.argmax())]} {{")
+    assert len(lines) == 2
     for images in (1, 16):
         given, expected = pixels[:images].astype(np.float32), logits[:images]
         both = session.run(["logits", "probabilities"], {"pixels": given})

@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from dan_dist.config import Optim
 from dan_dist.model.losses import Objective
 
-# Settings of a group that belong to the machine, not to the training: checkpoints change machines
-OF_THE_MACHINE = ("lr", "fused", "foreach", "capturable", "differentiable")
-
 
 class Group(NamedTuple):
     """Parameters that the optimiser treats alike."""
@@ -64,9 +61,13 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Puts back what `optimizer_state` gave, on whatever device and by whatever kernels."""
+    """Puts back what `optimizer_state` gave, on whatever device and by whatever kernels.
+
+    Settings are this optimiser's own: those of the training stand in its configuration, and others
+    belong to the machine.
+    """
     groups = [
-        {**saved, **{key: own[key] for key in OF_THE_MACHINE if key in own}}
+        {**own, "params": saved["params"]}
         for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})

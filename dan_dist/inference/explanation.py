@@ -19,6 +19,7 @@ from dan_dist.inference.metrics import class_separation, head_overlap
 from dan_dist.model.arithmetic import choose_arithmetic
 from dan_dist.model.classes import columns_of
 from dan_dist.model.weights import Trained
+from dan_dist.run.plain import refuse_not_finite
 from shards.format import Split
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ def look(
     log.info("%s: maps of %d faces", trained.path, len(faces.split))
     for images in batches(trained, faces.split, world):
         logits, maps = attention_maps(trained.network, images)
+        refuse_not_finite(f"{trained.path}: the output", logits)
         probabilities = logits.softmax(dim=1).cpu().numpy()
         pixels = images.permute(0, 2, 3, 1).cpu() * torch.tensor(STD) + torch.tensor(MEAN)
         for row, image, own in zip(probabilities, pixels.clip(0, 1).numpy(), maps, strict=True):

@@ -3,9 +3,11 @@
 import copy
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,17 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from dan_dist.data.augment import MEAN, STD
+from dan_dist.inference.card import EXAMPLE, write_card
 from dan_dist.model.dan import DAN, SpatialAttention
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import ExportOptions
 from dan_dist.run.folder import check_writable
+from shards.files import write_atomically
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # of the largest logit
+TORCHS_OPSET = 18  # that torch's exporter writes, from which onnx converts to others
 TIMED_BATCH, REPEATS = 8, 9
 
 
@@ -97,7 +102,8 @@ def main(options: ExportOptions) -> list[Path]:
     """Exports a checkpoint as ONNX and as `torch.export`, and checks both against it.
 
     Returns the files, `<checkpoint>.onnx` and `<checkpoint>.pt2`: any number of images at once,
-    normalisation within; class names and sizes stand in their metadata.
+    normalisation within; class names and sizes stand in their metadata. Beside them lie a model
+    card and an example that runs without torch.
 
     Raises:
         ValueError, OSError: bad input, an export that does not give the network's logits, or the
@@ -115,7 +121,7 @@ def main(options: ExportOptions) -> list[Path]:
     files = [output / f"{trained.path.stem}.{kind}" for kind in ("onnx", "pt2")]
     partial = [file.with_name(f"{file.stem}.partial{file.suffix}") for file in files]
     try:
-        write(program, partial[0], partial[1], describe(trained))
+        write(program, partial[0], partial[1], describe(trained), options.opset)
         forms: dict[str, Callable[[Tensor], Tensor]] = {
             "network": lambda x: plain(x)[0],
             "merged": lambda x: merged(x)[0],
@@ -128,6 +134,11 @@ def main(options: ExportOptions) -> list[Path]:
     finally:
         for file in partial:
             file.unlink(missing_ok=True)
+    stem = trained.path.stem
+    for name, text in ((f"{stem}-card.md", write_card(trained, stem, options.opset)),
+                       (f"{stem}-example.py", EXAMPLE.format(stem=stem))):  # fmt: skip
+        write_atomically(output / name, text)
+        files.append(output / name)
     compare_speed(forms, size)
     for file in files:
         log.info("%s: %.1f MB", file, file.stat().st_size / 1e6)
@@ -137,7 +148,7 @@ def main(options: ExportOptions) -> list[Path]:
 def require_libraries() -> None:
     """Imports what only an export needs, which takes seconds."""
     try:
-        for name in ("onnxruntime", "onnxscript"):  # torch's exporter needs the second one
+        for name in ("onnx", "onnxruntime", "onnxscript"):  # torch's exporter needs the last one
             import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(
@@ -162,11 +173,12 @@ def describe(trained: Trained) -> dict[str, Any]:
 
 
 def write(
-    program: torch.export.ExportedProgram, onnx: Path, exported: Path, facts: dict[str, Any]
-) -> None:
+    program: torch.export.ExportedProgram, onnx: Path, exported: Path, facts: dict[str, Any],
+    opset: int,
+) -> None:  # fmt: skip
     """Writes a program in both formats, with its metadata."""
     try:
-        write_onnx(program, onnx, facts)
+        write_onnx(program, onnx, facts, opset)
         torch.export.save(program, exported, extra_files={"metadata.json": json.dumps(facts)})
     except (OSError, RuntimeError) as error:  # torch's writer makes ENOSPC a RuntimeError
         raise OSError(f"{onnx.parent} cannot be written: {error}") from error
@@ -186,15 +198,70 @@ def load_program(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda x: module(x)[0]
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path, facts: dict[str, Any]) -> None:
-    """One self-contained ONNX file; `facts` are its metadata, lists as JSON."""
+def plain_log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The log-softmax by steps of one shape, which OpenCV 4.8 computes as they stand.
+
+    Its own log-softmax is the logarithm of a softmax, which may be 0; the logarithm of a sum of
+    exponentials it takes for log(1 + exp x), but not that of their mean.
+    """
+    parts = x.unbind(dim)
+    largest = reduce(torch.maximum, parts)
+    mean = reduce(torch.add, [(part - largest).exp() for part in parts]) / len(parts)
+    shift = largest + mean.log() + math.log(len(parts))
+    return torch.stack([part - shift for part in parts], dim)
+
+
+def plain_sum(x: Tensor, dim: list[int], *others: Any, **options: Any) -> Any:
+    """The sum over heads of (B, k, D) by steps; OpenCV 4.8 sums over another axis."""
+    return reduce(torch.add, x.unbind(dim[0])) if x.ndim == 3 else NotImplemented
+
+
+def plain_mean(x: Tensor, dim: list[int], *others: Any, **options: Any) -> Any:
+    """The mean over heads, as `plain_sum`."""
+    return plain_sum(x, dim) / x.size(dim[0]) if x.ndim == 3 else NotImplemented
+
+
+def write_onnx(
+    program: torch.export.ExportedProgram, path: Path, facts: dict[str, Any], opset: int
+) -> None:
+    """One self-contained ONNX file; `facts` are its metadata, lists as JSON.
+
+    Its format's version is the lowest that holds the opset: older runtimes refuse a newer one.
+    """
+    import onnx
+    from onnx import helper, version_converter
+
+    by_steps: dict[Any, Callable[..., Any]] = {
+        torch.ops.aten.log_softmax.int: plain_log_softmax,
+        torch.ops.aten.sum.dim_IntList: plain_sum,
+        torch.ops.aten.mean.dim: plain_mean,
+    }
     exported = torch.onnx.export(
-        program, input_names=["pixels"], output_names=["logits", "probabilities"], verbose=False
+        program.run_decompositions(by_steps),
+        input_names=["pixels"],
+        output_names=["logits", "probabilities"],
+        dynamic_shapes=({0: "batch"},),
+        opset_version=TORCHS_OPSET,
+        verbose=False,
     )
     assert exported is not None
-    for key, value in facts.items():
-        exported.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
-    exported.save(path, external_data=False)
+    model = exported.model_proto
+    if opset != TORCHS_OPSET:
+        model = version_converter.convert_version(model, opset)
+    model.ir_version = helper.find_min_ir_version_for(model.opset_import)
+    for node in model.graph.node:
+        node.ClearField("metadata_props")  # where its line of Python lies
+        if (
+            node.op_type in ("ReduceMean", "ReduceMax") and opset < 18
+        ):  # the converter leaves what 18 added
+            kept = [a for a in node.attribute if a.name != "noop_with_empty_axes"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    helper.set_model_props(
+        model, {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
+    )
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, path)
 
 
 @torch.no_grad()

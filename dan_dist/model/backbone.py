@@ -1,25 +1,39 @@
 """ResNet-18 backbones: read from files of many kinds, written by a training on identities."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor
 
-from dan_dist.model.authors import authors_name
+from dan_dist.model.authors import STAGES
+from dan_dist.model.classes import join_names
 from dan_dist.model.dan import CHANNELS, DAN
-from dan_dist.model.state_dict import named_tensors
-from dan_dist.run.checkpoint import NETWORK, learned, load, read, save
+from dan_dist.model.state_dict import Place, find_places, match
+from dan_dist.run.checkpoint import FORMAT, NETWORK, check, learned, load, read, save
+from dan_dist.run.plain import refuse_not_finite
 
 BACKBONE = "backbone.pth"
+
+
+def _in_a_row(key: str) -> str:
+    """The name of a tensor where the layers stand in a row, as in the authors' files."""
+    part, _, rest = key.partition(".")
+    return f"{STAGES[part]}.{rest}"
+
+
+# How files name a ResNet-18's tensors, and what the names begin with
+TORCHVISION = (str, tuple(STAGES))
+IN_A_ROW = (_in_a_row, tuple(map(str, STAGES.values())))
 
 
 def load_backbone(network: DAN, source: str) -> str:
     """Starts the backbone from `source`: "none", "imagenet" (torchvision's weights) or a file.
 
-    A file holds a ResNet-18 in torchvision's names, bare or under 'state_dict', 'model_state_dict'
-    or 'model', with or without a 'module.' prefix; its classifier is left out. Or it is one of our
-    own checkpoints, or of the authors', of which the backbone is taken. Only tensors are read.
+    A file holds all tensors of a ResNet-18, in torchvision's names or in those of its layers in a
+    row, at any place under any prefix: one of our checkpoints, the authors' DAN, MS-Celeb's ResNet
+    in its two forms, a larger network of others. What stands beside them is left out.
     Returns a log line on what was loaded.
     """
     if source == "none":
@@ -27,29 +41,35 @@ def load_backbone(network: DAN, source: str) -> str:
     origin = ""
     if source == "imagenet":
         weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-        state = weights.get_state_dict(progress=False, check_hash=True)
+        content = dict(weights.get_state_dict(progress=False, check_hash=True))
     else:
-        state, origin = _read_backbone(Path(source))
+        content, origin = _read(Path(source))
     own = network.backbone.state_dict()
-    found = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    wanted = [k for k in own if not k.endswith("num_batches_tracked")]
-    missing = [k for k in wanted if k not in found]
-    if missing:
+    trials = [
+        match(place, own, name_of, modules)
+        for name_of, modules in (TORCHVISION, IN_A_ROW)
+        for place in find_places(content, {name_of(key) for key in own})
+    ] or [match(Place("", "", {}), own, str, ())]
+    found = next((trial for trial in trials if trial.is_whole), None)
+    if found is None:
+        nearest = max(trials, key=lambda trial: len(trial.found))
+        if nearest.missing:
+            raise ValueError(f"model.backbone {source}: of a ResNet-18 {nearest.describe()}")
         raise ValueError(
-            f"model.backbone {source}: {len(wanted) - len(missing)} of {len(wanted)} ResNet-18 "
-            f"tensors match; missing or of another shape: {', '.join(missing[:3])} …"
+            f"model.backbone {source}: more than a ResNet-18: {join_names(nearest.strange, 3)}"
         )
-    extra = [k for k in state if k not in own and not k.startswith("fc.")]
-    if extra:
-        raise ValueError(
-            f"model.backbone {source}: more than a ResNet-18: {', '.join(extra[:3])} …"
-        )
-    network.backbone.load_state_dict(found, strict=False)
-    return f"backbone: {len(wanted)} tensors from {source}{origin}"
+    for key, tensor in found.found.items():
+        try:
+            refuse_not_finite(key, tensor)
+        except ValueError as error:
+            raise ValueError(f"model.backbone {source}: {error}") from error
+    network.backbone.load_state_dict(found.found, strict=False)
+    count = sum(not key.endswith("num_batches_tracked") for key in own)
+    return f"backbone: {count} tensors from {source}{found.place.name}{origin}"
 
 
-def _read_backbone(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors, and the training that they come from, where the file names it."""
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    """A file's content, and the training that it comes from, where the file names it."""
     if not path.is_file():
         raise FileNotFoundError(
             f"model.backbone {path}: no such file; give the path of a ResNet-18 weights file "
@@ -57,20 +77,17 @@ def _read_backbone(path: Path) -> tuple[dict[str, Tensor], str]:
         )
     try:
         content = read(path)
+        if content.get("format") == FORMAT:
+            check(path, content, ("objective",))
+            return learned(content), ""
     except (ValueError, OSError) as error:
         raise type(error)(f"model.backbone {error}") from error
-    if isinstance(content.get("objective"), dict):  # one of our checkpoints
-        return _own_backbone(learned(content)), ""
-    tensors, origin = named_tensors(content), ""
+    origin = ""
     if isinstance(facts := content.get("provenance"), dict):
         wanted = ("run_id", "accuracy", "fingerprint")
         known = {k: ascii(facts[k]).strip("'")[:64] for k in wanted if facts.get(k) is not None}
         origin = f" (provenance: {', '.join(f'{name} {value}' for name, value in known.items())})"
-    if not any(key.startswith("features.0.") for key in tensors):
-        return tensors, origin
-    names = DAN(1, 0).backbone.state_dict()
-    theirs = {name: authors_name(f"backbone.{name}") for name in names}
-    return {name: tensors[key] for name, key in theirs.items() if key in tensors}, origin
+    return content, origin
 
 
 def _own_backbone(objective: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from dan_dist.run.plain import escape, is_printable
 from shards.releases import affectnet, rafdb, sfew
 
 # Label orders by the name of the recipe whose data set has them
@@ -43,9 +44,11 @@ def columns_of(class_names: tuple[str, ...], wanted: tuple[str, ...]) -> list[in
 
 
 def check_names(names: Any, where: str) -> None:
-    """Refuses, as a ValueError, all but a list of different names."""
+    """Refuses, as a ValueError, all but a list of different names that a terminal can show."""
     if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
         raise ValueError(f"{where}: classes {names!r}, expected names")
+    if odd := [n for n in names if not is_printable(n)]:
+        raise ValueError(f"{where}: class '{escape(odd[0])}', expected a name that can be printed")
     if len(set(names)) < len(names) or not names:
         raise ValueError(
             f"{where}: classes {join_names(names)}: a name stands there twice, or none"

@@ -1,7 +1,7 @@
 """The DAN network: backbone, k cross-attention heads, attention fusion (arXiv 2109.07270, §3)."""
 
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 CHANNELS = 512  # of ResNet-18's last stage
+
+# How the heads' vectors become the one that is classified: the sum of their log-softmax over the
+# heads, as the paper has it, or their mean.
+Fusion = Literal["log_softmax", "mean"]
 
 
 class Output(NamedTuple):
@@ -88,8 +92,11 @@ class DAN(nn.Module):
     Input (B,3,S,S), S divisible by 32, normalised by MEAN and STD.
     """
 
-    def __init__(self, classes: int, heads: int = 4, *, cosine: bool = False) -> None:
+    def __init__(
+        self, classes: int, heads: int = 4, *, cosine: bool = False, fusion: Fusion = "log_softmax"
+    ) -> None:
         super().__init__()
+        self.fusion = fusion
         resnet = torchvision.models.resnet18(weights=None)
         trunk = [(n, m) for n, m in resnet.named_children() if n not in ("avgpool", "fc")]
         self.backbone = nn.Sequential(OrderedDict(trunk))  # keeps torchvision's parameter names
@@ -108,10 +115,11 @@ class DAN(nn.Module):
         if not self.heads:
             return Output(self.classifier(features), features, None)
         attended = torch.stack([head(x) for head in self.heads], dim=1)
-        if len(self.heads) > 1:  # equation 5; over a single head the log-softmax would be all zero
-            attended = attended.log_softmax(dim=1)
-        logits = self.logit_norm(self.classifier(attended.sum(dim=1)))
-        return Output(logits, features, attended)
+        # Equation 5; over a single head the log-softmax would be all zero
+        spread = attended.log_softmax(dim=1) if len(self.heads) > 1 else attended
+        fused = attended.mean(dim=1) if self.fusion == "mean" else spread.sum(dim=1)
+        logits = self.logit_norm(self.classifier(fused))
+        return Output(logits, features, spread)
 
 
 def _pool(x: Tensor) -> Tensor:

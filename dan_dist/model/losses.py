@@ -7,6 +7,7 @@ synchronises them, the optimiser trains them and a checkpoint holds them.
 """
 
 import math
+import sys
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from dan_dist.distributed.collectives import all_reduce_sum
 from dan_dist.model.dan import CHANNELS, DAN
 
 FcnLoss = Literal["affinity", "center", "none"]
-AfnLoss = Literal["partition", "partition_batch", "none"]
+AfnLoss = Literal["partition", "partition_release", "none"]
 
 # Guard of the variance across heads in equation 6. The gradient of log(1 + k/σ²) grows like 1/σ
 # where heads agree; from scratch 1e-6 trains slower than 1e-3.
@@ -67,16 +68,17 @@ def partition_loss(heads: Tensor) -> Tensor:
     return torch.log1p(heads.size(1) / (variance + VARIANCE_GUARD)).mean(dim=1)
 
 
-def partition_batch_loss(heads: Tensor) -> Tensor:
-    """The authors' release's form, a scalar: the mean of σ² over the batch is taken inside the log.
+def partition_release_loss(heads: Tensor) -> Tensor:
+    """The authors' release's form, a scalar: log(1 + k/(σ² + machine epsilon)), one logarithm.
 
-    The batch is that of all ranks: the mean is reduced over them with its gradient, so that every
-    rank computes the same value and the ranks' shares of it add up to the one-process gradient.
+    σ² is the mean of the heads' variance over channels and batch. The batch is that of all ranks:
+    the mean is reduced over them with its gradient, so that every rank computes the same value and
+    the ranks' shares of it add up to the one-process gradient.
     """
-    sums = torch.cat([heads.var(dim=1).sum(dim=0), heads.new_full((1,), heads.size(0))])
-    sums = all_reduce_sum(sums)
-    variance = sums[:-1] / sums[-1].detach()
-    return torch.log1p(heads.size(1) / (variance + VARIANCE_GUARD)).mean()
+    variance = heads.var(dim=1)
+    sums = all_reduce_sum(torch.stack([variance.sum(), variance.new_tensor(variance.numel())]))
+    mean = sums[0] / sums[1].detach()
+    return torch.log1p(heads.size(1) / (mean + sys.float_info.epsilon))
 
 
 def arcface_logits(cosines: Tensor, labels: Tensor, margin: Margin) -> Tensor:
@@ -144,8 +146,8 @@ class Objective(nn.Module):
                 fcn = center_loss(features, labels, self.centers).mean() * share
             if self.afn == "partition" and output.heads is not None:
                 afn = partition_loss(output.heads.to(dtype)).mean() * share
-            elif self.afn == "partition_batch" and output.heads is not None:
-                afn = partition_batch_loss(output.heads.to(dtype)) * share
+            elif self.afn == "partition_release" and output.heads is not None:
+                afn = partition_release_loss(output.heads.to(dtype)) * share
             total = classification + self.lambda_fcn * fcn + self.lambda_afn * afn
         parts = torch.stack([total, classification, fcn, afn]).detach()
         return Loss(total, parts, logits.detach())

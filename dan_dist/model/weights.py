@@ -1,15 +1,63 @@
 """Trained networks from files: our checkpoints, and the authors' DAN. No code in them is run."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from dan_dist.model.authors import AUTHORS_SIZE, read_authors
 from dan_dist.model.classes import check_names, class_order, columns_of, join_names
-from dan_dist.model.dan import DAN
-from dan_dist.model.state_dict import fill_network, is_count
-from dan_dist.run.checkpoint import BEST, FORMAT, NETWORK, learned, read
+from dan_dist.model.dan import DAN, Fusion
+from dan_dist.model.state_dict import fill_network
+from dan_dist.options import Precision
+from dan_dist.run.checkpoint import BEST, FORMAT, NETWORK, check, learned, read
+from dan_dist.run.plain import escape
+from dan_dist.schema import MOST_HEADS, MOST_PIXELS
 
 Which = Literal["auto", "average", "trained"]  # of a checkpoint's weights
+
+
+class _Known(BaseModel):
+    """Keys that a checkpoint's configuration must hold; it may be another version's."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class _Model(_Known):
+    image_size: Annotated[int, Field(ge=32, le=MOST_PIXELS, multiple_of=32)]
+    heads: Annotated[int, Field(ge=0, le=MOST_HEADS)]
+    fusion: Fusion = "log_softmax"
+
+
+class _Data(_Known):
+    val_split: str
+    pairs: Annotated[int, Field(ge=0)] | None = None
+
+
+class _Loss(_Known):
+    fcn: Literal["affinity", "center", "none"]
+    classification: str = "softmax"
+
+
+class _Train(_Known):
+    precision: Precision
+    output: str
+
+
+class _Tracking(_Known):
+    experiment: str
+
+
+class _Facts(_Known):
+    """What an evaluation uses of the training's configuration."""
+
+    task: Literal["expression", "identity"] = "expression"
+    model: _Model
+    data: _Data
+    loss: _Loss
+    train: _Train
+    tracking: _Tracking
 
 
 class Trained(NamedTuple):
@@ -22,11 +70,12 @@ class Trained(NamedTuple):
     step: int  # optimiser steps; in the authors' files, epochs
     config: dict[str, Any]  # of the training; empty in the authors' files
     run_id: str | None  # MLflow's, of the training
+    facts: dict[str, Any]  # sets, fingerprint, the best evaluation and its images, if it names them
 
     @property
     def name(self) -> str:
         """The training's name, after its folder; of the authors' files, the file's."""
-        return Path(self.config["train"]["output"]).name if self.config else self.path.stem
+        return escape(Path(self.config["train"]["output"]).name if self.config else self.path.stem)
 
     @property
     def task(self) -> str:
@@ -43,7 +92,9 @@ def load_trained(
     path: Path, classes: str | None = None, *, task: str | None = "expression",
     weights: Which = "auto",
 ) -> Trained:  # fmt: skip
-    """The network of one of our checkpoints, of a run's folder (its best), or of the authors' file.
+    """The network of one of our checkpoints, of a run's folder (its best), or of another file.
+
+    Other files hold all tensors of a DAN in the authors' names, or in ours (`read_authors`).
 
     task: the one that it must have been trained on, "expression" or "identity"; None takes both.
 
@@ -51,7 +102,9 @@ def load_trained(
     AffectNet's. weights: the average of a training that kept one (`optim.ema`), or those of its
     last step; "auto" takes the average where there is one, as the training's evaluations did.
 
-    A file that is none of these, or damaged, is a ValueError that names it.
+    Raises:
+        ValueError: the file is none of these, or damaged; whatever could stop or spoil its use is
+            found here, before any work. OSError: it cannot be read.
     """
     path = path / BEST if path.is_dir() else path
     if not path.is_file():
@@ -61,11 +114,8 @@ def load_trained(
         if weights == "average":
             raise ValueError(f"{path} holds no average of the weights")
         network, names, epochs = read_authors(path, content, classes)
-        return Trained(path, network, names, AUTHORS_SIZE, epochs, {}, None)
-    try:
-        trained = _ours(path, content, weights)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({error!r})") from error
+        return Trained(path, network, names, AUTHORS_SIZE, epochs, {}, None, {})
+    trained = _ours(path, content, weights)
     if task not in (None, trained.task):
         raise ValueError(
             f"{path} was trained on task {trained.task}, expected {task}; evaluate judges it, and "
@@ -80,29 +130,34 @@ def load_trained(
 
 def _ours(path: Path, content: dict[str, Any], weights: Which) -> Trained:
     """A checkpoint of ours, which may come from anywhere: every value is checked before use."""
-    names, model, step = content["class_names"], content["config"]["model"], content["step"]
+    check(path, content, ("step", "config", "class_names", "objective"))
+    names = content["class_names"]
     check_names(names, str(path))
-    size, heads = model["image_size"], model["heads"]
-    if not (is_count(size) and size and size % 32 == 0 and is_count(heads) and is_count(step)) or (
-        heads > len(content["objective"])  # a number alone is to make no network of any size
-    ):
-        raise ValueError(f"{path}: image_size {size!r}, heads {heads!r}, step {step!r}")
-    for section, key in (("data", "val_split"), ("train", "precision"), ("train", "output"),
-                         ("tracking", "experiment"), ("loss", "fcn")):  # fmt: skip
-        if not isinstance(value := content["config"][section][key], str):
-            raise ValueError(f"{path}: {section}.{key} is {value!r}")
-    is_identity = content["config"].get("task") == "identity"
-    if is_identity and not is_count(pairs := content["config"]["data"]["pairs"]):
-        raise ValueError(f"{path}: data.pairs is {pairs!r}")
+    try:
+        known = _Facts.model_validate(content["config"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, found = ".".join(map(str, first["loc"])), ascii(first["input"])[:80]
+        raise ValueError(f"{path}: config.{where} is {found}: {first['msg']}") from error
+    if known.task == "identity" and known.data.pairs is None:
+        raise ValueError(f"{path}: config.data.pairs is missing")
     if weights == "average" and "average" not in content:
         raise ValueError(f"{path} holds no average of the weights; optim.ema keeps one")
     tensors = learned(content, average=weights != "trained")
     own = {k.removeprefix(NETWORK): v for k, v in tensors.items() if k.startswith(NETWORK)}
-    is_cosine = content["config"]["loss"].get("classification") == "arcface"
-    network = fill_network(len(names), heads, own, str, path, cosine=is_cosine)
+    facts: dict[str, Any] = {
+        key: content[key] for key in ("sets", "fingerprint", "best") if key in content
+    }
+    if isinstance(right := content.get("right"), Tensor):
+        facts["images"] = right.numel()
+    network = fill_network(
+        len(names), known.model.heads, own, path,
+        cosine=known.loss.classification == "arcface", fusion=known.model.fusion,
+    )  # fmt: skip
     return Trained(
-        path, network, tuple(names), size, step, content["config"], content.get("run_id")
-    )
+        path, network, tuple(names), known.model.image_size, content["step"], content["config"],
+        content.get("run_id"), facts,
+    )  # fmt: skip
 
 
 def load_weights(network: DAN, class_names: tuple[str, ...], source: str,
@@ -121,6 +176,9 @@ def load_weights(network: DAN, class_names: tuple[str, ...], source: str,
             f"model.weights {source} has {len(trained.network.heads)} heads, model.heads is "
             f"{len(network.heads)}"
         )
+    fused = ""
+    if trained.network.fusion != network.fusion:
+        fused = f"; its heads were fused by {trained.network.fusion}, here by {network.fusion}"
     state = trained.network.state_dict()
     ending = [k for k in state if k.startswith(("classifier.", "logit_norm."))]
     columns = columns_of(trained.class_names, class_names)
@@ -131,4 +189,4 @@ def load_weights(network: DAN, class_names: tuple[str, ...], source: str,
         state |= {k: state[k][columns] for k in ending if state[k].ndim}
         end = "classifier and all"
     network.load_state_dict(state, strict=False)
-    return f"network: from {trained.path}, {end}"
+    return f"network: from {trained.path}, {end}{fused}"

@@ -1,14 +1,20 @@
 """The file of a checkpoint: tensors and plain values, written whole, read without running code."""
 
+import argparse
+import pathlib
 import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from dan_dist.run.plain import escape, is_count, is_printable, leaves, refuse_not_finite, refuse_odd
+from dan_dist.run.state import TrainState
 from shards.files import replacing
 
 FORMAT = "dan_dist checkpoint, version 1"
@@ -17,6 +23,17 @@ NETWORK = "network."  # what the names of the network's tensors begin with, amon
 KEYS = ("step", "config", "fingerprint", "class_names", "objective", "best", "metrics")
 RESUMED = (*KEYS, "optimizer", "run_id", "evaluated", "replaced", "replaced_since",
            "figures")  # fmt: skip
+
+# Beside tensors and plain values, what training scripts leave in their files: constructors of
+# values that run no code of the file, by the names that files give them.
+HARMLESS: list[Any] = [
+    *[(value.__reduce__()[0], f"{module}.multiarray.{name}")
+      for value, name in ((np.float64(0), "scalar"), (np.zeros(1), "_reconstruct"))
+      for module in ("numpy.core", "numpy._core")],
+    np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdgFDUSO"},
+    argparse.Namespace, pathlib.PosixPath,
+]  # fmt: skip
+_STATE = TypeAdapter(TrainState)
 
 
 class ForeignError(ValueError):
@@ -37,24 +54,32 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What torch has saved in a file, onto the CPU; only tensors and plain values, no code is run.
+    """What torch or safetensors has saved in a file, onto the CPU; no code in it is run.
+
+    Only tensors, plain values and what HARMLESS names, in bounds (`run.plain`).
 
     Raises:
         ValueError: damaged, or not a dict of such. OSError: it cannot be read.
     """
+    content: Any
     try:
-        # torch writes a checksum of every part, but does not look at them.
-        if zipfile.is_zipfile(path):  # files of torch before 1.6, which others may hold, are none
-            with zipfile.ZipFile(path) as parts:
-                if (damaged := parts.testzip()) is not None:
-                    raise ValueError(f"{damaged} does not have its checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if _is_safetensors(path):
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            _check_parts(path)
+            with torch.serialization.safe_globals(HARMLESS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict):
+            for _ in leaves(content):  # each is checked on the way
+                pass
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # unpickling garbage raises nearly anything
         reason = str(error).split("\n")[0] or "it is empty or cut off"
         if isinstance(error, pickle.UnpicklingError):  # torch's text is on how to run it after all
-            reason = "it is cut off, or holds more than tensors and plain values"
+            reason = "it is cut off, or holds more than tensors and plain values" + _unknown(path)
         raise ValueError(f"{path}: not a readable checkpoint ({reason})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not tensors by name")
@@ -70,9 +95,110 @@ def load(path: Path, *, keys: tuple[str, ...] = KEYS) -> dict[str, Any]:
     content = read(path)
     if content.get("format") != FORMAT:
         raise ForeignError(f"{path}: not a checkpoint of this project, expected '{FORMAT}'")
-    if missing := [key for key in keys if key not in content]:
-        raise ValueError(f"{path}: not a readable checkpoint (it lacks {', '.join(missing)})")
+    check(path, content, keys)
     return content
+
+
+def check(path: Path, content: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    """Refuses a checkpoint of ours, wherever it comes from, that no training of ours has written.
+
+    Types, tensors that are dense and whole, weights that are finite, names that are printable.
+
+    Raises:
+        ValueError: names the file, the value and the expectation; or it lacks one of `keys`.
+    """
+    try:
+        if missing := [key for key in keys if key not in content]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        _check_kinds(content)
+        for name, value in leaves(content):
+            part = name.partition(".")[0]
+            if isinstance(value, Tensor):
+                if part in ("config", "class_names"):
+                    raise ValueError(f"{name} is a tensor, expected a plain value")
+                refuse_odd(name, value)
+            if part in ("objective", "average"):
+                if not isinstance(value, Tensor):
+                    raise ValueError(f"{name} is a {type(value).__name__}, expected a tensor")
+                refuse_not_finite(name, value)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
+
+
+def _check_kinds(content: Mapping[str, Any]) -> None:
+    """The kinds of the values that a checkpoint of ours may hold, where it holds them."""
+    for keys, kind in ((("config", "objective", "average", "optimizer", "scaler"), dict),
+                       (("class_names", "sets"), list), (("fingerprint",), str)):  # fmt: skip
+        for key in keys:
+            if key in content and not isinstance(content[key], kind):
+                raise ValueError(f"{key} is {_short(content[key])}, expected a {kind.__name__}")
+    for part in ("objective", "average"):
+        if odd := [key for key in content.get(part, ()) if not isinstance(key, str)]:
+            raise ValueError(f"{part} holds {_short(odd[0])}, expected names of tensors")
+    for key in ("class_names", "sets"):
+        for name in content.get(key, ()):
+            if not isinstance(name, str) or not is_printable(name):
+                raise ValueError(f"{key} holds {_short(name)}, expected printable names")
+    for key in ("step", "evaluated", "replaced", "replaced_since"):
+        if key in content and not is_count(content[key]) and (
+            content[key] is not None or key in ("step", "replaced")
+        ):  # fmt: skip
+            raise ValueError(f"{key} is {_short(content[key])}, expected a whole number")
+    run_id = content.get("run_id")
+    if not (run_id is None or (isinstance(run_id, str) and is_printable(run_id))):
+        raise ValueError(f"run_id is {_short(run_id)}, expected a name")
+    try:
+        _STATE.validate_python(TrainState.from_checkpoint(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where} is {_short(first['input'])}: {first['msg']}") from error
+
+
+def _short(value: Any) -> str:
+    """A value from a file in a line: numbers and texts as they are, others by their kind."""
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return f"'{escape(value[:80])}'"
+    return f"a {type(value).__name__}"
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors' do: eight bytes for the length of its JSON."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+
+
+def _check_parts(path: Path) -> None:
+    """Looks at the checksums, which torch writes but does not look at, of parts of a bounded size.
+
+    torch compresses nothing: a part that is compressed may be of any size.
+    """
+    if not zipfile.is_zipfile(path):  # files of torch before 1.6, which others may hold, are none
+        return
+    with zipfile.ZipFile(path) as parts:
+        for part in parts.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{escape(part.filename)} in it is compressed")
+        if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
+            raise ValueError("its parts are larger than the file")
+        if (damaged := parts.testzip()) is not None:
+            raise ValueError(f"{escape(damaged)} does not have its checksum")
+
+
+def _unknown(path: Path) -> str:
+    """What a file holds beside tensors and plain values, as far as it can be told."""
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # of a file that is garbage, or of before torch 1.6
+        return ""
+    if not names:
+        return ""
+    shown = ", ".join(escape(name) for name in sorted(names)[:3])
+    return f": {shown}; save the network's state_dict() alone"
 
 
 def learned(content: Mapping[str, Any], *, average: bool = True) -> dict[str, Any]:

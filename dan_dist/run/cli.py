@@ -128,7 +128,7 @@ def _settings(hint: Any, required: bool) -> dict[str, Any]:
     if hint is bool:
         return {"action": "store_true"}
     if get_origin(hint) is Literal:
-        return {"choices": get_args(hint)}
+        return {"choices": get_args(hint), "type": type(get_args(hint)[0])}
     if get_origin(hint) is tuple:
         return {"type": get_args(hint)[0], "nargs": "+" if required else "*"}
     return {"type": hint}

@@ -189,7 +189,12 @@ def run_folder(folder: Path) -> Iterator[None]:
 def damaged_since(folder: Path) -> int | None:
     """The first step of a run that ended for damaged images at which one was replaced."""
     path = folder / DAMAGE
-    return int(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    text = path.read_bytes()[:40].strip()
+    if not text.isdigit():
+        raise ValueError(f"{path}: holds {ascii(text)[1:]}, expected a step; remove it to go on")
+    return int(text)
 
 
 def check_continues(

@@ -4,12 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pydantic import ConfigDict
 from torch import Tensor
 
 
 @dataclass
 class TrainState:
     """A run's progress; a new run is at step 0. Checkpoints hold every field by its name."""
+
+    # Where the types of one from a file are checked
+    __pydantic_config__ = ConfigDict(
+        strict=True, arbitrary_types_allowed=True, revalidate_instances="always"
+    )
 
     step: int = 0  # optimiser steps whose weights are in the checkpoint
     best: dict[str, float] = field(default_factory=dict)  # metrics and epoch of the best evaluation

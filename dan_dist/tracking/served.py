@@ -15,6 +15,7 @@ import torch
 from dan_dist.data.augment import MEAN, STD
 from dan_dist.model.arithmetic import choose_arithmetic
 from dan_dist.model.weights import load_trained
+from dan_dist.run.plain import refuse_not_finite
 from shards.images import decode, to_jpeg
 
 BATCH = 64
@@ -41,7 +42,9 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                       for k in range(start, min(start + BATCH, len(images)))]  # fmt: skip
             with torch.no_grad():
                 batch = torch.from_numpy(np.stack(pixels)).to(self.device)
-                rows.append(self.trained.network(batch).logits.softmax(dim=1).cpu().numpy())
+                logits = self.trained.network(batch).logits
+                refuse_not_finite(f"images from {start} on: the output", logits)
+                rows.append(logits.softmax(dim=1).cpu().numpy())
         names = list(self.trained.class_names)
         values = np.concatenate(rows) if rows else np.empty((0, len(names)))
         return pd.DataFrame(values.astype(np.float64), columns=names)
