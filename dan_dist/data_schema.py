@@ -1,10 +1,21 @@
 """The schema's part on the data: shards, order, augmentation, the drawn faces."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from dan_dist.values import Count, Positive, Probability, Section, check_sampling, check_shards
+from dan_dist.values import (
+    ORDERS,
+    SOURCE,
+    Count,
+    PathText,
+    Positive,
+    Probability,
+    Reads,
+    Section,
+    check_sampling,
+    check_shards,
+)
 
 
 class Synthetic(Section):
@@ -55,12 +66,12 @@ class Augmentation(Section):
 class Data(Section):
     """The images, and the order in which they come."""
 
-    shards: str | list[dict[str, Any]] = Field(
+    shards: PathText | list[Annotated[dict[str, Any], Reads(keys=SOURCE)]] = Field(
         description="folder of shards (with manifest.json), or its URL; relative to the working "
         "folder; or several as {path, share, classes}, of shares 1 unless given, with the names "
         "that their classes have here"
     )
-    cache: str | None = Field(
+    cache: PathText | None = Field(
         default=None, description="folder on each node into which the shards are copied first"
     )
     classes: list[str] | None = Field(
@@ -71,11 +82,11 @@ class Data(Section):
     pairs: int = Field(
         default=6000, ge=20, description="task identity: pairs of images drawn from val_split"
     )
-    pairs_file: str | None = Field(
+    pairs_file: PathText | None = Field(
         default=None,
         description="task identity: a file that lists the pairs, in place of drawn ones",
     )
-    sampling: str | dict[str, Any] = Field(
+    sampling: str | Annotated[dict[str, Any], Reads(keys=ORDERS)] = Field(
         default="balanced",
         description="training images: as many of each class (balanced), or each once an epoch "
         "(shuffle); or classes by count to a power {power: t}, by effective numbers {effective: "

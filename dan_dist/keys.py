@@ -84,6 +84,17 @@ def _kind(field: Mapping[str, Any]) -> str:
     return " ".join([KINDS[field["type"]], ", ".join(bounds)]).strip()
 
 
+def kind_of(name: str) -> str:
+    """The values that a key takes, in words; those of an entry are its list's."""
+    found = (
+        key.kind
+        for group in groups()
+        for key in group.keys
+        if f"{name}.".startswith(f"{key.name}.")
+    )
+    return next(found, "another value")
+
+
 def describe() -> str:
     """Every key by section: its description, its values and its default."""
     lines = []
@@ -125,6 +136,9 @@ def suggest(name: str) -> str:
         return "it has gone, as nothing reads it"
     if name in RENAMED:
         return f"it is '{RENAMED[name]}' now"
+    if name in names():  # of a file
+        section, _, own = name.rpartition(".")
+        return f"write it below its section, {section}: {{{own}: …}}"
     quoted = [f"'{key}'" for key in candidates(name)]
     return f"did you mean {' or '.join(quoted)}?" if quoted else ""
 

@@ -9,6 +9,7 @@ from dan_dist.data_schema import Data
 from dan_dist.values import (
     Count,
     Part,
+    PathText,
     Positive,
     Probability,
     Section,
@@ -22,12 +23,12 @@ class Model(Section):
         default=224, ge=32, multiple_of=32, description="side of the network's input in pixels"
     )
     heads: int = Field(default=4, ge=0, description="attention heads; 0 is the baseline ResNet-18")
-    backbone: str = Field(
+    backbone: Literal["none"] | PathText = Field(
         default="none",
         description="start of the ResNet-18: a weights file or checkpoint, 'imagenet', or "
         "'none': at random",
     )
-    weights: str | None = Field(
+    weights: PathText | None = Field(
         default=None,
         description="start of the whole network, in place of the backbone: a DAN of ours or "
         "of the authors",
@@ -132,7 +133,7 @@ class Train(Section):
         default=False,
         description="compile the step, and a CUDA graph of it; auto: on a GPU, by the run's length",
     )
-    output: str = Field(description="folder of the run; relative to the working folder")
+    output: PathText = Field(description="folder of the run; relative to the working folder")
     resume: Literal["auto", "never"] = Field(
         default="auto",
         description="go on with the run in train.output, or refuse to where there is one",

@@ -1,15 +1,32 @@
 """The values that configuration keys take: bounds, checks, and the strict section of keys."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+
+@dataclass(frozen=True, eq=False)  # hashed by identity, as an annotation must be
+class Reads:
+    """How a key's text is read where its type does not settle it; see `dan_dist.reading`."""
+
+    path: bool = False  # `~` and `$NAME` are expanded
+    keys: Mapping[str, Any] | None = None  # of a mapping: what each of its keys takes
+
+
+PathText = Annotated[str, Reads(path=True)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(ge=0, lt=1)]
 
+SOURCE = {"path": PathText, "share": float, "classes": dict[str, str]}
+ORDER: dict[str, Any] = {"power": float, "effective": float, "shares": dict[str, float]}
+ORDERS = {**ORDER, "epochs": int}
+for _end in ("from", "to"):
+    ORDERS[_end] = str | Annotated[dict[str, Any], Reads(keys=ORDER)]
 
 SHARDS = "{path: …, share: a number above 0, classes: {its name: the training's, …}}"
 SAMPLING = (

@@ -35,7 +35,7 @@ from nvidia import dali
 
 from benchmarks import loader, order, scaling, start, step, training
 from benchmarks.peers import table as peers
-from dan_dist.config import Config, load_config
+from dan_dist.config import Config, layered, load_config
 from dan_dist.distributed.cores import core_count
 from dan_dist.distributed.world import World, close_world, init_world
 from dan_dist.run.cli import run
@@ -148,7 +148,7 @@ def _of_recipe(
     batch = batch or config.train.global_batch
     own = [f"train.global_batch={batch * world.size}", f"data.shards={found}", "data.classes=null",
            "model.backbone=none", "model.weights=null", "model.weights_classes=null"]  # fmt: skip
-    return load_config(path, [*overrides, *own]), open_shardset(found)
+    return load_config(path, layered(overrides, own)), open_shardset(found)
 
 
 def _count(text: str) -> int:

@@ -25,7 +25,7 @@ DAN_DIST = [
     ["config", "options"],
     ["keys"],
     ["schema", "redaction"],
-    ["data_schema"],
+    ["data_schema", "reading"],
     ["values"],
 ]
 SHARDS = [
