@@ -7,32 +7,34 @@ from pydantic import Field, field_validator
 from dan_dist.values import (
     ORDERS,
     SOURCE,
-    Count,
+    Amount,
     PathText,
-    Positive,
     Probability,
     Reads,
     Section,
+    Seed,
     check_sampling,
     check_shards,
 )
+
+Drawn = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
 class Synthetic(Section):
     """Drawn faces, packed into data.shards on first use; null draws none."""
 
-    train: Count = Field(
+    train: Drawn = Field(
         description="training images: of expressions in AffectNet's proportions, of identities "
         "evenly"
     )
-    val: Count = Field(description="validation images, evenly over the classes")
-    size: Count = Field(description="side of an image in pixels")
-    seed: int = Field(default=0, ge=0, description="of the drawing; another one draws other faces")
+    val: Drawn = Field(description="validation images, evenly over the classes")
+    size: int = Field(ge=1, le=1024, description="side of an image in pixels")
+    seed: Seed = Field(default=0, description="of the drawing; another one draws other faces")
     by: Literal["expression", "identity"] = Field(
         default="expression", description="what the classes are"
     )
-    identities: Count = Field(default=400, description="by identity: persons in training")
-    held_out: Count = Field(default=40, description="by identity: other persons, in validation")
+    identities: Drawn = Field(default=400, description="by identity: persons in training")
+    held_out: Drawn = Field(default=40, description="by identity: other persons, in validation")
 
 
 class Augmentation(Section):
@@ -43,7 +45,7 @@ class Augmentation(Section):
     degrees: float = Field(
         default=0.0, ge=0, le=180, description="warp: largest rotation, either way"
     )
-    scale: list[Positive] = Field(
+    scale: list[Annotated[float, Field(ge=0.01, le=100)]] = Field(
         default=[1.0, 1.0],
         min_length=2,
         max_length=2,
@@ -80,7 +82,10 @@ class Data(Section):
     )
     val_split: str = Field(default="val", description="split of the evaluations")
     pairs: int = Field(
-        default=6000, ge=20, description="task identity: pairs of images drawn from val_split"
+        default=6000,
+        ge=20,
+        le=1_000_000,
+        description="task identity: pairs of images drawn from val_split",
     )
     pairs_file: PathText | None = Field(
         default=None,
@@ -93,12 +98,11 @@ class Data(Section):
         "beta}, by {shares: {class: number}}; or one after another, {from: …, to: …, epochs: n}",
     )
     augment: Augmentation = Augmentation()
-    max_bad_images: int = Field(
+    max_bad_images: Amount = Field(
         default=100,
-        ge=0,
         description="damaged images over all ranks that are replaced; one more is an error",
     )
-    threads: Count | None = Field(
+    threads: Annotated[int, Field(ge=1, le=256)] | None = Field(
         default=None, description="cores that a rank decodes on; null: its share of the node's"
     )
     decoded: Literal["none", "host", "device"] = Field(

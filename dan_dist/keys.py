@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dan_dist.schema import Config
+from dan_dist.values import FAR
 
 # Keys of earlier versions, which the configurations in checkpoints hold: those that have another
 # name now, and those that nothing reads any more.
@@ -75,8 +76,10 @@ def _kind(field: Mapping[str, Any]) -> str:
         return str(field["const"])
     if field["type"] == "null":
         return "null"
+    field = {k: v for k, v in field.items() if k != "maximum" or v < FAR}  # nobody needs it
     if "minimum" in field and "maximum" in field:
-        return f"{KINDS[field['type']]} from {field['minimum']} to {field['maximum']}"
+        steps = f", {BOUNDS['multipleOf'].format(n)}" if (n := field.get("multipleOf")) else ""
+        return f"{KINDS[field['type']]} from {field['minimum']} to {field['maximum']}{steps}"
     bounds = [text.format(field[name]) for name, text in BOUNDS.items() if name in field]
     if field["type"] == "array":
         count = f"{field['minItems']} × " if "minItems" in field else ""

@@ -98,9 +98,7 @@ def read_train_command(arguments: Sequence[str]) -> TrainCommand:
         option, equals, value = word.partition("=")
         if option in ("--config", "--ranks") and not equals:
             value = next(words, "")
-        if option == "--local_rank":  # of DeepSpeed's launcher; its environment has that too
-            continue
-        elif word in ("-h", "--help"):
+        if word in ("-h", "--help"):
             return found._replace(help=True)
         elif word == "--dry-run":
             found = found._replace(dry_run=True)

@@ -36,12 +36,12 @@ from nvidia import dali
 from benchmarks import loader, order, scaling, start, step, training
 from benchmarks.peers import table as peers
 from dan_dist.config import Config, layered, load_config
-from dan_dist.distributed.cores import core_count
 from dan_dist.distributed.world import World, close_world, init_world
 from dan_dist.run.cli import run
 from dan_dist.run.signals import StopRequest
 from shards.demo import ensure
 from shards.format import MANIFEST, ShardSet, open_shardset
+from shards.limits import core_count
 from shards.releases import synthetic
 
 PARTS = ("loader", "step", "train", "scaling", "start", "order")

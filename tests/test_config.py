@@ -54,11 +54,11 @@ def test_the_description_fits_100_columns_and_names_type_and_default() -> None:
     assert max(map(len, lines)) <= 100
     text = " ".join(" ".join(lines).split())
     for expected in (
-        "model.heads attention heads; 0 is the baseline ResNet-18 [whole number ≥ 0; default 4]",
+        "heads; 0 is the baseline ResNet-18 [whole number from 0 to 64; default 4]",
         "[adam, adamw or sgd; default adam]", "[whole number ≥ 1; required]",
         "[text or null; default null]", "[true or false; default false]",
         "[number from 0 to 1; default 0.5]",
-        "[list of 2 × number > 0; default [1.0, 1.0]]", "[mapping; default {}]",
+        "[list of 2 × number from 0.01 to 100; default [1.0, 1.0]]", "[mapping; default {}]",
         "train: The run: its length, its batch, its device, its checkpoints.",
     ):  # fmt: skip
         assert expected in text
@@ -157,7 +157,7 @@ WRONG: dict[str, str] = {
     "epochs": "override 'epochs': expected section.key=value",
     "=3": "override '=3': expected section.key=value",
     "model.image_size=50": "model.image_size is 50: input should be a multiple of 32",
-    "data.sampling=even": "data.sampling is 'even', expected balanced, shuffle, {power: 0 or more}",
+    "data.sampling=even": "data.sampling is 'even', expected balanced, shuffle, {power: 0 to 10}",
     "data.sampling={power: -1}": "data.sampling is {'power': -1.0}, expected balanced, ",
     "data.sampling={effective: 1}": "{effective: 0 or more, below 1}",
     "data.sampling={shares: {happy: 0}}": "{shares: {class: 0 or more, …}}",

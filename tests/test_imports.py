@@ -15,7 +15,7 @@ DAN_DIST = [
     ["programs"],
     ["dry_run"],
     ["train", "certificate"],
-    ["build", "monitor", "header"],
+    ["build", "monitor", "header", "room"],
     ["inference", "ablation"],
     ["evaluation"],
     ["engine", "tracking"],
@@ -36,7 +36,7 @@ SHARDS = [
     ["releases"],
     ["release", "images"],
     ["format"],
-    ["files"],
+    ["files", "limits"],
 ]
 ROWS = [[f"dan_dist.{n}" for n in row] for row in DAN_DIST]
 ROWS += [[f"shards.{n}" for n in row] for row in SHARDS]

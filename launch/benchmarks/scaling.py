@@ -16,9 +16,9 @@ from benchmarks.projection import Links, Parts, batches, show_projection, tables
 from benchmarks.step import engine_step, resident_batch, seconds_a_call
 from dan_dist.build import build_objective, open_train_loader
 from dan_dist.config import Config, layered
-from dan_dist.distributed.cores import core_count
 from dan_dist.distributed.world import World
 from shards.format import ShardSet
+from shards.limits import core_count
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
