@@ -18,6 +18,8 @@ from dan_dist.values import (
     Weight,
 )
 
+MOST_PIXELS, MOST_HEADS = 1024, 64  # beyond them memory ends, not learning
+
 
 class Model(Section):
     """The network, and what its weights start from."""
@@ -25,12 +27,12 @@ class Model(Section):
     image_size: int = Field(
         default=224,
         ge=32,
-        le=1024,
+        le=MOST_PIXELS,
         multiple_of=32,
         description="side of the network's input in pixels",
     )
     heads: int = Field(
-        default=4, ge=0, le=64, description="attention heads; 0 is the baseline ResNet-18"
+        default=4, ge=0, le=MOST_HEADS, description="attention heads; 0 is the baseline ResNet-18"
     )
     backbone: Literal["none"] | PathText = Field(
         default="none",
