@@ -59,7 +59,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = read_file(_text_of(found), str(found), Config)
     if not isinstance(tree, dict):
         raise ValueError(f"{found}: expected sections of keys, found {_shortened(tree)}")
-    for given in read_overrides(iter(overrides), Config):
+    for given in read_overrides(overrides, Config):
         _set(tree, given.path, given.value)
     try:
         return Config.model_validate(tree)

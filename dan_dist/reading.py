@@ -9,7 +9,7 @@ Nothing is executed: tags are refused.
 import os
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from string import Template
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -114,7 +114,7 @@ def read_file(text: str, where: str, hint: Any) -> Any:
     return _Reading(text, where).values(hint)
 
 
-def read_overrides(overrides: Iterator[str], hint: Any) -> list[Given]:
+def read_overrides(overrides: Iterable[str], hint: Any) -> list[Given]:
     """The keys of a command line, each `section.key=value`; a section gives each key that it names.
 
     Raises:
@@ -317,7 +317,7 @@ def advice(found: Any, hint: Any) -> str:
     """How to write what a key did not take; empty where that is not known."""
     forms = [kind.type for kind in kinds(hint)]
     if not isinstance(found, str):
-        return ""
+        return "; write it in quotes" if str in forms and isinstance(found, dict | list) else ""
     if any(get_origin(form) is list for form in forms):
         return f"; write [{found}]"
     if bool in forms and found.strip() in ("0", "1"):

@@ -26,8 +26,9 @@ Amount = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Part = Annotated[float, Field(ge=0, lt=1)]
 
-SOURCE = {"path": PathText, "share": float, "classes": dict[str, str]}
-ORDER: dict[str, Any] = {"power": float, "effective": float, "shares": dict[str, float]}
+Number = int | float
+SOURCE = {"path": PathText, "share": Number, "classes": dict[str, str]}
+ORDER: dict[str, Any] = {"power": Number, "effective": Number, "shares": dict[str, Number]}
 ORDERS = {**ORDER, "epochs": int}
 for _end in ("from", "to"):
     ORDERS[_end] = str | Annotated[dict[str, Any], Reads(keys=ORDER)]

@@ -286,7 +286,7 @@ def test_nothing_finished_is_nothing_to_compare(
         main(*words, "--summary")
     assert main(*words, "--list") == 0
     assert re.search(r"1 heads-1-seed-0 +missing", capsys.readouterr().out)
-    with pytest.raises(ValueError, match="--seeds is 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="--seeds is 0, expected 1 to 1000"):
         main(*words, "--seeds", "0")
 
 

@@ -254,6 +254,11 @@ def test_lines_on_data_sets_run(place: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert {*done} == {"affectnet", "rafdb", "folder", "identities", "synthetic"}
 
 
+def test_what_the_lines_leave_is_ignored_by_git() -> None:
+    ignored = (REPOSITORY / ".gitignore").read_text().splitlines()
+    assert {"/data/", "/runs/", "/sheets/", "*.out", "mlflow.db*"} <= {*ignored}
+
+
 def test_training_lines_pass_a_dry_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What each recipe needs, at the places that configs/README.md gives, is all that it needs."""
     monkeypatch.chdir(place)

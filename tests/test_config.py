@@ -158,7 +158,7 @@ WRONG: dict[str, str] = {
     "=3": "override '=3': expected section.key=value",
     "model.image_size=50": "model.image_size is 50: input should be a multiple of 32",
     "data.sampling=even": "data.sampling is 'even', expected balanced, shuffle, {power: 0 to 10}",
-    "data.sampling={power: -1}": "data.sampling is {'power': -1.0}, expected balanced, ",
+    "data.sampling={power: -1}": "data.sampling is {'power': -1}, expected balanced, ",
     "data.sampling={effective: 1}": "{effective: 0 or more, below 1}",
     "data.sampling={shares: {happy: 0}}": "{shares: {class: 0 or more, …}}",
     "data.sampling={from: shuffle, to: even, epochs: 1}": "{from: …, to: …, epochs: 1 to 2048}",

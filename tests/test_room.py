@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from conftest import ALONE, single
-from dan_dist import room
+from dan_dist import programs, room
 from dan_dist.config import layered, load_config
 from dan_dist.distributed.world import World
-from shards import limits
+from dan_dist.run.signals import StopRequest
+from shards import limits, pack
+from shards.packing.pool import in_processes
 
 MANY = list(range(16))
 
@@ -89,6 +91,23 @@ def test_absurd_values_are_refused_by_the_schema(key: str) -> None:
     with pytest.raises(ValueError, match=key.replace(".", r"\.")) as caught:
         load_config("demo", [f"{key}={ABSURD[key]}"])
     assert "\n" not in str(caught.value)
+
+
+def test_absurd_numbers_of_workers_runs_and_pixels_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with (
+        pytest.raises(ValueError, match=r"^--workers is 100000, expected 1024 at most$"),
+        in_processes(len, [], 100_000),
+    ):
+        pass
+    for options in (["--seeds", "1000000000"], ["--nproc", "100000"]):
+        with pytest.raises(ValueError, match=f"{options[1]}, expected 1 to 1000"):
+            programs._ablate(["heads", *options], StopRequest())
+    for size in ("0", "100000", "9" * 5000):
+        with pytest.raises(SystemExit):
+            pack.main(["folder", "--source", "x", "--out", "y", "--size", size])
+        assert "must be 1 to 4096 pixels or 'native'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
