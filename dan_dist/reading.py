@@ -94,10 +94,9 @@ def locate(name: str, hint: Any) -> tuple[tuple[str, ...], Any]:
     while rest is not None:
         own, dot, after = rest.partition(".")
         found = inside(hint, own)
-        if any(get_origin(k.type) is dict and not k.reads.keys for k in kinds(hint)) and not any(
-            kind.type is Any for kind in kinds(found)
-        ):
-            own, dot, after = rest, "", ""
+        is_open = any(get_origin(k.type) is dict and k.reads.keys is None for k in kinds(hint))
+        if is_open and not takes_brackets(found):  # a mapping of names
+            own, dot = rest, ""
         path.append(own)
         hint, rest = found, after if dot else None
     return tuple(path), hint
