@@ -225,8 +225,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layouts.write_affectnet_reduced(folder / "AffectNet", 48, 16, size=32, seed=0)
     layouts.write_rafdb(folder / "RAF-DB" / "basic", 35, 14, seed=0, size=32)
     faces = sorted((folder / "FACES").rglob("*.jpg"))
-    for name, persons in (("MS-Celeb-1M", 24), ("lfw", 8)):
-        for k, face in enumerate(faces):
+    for name, persons in (("MS-Celeb-1M", 40), ("lfw", 8)):  # 40 at least, of whom 20 are held out
+        for k, face in enumerate([*faces, *faces]):
             path = folder / name / f"person {k % persons}" / f"{k}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(face, path)
