@@ -125,7 +125,7 @@ def read_overrides(overrides: Iterable[str], hint: Any) -> list[Given]:
         if not equals or not key:
             raise ValueError(f"override '{word}': expected section.key=value")
         path, own = locate(key, hint)
-        value = _Reading(text, word, ".".join(path)).value(own)
+        value = _Reading(text, " ".join(word.split()), ".".join(path)).value(own)
         for given in _leaves(path, value, own, word):
             for other in found:
                 shared = min(len(given.path), len(other.path))
@@ -244,6 +244,9 @@ class _Reading:
             return None
         if word in NULLS and "none" in forms:
             return "none"
+        if word in NULLS and any(kind.reads.path for kind in kinds(hint)):
+            line = f"{name} is {word}, a word for null, which it does not take"
+            raise ValueError(f"{self.where}: {line}; write ./{word} for a folder of that name")
         if word in SWITCHES and bool in forms:
             return SWITCHES[word]
         if INTEGER.fullmatch(word) and int in forms and len(word) < LONGEST_NUMBER:

@@ -77,6 +77,8 @@ REFUSED = {
     ("data.classes", "happy"): "; write [happy]",
     ("data.cache", "$NOWHERE/x"): "$NOWHERE is not set in the environment; set it, or write $$",
     ("data.cache", "$EMPTY/x"): "$EMPTY is not set",
+    ("train.output", "None"): "train.output is none, a word for null, which it does not take; write",
+    ("data.shards", "~"): "write ./~ for a folder of that name",
     ("data.cache", "a$"): "data.cache is 'a$': a $ without a variable's name; write $$",
     ("data.shards", "[{path: ~nobody-here/x}]"): "write ./~nobody-here for a folder of that name",
     ("engine.deepspeed", "{a: yes}"): "engine.deepspeed.a is yes, which versions of YAML read in",
