@@ -77,7 +77,7 @@ REFUSED = {
     ("data.classes", "happy"): "; write [happy]",
     ("data.cache", "$NOWHERE/x"): "$NOWHERE is not set in the environment; set it, or write $$",
     ("data.cache", "$EMPTY/x"): "$EMPTY is not set",
-    ("train.output", "None"): "train.output is none, a word for null, which it does not take; write",
+    ("train.output", "None"): "train.output is none, a word for null, which it does not take",
     ("data.shards", "~"): "write ./~ for a folder of that name",
     ("data.cache", "a$"): "data.cache is 'a$': a $ without a variable's name; write $$",
     ("data.shards", "[{path: ~nobody-here/x}]"): "write ./~nobody-here for a folder of that name",
