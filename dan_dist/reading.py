@@ -192,6 +192,7 @@ class _Reading:
             return [
                 self._read(v, inside(hint, ""), f"{name}.{k}") for k, v in enumerate(node.value)
             ]
+        assert isinstance(node, yaml.ScalarNode)
         if node.style is not None:  # in quotes
             return self._text(node.value, hint, name)
         found = self._plain(node.value, hint, name)
