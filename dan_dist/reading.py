@@ -25,6 +25,7 @@ SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, 
 INTEGER = re.compile(r"[-+]?(0|[1-9]\d*)")
 NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
+YAML_1_1: Any = Resolver()
 PLAIN_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 UNKNOWN = object()  # in place of a type: no key has this name, as the schema will find
 
@@ -130,7 +131,7 @@ def read_overrides(overrides: Iterable[str], hint: Any) -> list[Given]:
             for other in found:
                 shared = min(len(given.path), len(other.path))
                 if given.path[:shared] == other.path[:shared]:
-                    name = ".".join(min(given.path, other.path, key=len))
+                    name = ".".join(given.path[:shared])
                     raise ValueError(
                         f"{name} is given twice, as {other.word!r} and as {word!r}; write one"
                     )
@@ -151,13 +152,16 @@ class _Reading:
 
     def __init__(self, text: str, where: str, name: str = "") -> None:
         self.text, self.where, self.name = text, where, name
-        self.count = 0
+        self.count = self.end = 0  # of the values; the place behind the last one
 
     def values(self, hint: Any) -> Any:
         """Of a whole YAML text."""
         try:
             node = yaml.compose(self.text, yaml.BaseLoader)
-            return None if node is None else self._read(node, hint, self.name)
+            if node is None:
+                return None
+            self.end = node.end_mark.index
+            return self._read(node, hint, self.name)
         except yaml.YAMLError as error:
             line = " ".join(str(error).replace('in "<unicode string>",', "at").split())
             advice = "; indent by spaces" if "'\\t'" in line else ""
@@ -172,9 +176,8 @@ class _Reading:
             return self._plain(self.text, hint, self.name)
         self.text = text
         found = self.values(hint)
-        last = [event.end_mark.index for event in yaml.parse(text, yaml.BaseLoader)][-3]
-        if last != len(text):  # a comment
-            raise ValueError(f"{self.where}: {text[last:]!r} stands behind the value")
+        if self.end != len(text):  # a comment
+            raise ValueError(f"{self.where}: {text[self.end :]!r} stands behind the value")
         return found
 
     def _read(self, node: yaml.Node, hint: Any, name: str) -> Any:
@@ -270,7 +273,7 @@ class _Reading:
             return int(text)
         if NUMBER.fullmatch(text):
             return float(text)
-        if Resolver().resolve(yaml.ScalarNode, text, (True, False)) != PLAIN_TAGS[0]:
+        if YAML_1_1.resolve(yaml.ScalarNode, text, (True, False)) != PLAIN_TAGS[0]:
             raise ValueError(
                 f"{self.where}: {name} is {text}, which versions of YAML read in several ways; "
                 f"write '\"{text}\"' for the text, or a decimal number, true, false or null"
