@@ -13,7 +13,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from dan_dist.engine.ddp import StepFlags
 from dan_dist.options import CertifyOptions
 from dan_dist.run.checkpoint import save
 from dan_dist.tracking.tracker import RunRecord, record_run
-from shards.files import write_atomically
+from shards.files import scratch_folder, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +76,8 @@ def main(options: CertifyOptions) -> list[str]:
 def certify(config: Config, options: CertifyOptions, steps: int) -> list[str]:
     """Runs each world, and the first one's second half once more, resumed; writes it all."""
     worlds = _worlds(options.worlds, config.train.global_batch)
-    with tempfile.TemporaryDirectory(prefix="certificate-") as scratch:
-        folder, runs = Path(scratch), []
+    with scratch_folder() as folder:
+        runs = []
         for start, world in [*((0, w) for w in worlds), (steps // 2, worlds[0])]:
             log.info("%d steps of world %d%s", steps - start, world,
                      f", resumed after step {start}" if start else "")  # fmt: skip

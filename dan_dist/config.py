@@ -1,7 +1,7 @@
 """A configuration from its file and the command line: one YAML each, with dotted overrides.
 
 An unknown key or a value of the wrong type is an error that names it; nothing is ignored. The keys
-are in `dan_dist/schema.py`.
+are in `dan_dist/schema.py`, how their text is read in `dan_dist/reading.py`.
 """
 
 import copy
@@ -16,37 +16,34 @@ import yaml
 from pydantic import ValidationError
 
 from dan_dist.data_schema import Augmentation, Synthetic
-from dan_dist.keys import GONE, RENAMED, names_in, suggest
+from dan_dist.keys import GONE, RENAMED, kind_of, names_in, suggest
+from dan_dist.reading import NUMBER, advice, as_written, locate, read_file, read_overrides
 from dan_dist.redaction import redact_tree
 from dan_dist.schema import Config, EngineChoice, Loss, Optim, Schedule, Tracking, Train
 from shards.files import write_atomically
 
 __all__ = [
     "Augmentation", "Config", "EngineChoice", "Loss", "Optim", "Schedule", "Synthetic", "Tracking",
-    "Train", "find_config", "flatten", "load_config", "resolve", "shipped_folder", "to_yaml",
-    "write_config",
+    "Train", "find_config", "flatten", "layered", "load_config", "resolve", "shipped_folder",
+    "to_yaml", "write_config",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent
+LARGEST = 2**18  # bytes of a file: one that YAML takes seconds to read is none of a person's
 SHIPPED = "configs"  # beside the package in a clone, inside it where it is installed
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: the 1.1 of PyYAML reads 1e-4 as text."""
-
-
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads as the same values."""
+    """Writes what `load_config` reads as the same values."""
 
 
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
-        list("-+0123456789."),
-    )
+for _tag, _form, _first in (
+    ("float", NUMBER, "-+0123456789."),
+    ("null", re.compile("none", re.IGNORECASE), "nN"),
+):
+    _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _form, list(_first))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -59,18 +56,37 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: unreadable YAML, an unknown key, a wrong type or value; one line that names it.
     """
     found = find_config(path)
-    tree = _parse(found.read_text(encoding="utf-8"), str(found))
+    tree = read_file(_text_of(found), str(found), Config)
     if not isinstance(tree, dict):
-        raise ValueError(f"{found}: expected sections of keys, found {tree!r}")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ValueError(f"override '{override}': expected section.key=value")
-        _set(tree, key, _parse(text, override))
+        raise ValueError(f"{found}: expected sections of keys, found {_shortened(tree)}")
+    for given in read_overrides(overrides, Config):
+        _set(tree, given.path, given.value)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(f"{found}: {_explain(error)}") from error
+        raise ValueError(f"{found}: {_explain(error, tree)}") from error
+
+
+def layered(*groups: Sequence[str]) -> list[str]:
+    """Overrides of several origins, of which a later one replaces a former one's key."""
+    return [*{word.partition("=")[0]: word for group in groups for word in group}.values()]
+
+
+def _text_of(path: Path) -> str:
+    """The text of a configuration's file.
+
+    Raises:
+        ValueError: it is too large, or not text.
+    """
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ValueError(f"{path}: {size:,} bytes, a configuration has {LARGEST:,} at most")
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not text in UTF-8 ({error.reason}, byte {error.start})"
+        ) from error
 
 
 def find_config(path: str | Path) -> Path:
@@ -90,6 +106,9 @@ def find_config(path: str | Path) -> Path:
         for file in (place, place.parent / f"{place.name}.yaml"):
             if file.is_file():
                 return file
+    if given.exists() and not is_name:
+        kind = "a folder" if given.is_dir() else "not a file"
+        raise FileNotFoundError(f"{path}: no such configuration: {kind}, expected a YAML file")
     known = sorted(file.stem for file in shipped_folder().glob("*.yaml"))
     near = difflib.get_close_matches(given.stem, known, 1)
     hint = f"did you mean {near[0]}? There are" if near else "there are"
@@ -118,11 +137,11 @@ def resolve(tree: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(keys, dict) and own in keys:
             value = keys.pop(own)
             if old in RENAMED:
-                _set(known, RENAMED[old], value)
+                _set(known, RENAMED[old].split("."), value)
     try:
         return flatten(Config.model_validate(known).model_dump())
     except ValidationError as error:
-        raise ValueError(_explain(error)) from error
+        raise ValueError(_explain(error, known)) from error
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +161,7 @@ def to_yaml(config: Config) -> str:
 
     What signs an address is hidden.
     """
-    tree = redact_tree(config.model_dump())
+    tree = redact_tree(as_written(config.model_dump(), Config))
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -155,15 +174,8 @@ def write_config(config: Config, folder: Path) -> None:
         log.warning("%s cannot be written: %s", path, error.strerror)
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
-
-
-def _set(tree: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
+def _set(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    *sections, last = path
     for section in sections:
         if not isinstance(tree.get(section), dict):
             tree[section] = {}
@@ -171,8 +183,8 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(error: ValidationError) -> str:
-    """The first fault in one line: where, what was found, what was expected."""
+def _explain(error: ValidationError, tree: Any) -> str:
+    """The first fault in one line: where, what was found, what was expected, how to write it."""
     faults = error.errors()
     # Where a required key is misspelt, it is missing as well.
     first = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
@@ -190,4 +202,27 @@ def _explain(error: ValidationError) -> str:
         return f"'{name}' is missing"
     if first["type"] == "value_error":
         return first["msg"].removeprefix("Value error, ")
-    return f"{name} is {found!r}: {first['msg'][0].lower() + first['msg'][1:]}"
+    path = _path_in(tree, first["loc"])
+    name = ".".join(path)
+    expected = first["msg"][0].lower() + first["msg"][1:]
+    if len(path) < len(where):  # one of several forms
+        expected = f"expected {kind_of(name)}"
+    end = advice(found, locate(name, Config)[1])
+    return f"{name} is {_shortened(found)}: {expected}{end}"
+
+
+def _path_in(tree: Any, places: Sequence[int | str]) -> list[str]:
+    """The part of a fault's place that is keys of the tree; pydantic adds the form of a value."""
+    path: list[str] = []
+    for place in places:
+        try:
+            tree = tree[place]
+        except (KeyError, IndexError, TypeError):
+            break
+        path.append(str(place))
+    return path
+
+
+def _shortened(value: Any, most: int = 100) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -1,27 +1,40 @@
 """The schema's part on the data: shards, order, augmentation, the drawn faces."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from dan_dist.values import Count, Positive, Probability, Section, check_sampling, check_shards
+from dan_dist.values import (
+    ORDERS,
+    SOURCE,
+    Amount,
+    PathText,
+    Probability,
+    Reads,
+    Section,
+    Seed,
+    check_sampling,
+    check_shards,
+)
+
+Drawn = Annotated[int, Field(ge=1, le=10_000_000)]
 
 
 class Synthetic(Section):
     """Drawn faces, packed into data.shards on first use; null draws none."""
 
-    train: Count = Field(
+    train: Drawn = Field(
         description="training images: of expressions in AffectNet's proportions, of identities "
         "evenly"
     )
-    val: Count = Field(description="validation images, evenly over the classes")
-    size: Count = Field(description="side of an image in pixels")
-    seed: int = Field(default=0, ge=0, description="of the drawing; another one draws other faces")
+    val: Drawn = Field(description="validation images, evenly over the classes")
+    size: int = Field(ge=1, le=1024, description="side of an image in pixels")
+    seed: Seed = Field(default=0, description="of the drawing; another one draws other faces")
     by: Literal["expression", "identity"] = Field(
         default="expression", description="what the classes are"
     )
-    identities: Count = Field(default=400, description="by identity: persons in training")
-    held_out: Count = Field(default=40, description="by identity: other persons, in validation")
+    identities: Drawn = Field(default=400, description="by identity: persons in training")
+    held_out: Drawn = Field(default=40, description="by identity: other persons, in validation")
 
 
 class Augmentation(Section):
@@ -32,7 +45,7 @@ class Augmentation(Section):
     degrees: float = Field(
         default=0.0, ge=0, le=180, description="warp: largest rotation, either way"
     )
-    scale: list[Positive] = Field(
+    scale: list[Annotated[float, Field(ge=0.01, le=100)]] = Field(
         default=[1.0, 1.0],
         min_length=2,
         max_length=2,
@@ -55,12 +68,12 @@ class Augmentation(Section):
 class Data(Section):
     """The images, and the order in which they come."""
 
-    shards: str | list[dict[str, Any]] = Field(
+    shards: PathText | list[Annotated[dict[str, Any], Reads(keys=SOURCE)]] = Field(
         description="folder of shards (with manifest.json), or its URL; relative to the working "
         "folder; or several as {path, share, classes}, of shares 1 unless given, with the names "
         "that their classes have here"
     )
-    cache: str | None = Field(
+    cache: PathText | None = Field(
         default=None, description="folder on each node into which the shards are copied first"
     )
     classes: list[str] | None = Field(
@@ -69,25 +82,27 @@ class Data(Section):
     )
     val_split: str = Field(default="val", description="split of the evaluations")
     pairs: int = Field(
-        default=6000, ge=20, description="task identity: pairs of images drawn from val_split"
+        default=6000,
+        ge=20,
+        le=1_000_000,
+        description="task identity: pairs of images drawn from val_split",
     )
-    pairs_file: str | None = Field(
+    pairs_file: PathText | None = Field(
         default=None,
         description="task identity: a file that lists the pairs, in place of drawn ones",
     )
-    sampling: str | dict[str, Any] = Field(
+    sampling: str | Annotated[dict[str, Any], Reads(keys=ORDERS)] = Field(
         default="balanced",
         description="training images: as many of each class (balanced), or each once an epoch "
         "(shuffle); or classes by count to a power {power: t}, by effective numbers {effective: "
         "beta}, by {shares: {class: number}}; or one after another, {from: …, to: …, epochs: n}",
     )
     augment: Augmentation = Augmentation()
-    max_bad_images: int = Field(
+    max_bad_images: Amount = Field(
         default=100,
-        ge=0,
         description="damaged images over all ranks that are replaced; one more is an error",
     )
-    threads: Count | None = Field(
+    threads: Annotated[int, Field(ge=1, le=256)] | None = Field(
         default=None, description="cores that a rank decodes on; null: its share of the node's"
     )
     decoded: Literal["none", "host", "device"] = Field(

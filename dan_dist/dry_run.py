@@ -26,6 +26,7 @@ from dan_dist.distributed.device import choose_device
 from dan_dist.distributed.world import World
 from dan_dist.header import log_data, log_place
 from dan_dist.redaction import redact
+from dan_dist.room import check_room
 from dan_dist.run.folder import check_writable, checkpoint_to_resume, run_folder
 from dan_dist.run.plan import make_plan
 from dan_dist.tracking.faults import ClosedError, reason_of
@@ -72,6 +73,7 @@ def check(config: Config, ranks: int) -> None:
     with no_new_folders(folder), run_folder(folder):
         data = check_data(without_pairs_file(config, shards), world, shards)
         log_data(config, world, shards, data.train, data.task.val)
+        check_room(config, world, data.task.classes)
         check_start(config, data)
     if config.engine.name == "deepspeed":
         from dan_dist.engine.deepspeed import check_extra  # takes seconds to import

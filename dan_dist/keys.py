@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from dan_dist.schema import Config
+from dan_dist.values import FAR
 
 # Keys of earlier versions, which the configurations in checkpoints hold: those that have another
 # name now, and those that nothing reads any more.
@@ -75,14 +76,26 @@ def _kind(field: Mapping[str, Any]) -> str:
         return str(field["const"])
     if field["type"] == "null":
         return "null"
+    field = {k: v for k, v in field.items() if k != "maximum" or v < FAR}  # nobody needs it
     if "minimum" in field and "maximum" in field:
-        steps = f", a multiple of {field['multipleOf']}" if "multipleOf" in field else ""
+        steps = f", {BOUNDS['multipleOf'].format(n)}" if (n := field.get("multipleOf")) else ""
         return f"{KINDS[field['type']]} from {field['minimum']} to {field['maximum']}{steps}"
     bounds = [text.format(field[name]) for name, text in BOUNDS.items() if name in field]
     if field["type"] == "array":
         count = f"{field['minItems']} × " if "minItems" in field else ""
         return f"list of {count}{_kind(field['items'])}"
     return " ".join([KINDS[field["type"]], ", ".join(bounds)]).strip()
+
+
+def kind_of(name: str) -> str:
+    """The values that a key takes, in words; those of an entry are its list's."""
+    found = (
+        key.kind
+        for group in groups()
+        for key in group.keys
+        if f"{name}.".startswith(f"{key.name}.")
+    )
+    return next(found, "another value")
 
 
 def describe() -> str:
@@ -126,6 +139,9 @@ def suggest(name: str) -> str:
         return "it has gone, as nothing reads it"
     if name in RENAMED:
         return f"it is '{RENAMED[name]}' now"
+    if name in names():  # of a file
+        section, _, own = name.rpartition(".")
+        return f"write it below its section, {section}: {{{own}: …}}"
     quoted = [f"'{key}'" for key in candidates(name)]
     return f"did you mean {' or '.join(quoted)}?" if quoted else ""
 

@@ -22,6 +22,7 @@ from dan_dist.run import cli
 from dan_dist.run.environment import has_launcher, is_deepspeed_launched, read_launch
 from dan_dist.run.signals import PREEMPTED, StopRequest
 
+MOST_RUNS = 1000  # seeds of a setting; ranks of a run on one machine
 OPTIONS = ("--config", "--dry-run", "--ranks", "--help")
 
 TRAIN = """Trains DAN: torchrun launch/train.py [CONFIG] [section.key=value …]
@@ -98,9 +99,7 @@ def read_train_command(arguments: Sequence[str]) -> TrainCommand:
         option, equals, value = word.partition("=")
         if option in ("--config", "--ranks") and not equals:
             value = next(words, "")
-        if option == "--local_rank":  # of DeepSpeed's launcher; its environment has that too
-            continue
-        elif word in ("-h", "--help"):
+        if word in ("-h", "--help"):
             return found._replace(help=True)
         elif word == "--dry-run":
             found = found._replace(dry_run=True)
@@ -211,8 +210,8 @@ def _export(arguments: list[str], stop: StopRequest) -> int:
 def _ablate(arguments: list[str], stop: StopRequest) -> int:
     options = cli.parse(AblateOptions, arguments)
     for name in ("seeds", "nproc"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name} is {value}, expected 1 or more")
+        if (value := getattr(options, name)) is not None and not 1 <= value <= MOST_RUNS:
+            raise ValueError(f"--{name} is {value}, expected 1 to {MOST_RUNS}")
     from dan_dist.ablation import grid
 
     load_config(options.config, grid.parse(options.words)[2])

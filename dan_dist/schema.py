@@ -7,11 +7,15 @@ from pydantic import Field, field_validator, model_validator
 
 from dan_dist.data_schema import Data
 from dan_dist.values import (
+    Amount,
     Count,
     Part,
+    PathText,
     Positive,
     Probability,
     Section,
+    Seed,
+    Weight,
 )
 
 MOST_PIXELS, MOST_HEADS = 1024, 64  # beyond them memory ends, not learning
@@ -35,12 +39,12 @@ class Model(Section):
         description="what the classifier sees of several heads: the sum of their log-softmax, as "
         "in the paper, or their mean",
     )
-    backbone: str = Field(
+    backbone: Literal["none"] | PathText = Field(
         default="none",
         description="start of the ResNet-18: a weights file or checkpoint, 'imagenet', or "
         "'none': at random",
     )
-    weights: str | None = Field(
+    weights: PathText | None = Field(
         default=None,
         description="start of the whole network, in place of the backbone: a DAN of ours or "
         "of the authors",
@@ -63,8 +67,8 @@ class Loss(Section):
         description="loss of the attention fusion network: per image as in the paper, "
         "or one logarithm for the batch as in the authors' release",
     )
-    lambda_fcn: float = Field(default=1.0, ge=0, description="weight of loss.fcn")
-    lambda_afn: float = Field(default=1.0, ge=0, description="weight of loss.afn")
+    lambda_fcn: Weight = Field(default=1.0, description="weight of loss.fcn")
+    lambda_afn: Weight = Field(default=1.0, description="weight of loss.afn")
     classification: Literal["softmax", "arcface"] = Field(
         default="softmax", description="loss of the classifier; arcface for task identity alone"
     )
@@ -92,13 +96,11 @@ class Optim(Section):
     lr: Positive = Field(default=1e-4, description="highest learning rate; see schedule.lr_rule")
     momentum: Part = Field(default=0.9, description="momentum of sgd")
     nesterov: bool = Field(default=False, description="sgd: with Nesterov's momentum")
-    weight_decay: float = Field(default=0.0, ge=0, description="weight decay; adamw: decoupled")
+    weight_decay: Weight = Field(default=0.0, description="weight decay; adamw: decoupled")
     decay: Literal["all", "weights"] = Field(
         default="all", description="what decays: all, or not BatchNorm, biases and class centres"
     )
-    backbone_lr: float = Field(
-        default=1.0, ge=0, description="the backbone's part of lr; 0 freezes it"
-    )
+    backbone_lr: Weight = Field(default=1.0, description="the backbone's part of lr; 0 freezes it")
     ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="decay of the weights' average, which is evaluated; null: none"
     )
@@ -117,8 +119,8 @@ class Schedule(Section):
     gamma: float = Field(default=1.0, gt=0, le=1, description="factor of the learning rate")
     every: Count = Field(default=1, description="step: epochs from one multiplication to the next")
     floor: Probability = Field(default=0.0, description="cosine: where it ends, in parts of lr")
-    warmup_steps: int = Field(default=0, ge=0, description="steps over which lr rises from 0 first")
-    warmup_epochs: float = Field(default=0.0, ge=0, description="the same in epochs")
+    warmup_steps: Amount = Field(default=0, description="steps over which lr rises from 0 first")
+    warmup_epochs: Weight = Field(default=0.0, description="the same in epochs")
     lr_rule: Literal["fixed", "linear", "sqrt"] = Field(
         default="fixed", description="how lr grows with train.global_batch ÷ reference_batch"
     )
@@ -128,17 +130,19 @@ class Schedule(Section):
 class Train(Section):
     """The run: its length, its batch, its device, its checkpoints."""
 
-    epochs: Count = Field(description="epochs, each of as many images as the training split has")
-    global_batch: Count = Field(
-        description="images a step over all ranks: the recipe's constant on any number of GPUs"
+    epochs: int = Field(
+        ge=1, le=1_000_000, description="epochs, each of as many images as the training split has"
+    )
+    global_batch: int = Field(
+        ge=1,
+        le=1_000_000,
+        description="images a step over all ranks: the recipe's constant on any number of GPUs",
     )
     micro_batch: Count | None = Field(
         default=None,
         description="images that a rank computes at once; null: its whole share of a step",
     )
-    seed: int = Field(
-        default=0, ge=0, lt=2**63, description="of the start, the order and the augmentation"
-    )
+    seed: Seed = Field(default=0, description="of the start, the order and the augmentation")
     precision: Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"] = Field(
         default="auto",
         description="of the arithmetic; auto: bf16 where the device has it, fp16 on other GPUs, "
@@ -155,7 +159,7 @@ class Train(Section):
         default=False,
         description="compile the step, and a CUDA graph of it; auto: on a GPU, by the run's length",
     )
-    output: str = Field(description="folder of the run; relative to the working folder")
+    output: PathText = Field(description="folder of the run; relative to the working folder")
     resume: Literal["auto", "never"] = Field(
         default="auto",
         description="go on with the run in train.output, or refuse to where there is one",
@@ -177,14 +181,15 @@ class Train(Section):
     checkpoint_errors: Literal["continue", "stop"] = Field(
         default="continue", description="what a checkpoint that cannot be written does to the run"
     )
-    max_skipped_steps: int = Field(
+    max_skipped_steps: Amount = Field(
         default=0,
-        ge=0,
         description="steps skipped as their loss or gradient is not finite; one more ends the run",
     )
     log_every: Count = Field(default=20, description="steps between log lines")
-    timeout_s: Positive = Field(
+    timeout_s: float = Field(
         default=60.0,
+        ge=1,
+        le=604_800,
         description="seconds without a step after which the job ends and names the rank",
     )
 

@@ -31,6 +31,7 @@ from dan_dist.evaluation.metrics import format_metrics
 from dan_dist.header import log_data, log_place
 from dan_dist.model.backbone import write_backbone
 from dan_dist.monitor import Monitor, save_evidence
+from dan_dist.room import check_room
 from dan_dist.run.checkpoint import BEST, RESUMED, load
 from dan_dist.run.folder import (
     CheckpointWriter,
@@ -106,6 +107,7 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
     log_place(config, world)
     data = open_data(config, world)
     log_data(config, world, data.shards, data.train, data.task.val)
+    world.run_on_all(lambda: check_room(config, world, data.task.classes))
     resumed = world.run_once(lambda: checkpoint_to_resume(folder, config.train.resume))
     objective = world.run_on_all(
         lambda: build_objective(config, data.class_names, is_new=not resumed)

@@ -1,19 +1,41 @@
 """The values that configuration keys take: bounds, checks, and the strict section of keys."""
 
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+
+@dataclass(frozen=True, eq=False)  # hashed by identity, as an annotation must be
+class Reads:
+    """How a key's text is read where its type does not settle it; see `dan_dist.reading`."""
+
+    path: bool = False  # `~` and `$NAME` are expanded
+    keys: Mapping[str, Any] | None = None  # of a mapping: what each of its keys takes
+
+
+PathText = Annotated[str, Reads(path=True)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+FAR = 1_000_000
+# Bounds above what anybody needs keep slips of the keyboard from sums that overflow.
+Positive = Annotated[float, Field(gt=0, le=FAR)]
+Weight = Annotated[float, Field(ge=0, le=FAR)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Amount = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Part = Annotated[float, Field(ge=0, lt=1)]
 
+Number = int | float
+SOURCE = {"path": PathText, "share": Number, "classes": dict[str, str]}
+ORDER: dict[str, Any] = {"power": Number, "effective": Number, "shares": dict[str, Number]}
+ORDERS = {**ORDER, "epochs": int}
+for _end in ("from", "to"):
+    ORDERS[_end] = str | Annotated[dict[str, Any], Reads(keys=ORDER)]
 
 SHARDS = "{path: …, share: a number above 0, classes: {its name: the training's, …}}"
 SAMPLING = (
-    "balanced, shuffle, {power: 0 or more}, {effective: 0 or more, below 1}, "
+    "balanced, shuffle, {power: 0 to 10}, {effective: 0 or more, below 1}, "
     "{shares: {class: 0 or more, …}} or {from: …, to: …, epochs: 1 to 2048}"
 )
 
@@ -56,12 +78,12 @@ def _is_sampling(value: Any, *, may_change: bool) -> bool:
         is_good = all(isinstance(n, str) for n in names) and all(map(_is_number, numbers))
         return is_good and min(numbers, default=-1) >= 0 and max(numbers) > 0
     if {*value} in ({"power"}, {"effective"}) and _is_number(number := next(iter(value.values()))):
-        return bool(number >= 0 and ("power" in value or number < 1))
+        return bool(0 <= number <= 10 and ("power" in value or number < 1))
     return False
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= FAR
 
 
 class Section(BaseModel):

@@ -38,13 +38,13 @@ from nvidia import dali
 
 from benchmarks import loader, order, scaling, start, step, training, visit
 from benchmarks.peers import table as peers
-from dan_dist.config import Config, load_config
-from dan_dist.distributed.cores import core_count
+from dan_dist.config import Config, layered, load_config
 from dan_dist.distributed.world import World, close_world, init_world
 from dan_dist.run.cli import run
 from dan_dist.run.signals import StopRequest
 from shards.demo import ensure
 from shards.format import MANIFEST, ShardSet, open_shardset
+from shards.limits import core_count
 from shards.releases import synthetic
 
 RECIPE = "configs/affectnet8.yaml"
@@ -157,7 +157,7 @@ def _of_recipe(
     batch = batch or config.train.global_batch
     own = [f"train.global_batch={batch * world.size}", f"data.shards={found}", "data.classes=null",
            "model.backbone=none", "model.weights=null", "model.weights_classes=null"]  # fmt: skip
-    return load_config(path, [*overrides, *own]), open_shardset(found)
+    return load_config(path, layered(overrides, own)), open_shardset(found)
 
 
 def _shards(config: Config, folder: Path, images: int) -> Path:

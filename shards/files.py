@@ -1,10 +1,12 @@
 """Atomic writes, checksums and locks, for every writer of a folder."""
 
+import errno
 import fcntl
 import hashlib
 import logging
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -63,6 +65,30 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder for the block, removed at its end.
+
+    Raises:
+        OSError: there is none, or it is full; names the folder, and TMPDIR.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="dan_dist-") as name:
+            try:
+                yield Path(name)
+            except OSError as error:
+                is_inside = str(error.filename or name).startswith(name)
+                if error.errno in (errno.ENOSPC, errno.EDQUOT) and is_inside:
+                    line = f"{Path(name).parent} is full: {error.strerror}"
+                    raise OSError(f"{line}; TMPDIR names another temporary folder") from error
+                raise
+    except FileNotFoundError as error:
+        if error.filename is not None or "temporary" not in str(error):
+            raise
+        line = "no temporary folder can be written, or all are full"
+        raise OSError(f"{line} ({error.strerror}); TMPDIR names one") from error
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from shards.releases import affectnet, folder, identities, rafdb, sfew, syntheti
 from shards.releases.source import plain_name
 from shards.show import overview, table
 
+MOST_PIXELS = 4096  # of a packed image's side
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code (2 for bad input, in one line)."""
@@ -136,9 +138,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _size(text: str) -> int | None:
-    if text != "native" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be pixels or 'native', got {text!r}")
-    return None if text == "native" else int(text)
+    if text == "native":
+        return None
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= MOST_PIXELS:
+        raise argparse.ArgumentTypeError(
+            f"must be 1 to {MOST_PIXELS} pixels or 'native', got {text!r}"
+        )
+    return int(text)
 
 
 def _fraction(text: str) -> float:

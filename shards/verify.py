@@ -7,7 +7,6 @@ and every image decoded. Exit code 0: whole; 1: faults, a line each; 2: no set o
 import argparse
 import hashlib
 import json
-import os
 import re
 import sys
 import tarfile
@@ -23,6 +22,7 @@ from shards.files import sha256_of
 from shards.format import MANIFEST, Shard, ShardSet, check_key, copy_name, open_shardset
 from shards.images import MAX_PIXELS, jpeg_fault, plain_jpeg_size
 from shards.index import read_index
+from shards.limits import core_count
 from shards.packing.pool import in_processes
 from shards.releases.source import plain_name
 
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         shards, faults = open_shardset(options.shards), 0
-        for fault in verify(shards, options.workers or len(os.sched_getaffinity(0))):
+        for fault in verify(shards, options.workers or core_count()):
             faults += 1
             print(plain_name(fault), flush=True)
     except (ValueError, OSError) as error:

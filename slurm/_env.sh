@@ -3,7 +3,7 @@
 #
 # What to set, in the environment or here:
 DAN_REPOSITORY=${DAN_REPOSITORY:-${SLURM_SUBMIT_DIR:-$PWD}} # where this repository lies, on all nodes
-DAN_PYTHON=${DAN_PYTHON:-python} # the environment's Python, on all nodes
+DAN_PYTHON=${DAN_PYTHON:-python} # the environment's Python, on all nodes; of several words, a command
 DAN_CONFIG=${DAN_CONFIG:-}       # another configuration than the script's own
 DAN_DATA=${DAN_DATA:-}           # another folder, or URL, of shards than the configuration's
 DAN_CACHE=${DAN_CACHE:-}         # node-local storage into which shards are copied first
@@ -17,7 +17,13 @@ dan_cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-}}
 # Of a node that is the job's alone (--exclusive) Slurm gives all GPUs, whatever is asked for.
 dan_gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} # 8, or a100:8
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export DAN_PYTHON DAN_DEVICE DAN_REPOSITORY
+# The words of DAN_PYTHON: one where that is the name or the path of a program, which may have
+# spaces. Quotes hold a word together; nothing in it is expanded or run.
+dan_python=("$DAN_PYTHON")
+if ! command -v -- "$DAN_PYTHON" >/dev/null; then
+    mapfile -d '' -t dan_python < <(printf '%s' "$DAN_PYTHON" | xargs printf '%s\0')
+fi
+[ -n "${dan_python[0]:-}" ] || { echo "error: DAN_PYTHON is no command: $DAN_PYTHON" >&2; exit 2; }
 
 dan_signal= # the last signal: USR1 comes before the time limit, TERM when the job is cancelled
 dan_step=   # the process of srun while it trains
@@ -41,8 +47,9 @@ dan_stop() {
 dan_check() {
     # shellcheck disable=SC2016 # the variables are the node's
     srun --ntasks-per-node=1 --kill-on-bad-exit=1 bash -c '
-        timeout -k 5 180 "$DAN_PYTHON" "$DAN_REPOSITORY/slurm/health.py" "$DAN_DEVICE" ||
-            { echo "error: node $SLURMD_NODENAME failed its check (code $?)" >&2; exit 1; }'
+        timeout -k 5 180 "$@" ||
+            { echo "error: node $SLURMD_NODENAME failed its check (code $?)" >&2; exit 1; }' \
+        check "${dan_python[@]}" "$DAN_REPOSITORY/slurm/health.py" "$DAN_DEVICE"
 }
 
 # dan_train CONFIG OUTPUT [section.key=value ...]: one torchrun a node. On USR1 a checkpoint, and
@@ -77,8 +84,11 @@ dan_run() {
     # shellcheck disable=SC2016 # the variables are the node's
     srun --kill-on-bad-exit=1 --ntasks-per-node=1 --output="$output/logs/%x-%j-node%n.log" \
         --open-mode=append bash -c 'trap "" USR1
-            exec "$DAN_PYTHON" -m torch.distributed.run --log-dir="$0-node$SLURM_NODEID" "$@"' \
-        "$output/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID" --tee=3 --nnodes="$SLURM_NNODES" \
+            python=("${@:2:$1}")
+            shift "$(($1 + 1))"
+            exec "${python[@]}" -m torch.distributed.run --log-dir="$0-node$SLURM_NODEID" "$@"' \
+        "$output/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID" "${#dan_python[@]}" "${dan_python[@]}" \
+        --tee=3 --nnodes="$SLURM_NNODES" \
         --nproc-per-node="${DAN_NPROC:-${dan_gpus##*:}}" --rdzv-backend=c10d \
         --rdzv-id="$name" --rdzv-endpoint="$address:$((20000 + SLURM_JOB_ID % 10000))" \
         --max-restarts="${DAN_RESTARTS:-0}" \

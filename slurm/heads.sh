@@ -20,10 +20,10 @@ source "${DAN_REPOSITORY:-$SLURM_SUBMIT_DIR}/slurm/_env.sh"
 dan_listen
 grid=${DAN_GRID:-heads}
 config=${DAN_CONFIG:-configs/affectnet8.yaml}
-ablate=("$DAN_PYTHON" "$DAN_REPOSITORY/launch/ablate.py" "$grid" --config "$config"
+ablate=("${dan_python[@]}" "$DAN_REPOSITORY/launch/ablate.py" "$grid" --config "$config"
     --output "${DAN_RUNS:-runs}/$grid" "$@")
 child=$("${ablate[@]}" --child "$SLURM_ARRAY_TASK_ID")
-mapfile -t overrides <<<"$child"
+mapfile -t overrides < <(grep -v '^train\.output=' <<<"$child") # which dan_train sets
 dan_train "$config" "$(sed -n 's/^train\.output=//p' <<<"$child")" "${overrides[@]}"
 # With what the other tasks have finished so far, which may be nothing: the last one's is complete.
 "${ablate[@]}" --summary || true

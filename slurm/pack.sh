@@ -14,7 +14,7 @@ set -euo pipefail
 source "${DAN_REPOSITORY:-$SLURM_SUBMIT_DIR}/slurm/_env.sh"
 if [ "$1" = merge ]; then # by one task of the array, which need not be more than one
     [ "$SLURM_ARRAY_TASK_ID" = "$SLURM_ARRAY_TASK_MIN" ] || exit 0
-    exec "$DAN_PYTHON" -m shards.pack "$@"
+    exec "${dan_python[@]}" -m shards.pack "$@"
 fi
-exec "$DAN_PYTHON" -m shards.pack "$@" \
+exec "${dan_python[@]}" -m shards.pack "$@" \
     --part "$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))/$SLURM_ARRAY_TASK_COUNT"

@@ -17,7 +17,7 @@ from trees import packed, tree
 
 from dan_dist import programs
 from dan_dist import train as story
-from dan_dist.config import load_config
+from dan_dist.config import layered, load_config
 from dan_dist.distributed.world import World
 from dan_dist.run.folder import newest_checkpoint
 from dan_dist.tracking.store import connect
@@ -222,6 +222,8 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """A documented program on `ranks` CPU processes, as torchrun would start it, but forked."""
     words = [str(argument) for argument in arguments]
+    if program == "train":  # a test adds to what it has in common with others
+        words = layered(words)
     found = run_ranks(ranks, inside, program, words, cwd=cwd, timeout_s=timeout_s)
     out, err = (
         "".join(texts) for texts in zip(*((e.stdout, e.stderr) for e in found), strict=True)
@@ -249,7 +251,7 @@ def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def single(config: Path, *overrides: str) -> story.RunResult:
-    return story.main(load_config(config, overrides))
+    return story.main(load_config(config, layered(overrides)))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

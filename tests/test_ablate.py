@@ -22,7 +22,7 @@ from dan_dist import programs
 from dan_dist.ablation import comparison, grid
 from dan_dist.ablation.grid import AblationRun
 from dan_dist.ablation.runs import RunSummary
-from dan_dist.config import load_config
+from dan_dist.config import layered, load_config
 from dan_dist.run.signals import StopRequest
 
 Write = Callable[[str], Path]
@@ -58,6 +58,11 @@ def test_runs_have_names_seeds_and_a_parent_that_stays(tiny: Write, tmp_path: Pa
         "heads-0-seed-5", "heads-1-seed-5", "heads-0-seed-6", "heads-1-seed-6",
     ]  # fmt: skip
     assert runs[0].setting == "heads 0" and runs[0].setting == runs[2].setting
+    _, heads, _ = grid.parse(["heads"])  # what a point asks for comes before what holds for all
+    center = grid.grid_runs(config, heads, [*options, "loss.fcn=center"], 1, tmp_path / "$", "h")
+    chosen = [load_config(config, run.overrides) for run in center]
+    assert [c.loss.fcn for c in chosen] == ["none"] + ["center"] * 8
+    assert chosen[0].train.output == f"{tmp_path}/$/heads-0-seed-5"
     again = grid.grid_runs(config, axes, options, 1, folder, "heads")
     assert again == runs[:2]
     other = grid.grid_runs(config, axes, options, 1, tmp_path / "other", "heads")
@@ -76,12 +81,15 @@ def test_runs_have_names_seeds_and_a_parent_that_stays(tiny: Write, tmp_path: Pa
         (["model.haeds=1,2"], r"unknown key 'model\.haeds'; did you mean 'model\.heads'\?"),
         (["model.heads=1,two"], "model.heads is 'two'"),
         (["heads", "tracking.enabled=false"], "an ablation is compared in MLflow"),
+        (["heads", "model.heads=3"], "'model.heads=3': 'heads' varies model.heads already"),
+        (["heads", "train.output=x"], "train.output is given twice, as 'train.output=x' and as"),
+        (["heads", "optim.lr=1", "optim={lr: 2}"], "optim.lr is given twice"),
     ],
 )
 def test_grids_that_cannot_be(tiny: Write, tmp_path: Path, words: list[str], line: str) -> None:
     with pytest.raises(ValueError, match=line):
         name, axes, overrides = grid.parse(words)
-        tracked = ["tracking.enabled=true", *overrides]
+        tracked = layered(["tracking.enabled=true"], overrides)
         grid.grid_runs(str(tiny("base")), axes, tracked, 1, tmp_path / "grid", name)
     assert not list(tmp_path.glob("grid/*/journal.jsonl"))
 
@@ -278,7 +286,7 @@ def test_nothing_finished_is_nothing_to_compare(
         main(*words, "--summary")
     assert main(*words, "--list") == 0
     assert re.search(r"1 heads-1-seed-0 +missing", capsys.readouterr().out)
-    with pytest.raises(ValueError, match="--seeds is 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="--seeds is 0, expected 1 to 1000"):
         main(*words, "--seeds", "0")
 
 

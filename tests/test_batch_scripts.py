@@ -52,6 +52,49 @@ def test_what_becomes_of_a_job(
     assert not [*(tmp_path / "out").glob("stop.*")]
 
 
+EXECUTES = """
+source "$DAN_REPOSITORY/slurm/_env.sh"
+scontrol() { echo "NodeAddr=n1 "; }
+srun() { while [ "$1" != bash ]; do shift; done; SLURM_NODEID=0 "$@"; }
+dan_train config.yaml out optim.lr=1 || true
+"""
+CONTAINER = """#!/bin/bash
+printf '<%s>' "$@" >>"$LOG"; echo >>"$LOG"
+"""
+
+
+@pytest.mark.parametrize(
+    ("python", "words"),
+    [
+        ("apptainer exec -B '/a b' x.sif python", ["exec", "-B", "/a b", "x.sif", "python"]),
+        ("apptainer  $(touch evaluated) `touch evaluated` ; $HOME *",
+         ["$(touch", "evaluated)", "`touch", "evaluated`", ";", "$HOME", "*"]),
+        ("spaced python", []), ("./spaced python", []), ("TMP/spaced python", []),
+    ],
+)  # fmt: skip
+def test_the_python_of_a_job_may_be_a_command_of_several_words(
+    python: str, words: list[str], tmp_path: Path
+) -> None:
+    """Nothing in it is evaluated; a program whose path has spaces is one word."""
+    for name in ("apptainer", "spaced python"):
+        (tmp_path / name).write_text(CONTAINER)
+        (tmp_path / name).chmod(0o755)
+    variables = {"DAN_REPOSITORY": str(REPOSITORY), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
+                 "SLURM_JOB_NAME": "x", "SLURM_JOB_NODELIST": "n1", "LOG": f"{tmp_path}/log",
+                 "DAN_PYTHON": python.replace("TMP", str(tmp_path)), "HOME": "/elsewhere",
+                 "PATH": f"{tmp_path}:{os.environ['PATH']}"}  # fmt: skip
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", EXECUTES], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, **variables})  # fmt: skip
+    assert not (tmp_path / "evaluated").exists()
+    lines = (tmp_path / "log").read_text().splitlines()
+    found = [line[1:-1].split("><") for line in lines]
+    assert found[0] == [*words, f"{REPOSITORY}/slurm/health.py", "cuda"], done
+    assert found[1][: len(words) + 4] == [
+        *words, "-m", "torch.distributed.run", "--log-dir=out/logs/x-7-node0", "--tee=3",
+    ]  # fmt: skip
+    assert found[1][-4:] == ["config.yaml", "train.output=out", "train.device=cuda", "optim.lr=1"]
+
+
 @pytest.mark.parametrize(
     ("gpus", "line"), [(0, "torch finds no GPU"), (7, "torch finds 7 GPUs, Slurm gives 8"),
                        (8, "GPU 0: ")],

@@ -14,7 +14,7 @@ import torch
 from conftest import DAN, IDENTITY, REPOSITORY, run, single
 from dan_dist import config as configuration
 from dan_dist import dry_run
-from dan_dist.config import load_config, to_yaml
+from dan_dist.config import layered, load_config, to_yaml
 from dan_dist.dry_run import check
 from shards.files import locked
 from shards.format import ShardSet
@@ -46,6 +46,7 @@ def test_the_command_prints_a_configuration_that_is_the_same(tmp_path: Path) -> 
         "data.shards data/demo: not there yet; the training draws the faces",
         "data: synthetic (seed 0, 32 px), 64 images of 8 classes, 8 to evaluate on",
         "batch: 16 images, 2 or 3 on each rank", "steps: 4 an epoch, 8 in all",
+        "disk: at most ",
         "backbone: random start", "no checkpoint in runs/demo: a new run",
         f"MLflow: the training makes {tmp_path}/mlflow.db", "all checks passed; the configuration:",
     ):  # fmt: skip
@@ -99,9 +100,10 @@ def test_faces_that_are_not_drawn_yet_are_judged_by_their_list(tmp_path: Path) -
         (["data.shards=/proc/faces"], "data.shards /proc/faces cannot be written"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
-            check(load_config("demo", [*FACES, *overrides]), 1)
-    small = [*FACES, "data.synthetic.train=80", "data.synthetic.val=60", "data.pairs=60",
-             "data.synthetic.identities=16", "data.synthetic.held_out=20"]  # fmt: skip
+            check(load_config("demo", layered(FACES, overrides)), 1)
+    own = ["data.synthetic.train=80", "data.synthetic.val=60", "data.pairs=60",
+           "data.synthetic.identities=16", "data.synthetic.held_out=20"]  # fmt: skip
+    small = layered(FACES, own)
     check(load_config("demo-backbone", small), 2)
     pairs = load_config("demo-backbone", [*small, "data.pairs_file=pairs.txt"])
     with pytest.raises(FileNotFoundError, match=r"data\.pairs_file pairs\.txt: no such file"):
@@ -126,7 +128,7 @@ def test_a_run_that_is_there_goes_on_or_is_refused(
         (["train.max_steps=1"], r"at step 2 already, train\.epochs and train\.max_steps end at 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            check(load_config(tiny("run"), [*DAN, *overrides]), 1)
+            check(load_config(tiny("run"), layered(DAN, overrides)), 1)
     with (
         locked(tmp_path / "run", ""),
         pytest.raises(BlockingIOError, match="is in use by another process"),
@@ -136,7 +138,7 @@ def test_a_run_that_is_there_goes_on_or_is_refused(
     assert f"network: from {path}, classifier and all" in caplog.messages
     check(load_config(tiny("new"), [*DAN, f"model.backbone={path}"]), 1)
     with pytest.raises(ValueError, match=r"has 2 heads, model\.heads is 3"):
-        check(load_config(tiny("new"), [*DAN, "model.heads=3", f"model.weights={path}"]), 1)
+        check(load_config(tiny("new"), layered(DAN, ["model.heads=3", f"model.weights={path}"])), 1)
     assert tree(tmp_path / "run") == before and not (tmp_path / "new").exists()
 
 

@@ -2,7 +2,13 @@
 
 import pytest
 
-from dan_dist.run.environment import Launch, has_launcher, is_deepspeed_launched, read_launch
+from dan_dist.run.environment import (
+    Launch,
+    has_launcher,
+    is_deepspeed_launched,
+    read_launch,
+    take_local_rank,
+)
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK",
          "TORCHELASTIC_RUN_ID")  # fmt: skip
@@ -11,7 +17,8 @@ NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that one that a test makes goes with it
+        monkeypatch.delenv(name)
 
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4",
@@ -58,3 +65,28 @@ def test_bad_values_are_named(
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"^{line}"):
         read_launch()
+
+
+@pytest.mark.parametrize(
+    "option", [["--local-rank=3"], ["--local_rank", "3"], ["--local-rank", "3"]]
+)
+@pytest.mark.parametrize("given", [None, "3"])
+def test_a_launchers_option_is_taken_from_the_command_line(
+    option: list[str], given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    if given is not None:
+        monkeypatch.setenv("LOCAL_RANK", given)
+    assert take_local_rank(["demo", *option, "optim.lr=1"]) == ["demo", "optim.lr=1"]
+    assert read_launch().local_rank == 3
+
+
+@pytest.mark.parametrize("words", [["--local-rank"], ["--local-rank=x"], ["--local_rank=2"]])
+def test_a_launchers_option_that_contradicts_is_named(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(ValueError, match=r"^--local.rank is .*, LOCAL_RANK is '3' in the env"):
+        take_local_rank(words)

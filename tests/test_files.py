@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from conftest import REPOSITORY
 from shards import files
-from shards.files import locked, replacing, sha256_of, write_atomically
+from shards.files import locked, replacing, scratch_folder, sha256_of, write_atomically
 
 # Takes a lock as argv has it, prints "held" and waits to be killed, or for its standard input's end
 HOLDER = """
@@ -203,4 +204,25 @@ def test_a_file_system_without_locks_is_warned_of_once_a_folder(
 
 def test_a_lock_in_no_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), locked(tmp_path / "no" / "lock", "in use"):
+        pass
+
+
+def test_a_temporary_folder_that_is_full_or_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    full = f"^{tmp_path} is full: No space left on device; TMPDIR names another temporary folder$"
+    for inside in (None, "image.jpg"):
+        with pytest.raises(OSError, match=full), scratch_folder() as folder:
+            name = () if inside is None else (str(folder / inside),)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *name)
+    with pytest.raises(OSError, match="No space left on device: '/else/where'"), scratch_folder():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/else/where")
+    with pytest.raises(FileNotFoundError, match=r"x\.jpg"), scratch_folder():
+        raise FileNotFoundError(errno.ENOENT, "x.jpg")
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/nowhere"])
+    none = r"^no temporary folder .*/proc/nowhere.*; TMPDIR names one$"
+    with pytest.raises(OSError, match=none), scratch_folder():
         pass

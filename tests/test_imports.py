@@ -15,7 +15,7 @@ DAN_DIST = [
     ["programs"],
     ["dry_run"],
     ["train", "certificate"],
-    ["build", "monitor", "header"],
+    ["build", "monitor", "header", "room"],
     ["inference", "ablation"],
     ["evaluation"],
     ["engine", "tracking"],
@@ -25,7 +25,7 @@ DAN_DIST = [
     ["config", "options"],
     ["keys"],
     ["schema", "redaction"],
-    ["data_schema"],
+    ["data_schema", "reading"],
     ["values"],
 ]
 SHARDS = [
@@ -37,7 +37,7 @@ SHARDS = [
     ["release", "images"],
     ["format"],
     ["index"],
-    ["files"],
+    ["files", "limits"],
 ]
 ROWS = [[f"dan_dist.{n}" for n in row] for row in DAN_DIST]
 ROWS += [[f"shards.{n}" for n in row] for row in SHARDS]

@@ -74,7 +74,6 @@ READ: dict[str, TrainCommand] = {
     "optim.lr=1 rafdb": TrainCommand("rafdb", ["optim.lr=1"]),
     "--config rafdb train.epochs=3": TrainCommand("rafdb", ["train.epochs=3"]),
     "--config=rafdb": TrainCommand("rafdb", []),
-    "--local_rank=1 rafdb": TrainCommand("rafdb", []),
     "rafdb --dry-run": TrainCommand("rafdb", [], dry_run=True),
     "--dry-run --ranks 8 a=b=c": TrainCommand("demo", ["a=b=c"], dry_run=True, ranks=8),
     "--ranks=8 --dry-run": TrainCommand("demo", [], dry_run=True, ranks=8),

@@ -12,7 +12,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
 
-from dan_dist.config import load_config
+from dan_dist.config import layered, load_config
 from shards.files import write_atomically
 
 IDENTITY = "ablation.json"
@@ -78,6 +78,11 @@ def parse(words: Sequence[str]) -> tuple[str, list[Axis], list[str]]:
         raise ValueError(
             f"nothing is varied: name {', '.join(PRESETS)}, or section.key=value,value"
         )
+    for axis in axes:
+        varied = set.intersection(*({o.partition("=")[0] for o in p} for p in axis.points.values()))
+        for word in overrides:
+            if (key := word.partition("=")[0]) in varied:
+                raise ValueError(f"'{word}': '{axis.name}' varies {key} already")
     keys = [{o.partition("=")[0] for point in a.points.values() for o in point} for a in axes]
     for (a, own), (b, other) in combinations(zip(axes, keys, strict=True), 2):
         if both := own & other:
@@ -105,12 +110,13 @@ def grid_runs(
             ]
             words = [word for pair in values.items() for word in pair]
             own = re.sub(r"[^\w.-]", "_", "-".join([*words, "seed", str(seed)]))
-            run = AblationRun(own, values, seed, [
-                *overrides, *chosen, f"train.seed={seed}", f"train.output={folder / own}",
-                f"tracking.run_name={own}", f"tracking.parent={parent}",
+            run = AblationRun(own, values, seed, layered(overrides, chosen, [f"train.seed={seed}"]))
+            output = str(folder / own).replace("$", "$$")
+            run.overrides.extend([
+                f"train.output={output}", f"tracking.run_name={own}", f"tracking.parent={parent}",
                 f"tracking.tags.ablation={name}",
+                f"tracking.tags.setting={json.dumps(run.setting)}",
             ])  # fmt: skip
-            run.overrides.append(f"tracking.tags.setting={json.dumps(run.setting)}")
             load_config(config, run.overrides)
             found.append(run)
     return found

@@ -9,11 +9,6 @@ import torch
 PCI = Path("/sys/bus/pci/devices")
 
 
-def core_count() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def stay_beside(device: torch.device, local_size: int) -> int:
     """Keeps this process on the cores of its GPU's NUMA node; how many ranks share these.
 

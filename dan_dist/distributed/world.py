@@ -20,10 +20,11 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group
 from torch.distributed.rendezvous import rendezvous
 
-from dan_dist.distributed.cores import core_count, stay_beside
+from dan_dist.distributed.cores import stay_beside
 from dan_dist.distributed.device import choose_device
 from dan_dist.distributed.rendezvous import meet
 from dan_dist.run.environment import read_launch
+from shards.limits import core_count, core_quota
 
 T = TypeVar("T")
 POLL_S = 0.05
@@ -51,8 +52,10 @@ class World:
 
     @property
     def cores(self) -> int:
-        """This rank's share of the node's cores, or of those beside its GPU."""
-        return max(1, core_count() // (self.neighbours or self.local_size))
+        """This rank's share of the node's cores, or of those beside its GPU, and of a quota."""
+        beside = core_count() // (self.neighbours or self.local_size)
+        quota = core_quota()
+        return max(1, beside if quota is None else min(beside, quota // self.local_size))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor`, summed over ranks in place."""
@@ -146,9 +149,12 @@ def init_world(device: str = "auto") -> World:
     rank, local_rank, size, local_size = read_launch()
     place = choose_device(device, local_rank, local_size)
     neighbours = stay_beside(place, local_size)
-    # torchrun gives each of several ranks one thread; share the cores instead.
-    if place.type == "cpu" and local_size > 1:
-        torch.set_num_threads(max(1, core_count() // local_size))
+    # torchrun gives each of several ranks one thread; share the cores instead. One rank alone has
+    # as many threads as the machine has cores, whatever its quota.
+    threads = max(1, core_count() // local_size)
+    is_limited = core_quota() is not None and threads < torch.get_num_threads()
+    if place.type == "cpu" and (local_size > 1 or is_limited):
+        torch.set_num_threads(threads)
     os.environ["DS_ACCELERATOR"] = place.type  # DeepSpeed reads it when it is imported
     store = None
     if size > 1:

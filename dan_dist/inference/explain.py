@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import re
-import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +22,7 @@ from dan_dist.model.weights import load_trained
 from dan_dist.options import ExplainOptions
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.tracker import RunRecord, record_run
-from shards.files import write_atomically
+from shards.files import scratch_folder, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +43,13 @@ def main(options: ExplainOptions) -> dict[str, Any]:
     require_libraries()
     with (
         session(options.device, timeout_s=60.0, on_loss=lambda line: None) as (world, _),
-        tempfile.TemporaryDirectory(prefix="dan_dist-") as folder,
+        scratch_folder() as folder,
     ):
         if world.size > 1:
             raise ValueError(f"{world.size} ranks: explain runs as one")
         given = [p for p in (options.checkpoint, options.against) if p is not None]
         networks = [load_trained(p, options.classes, weights=options.weights) for p in given]
-        inputs = open_inputs(options, networks, Path(folder), world.cores)
+        inputs = open_inputs(options, networks, folder, world.cores)
         explanations = [examine(trained, inputs, options.count, world) for trained in networks]
     report = describe(explanations, inputs)
     path = networks[0].path

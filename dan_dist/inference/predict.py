@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from dan_dist.distributed.heartbeat import session
 from dan_dist.evaluation.predictions import predict
 from dan_dist.model.weights import load_trained
 from dan_dist.options import PredictOptions
+from shards.files import scratch_folder
 
 
 def main(options: PredictOptions) -> int:
@@ -30,8 +30,8 @@ def main(options: PredictOptions) -> int:
         trained = load_trained(options.checkpoint, options.classes, weights=options.weights)
         paths = find_images(options.images)
         names, size = trained.class_names, trained.image_size
-        with tempfile.TemporaryDirectory(prefix="dan_dist-") as folder:
-            packed = pack_images(paths, Path(folder), size=size, threads=world.cores)
+        with scratch_folder() as folder:
+            packed = pack_images(paths, folder, size=size, threads=world.cores)
             rows = np.empty((0, len(names)), np.float32)
             if packed.paths:
                 rows = predict(trained, packed.split, world, heart, options.precision)

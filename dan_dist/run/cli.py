@@ -17,7 +17,7 @@ from dataclasses import MISSING, fields
 from typing import Any, Literal, NoReturn, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
 from dan_dist.redaction import RedactingFormatter, redact, redact_tracebacks
-from dan_dist.run.environment import has_launcher, read_launch
+from dan_dist.run.environment import has_launcher, read_launch, take_local_rank
 from dan_dist.run.signals import Stopped, StopRequest, end_with_parent
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; see dan_dist/run/signals.py for the others
@@ -37,9 +37,10 @@ def run(main: Callable[[list[str], StopRequest], int]) -> NoReturn:
     redact_tracebacks()
     stop = StopRequest()
     try:
+        arguments = take_local_rank(sys.argv[1:])
         rank = read_launch().rank
         stop.install()
-        sys.exit(_run_logged(main, sys.argv[1:], stop, rank))
+        sys.exit(_run_logged(main, arguments, stop, rank))
     except Stopped as stopped:
         if rank == 0:
             print(f"{stopped}: stopped before or after the work", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The environment of torchrun and DeepSpeed's launcher: the one place that reads it."""
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 # What each launcher leaves in the environment of its workers
@@ -30,6 +31,27 @@ def read_launch() -> Launch:
         if not 0 <= value < total:
             raise ValueError(f"{name} is {value} in the environment, expected 0 to {total - 1}")
     return Launch(rank, local_rank, size, local_size)
+
+
+def take_local_rank(arguments: Sequence[str]) -> list[str]:
+    """A command line without the launcher's own --local-rank, which some launchers put into it.
+
+    Raises:
+        ValueError: it is no number, or another than the environment's.
+    """
+    words, left = iter(arguments), []
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option not in ("--local-rank", "--local_rank"):
+            left.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if os.environ.setdefault("LOCAL_RANK", value) != value or not value.isdecimal():
+            raise ValueError(
+                f"{option} is {value!r}, LOCAL_RANK is {os.environ['LOCAL_RANK']!r} in the "
+                "environment: expected one number"
+            )
+    return left
 
 
 def has_launcher() -> bool:

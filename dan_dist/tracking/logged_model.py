@@ -1,6 +1,5 @@
 """The best checkpoint of a run as a model in MLflow, to be loaded, served and registered."""
 
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from PIL import Image
 
 from dan_dist.model.weights import Trained, load_trained
+from shards.files import scratch_folder
 from shards.images import encode
 
 PACKAGE = Path(__file__).resolve().parent.parent  # dan_dist
@@ -43,8 +43,8 @@ def log_model(client: Any, run_id: str, path: Path) -> None:
         model = client.create_logged_model(
             experiment, NAME, run_id, params=_params(trained), model_type="classifier"
         )
-    with tempfile.TemporaryDirectory(prefix="dan_dist-") as folder:
-        local = Path(folder) / NAME
+    with scratch_folder() as folder:
+        local = folder / NAME
         save_model(trained, local, run_id, model)
         client.log_model_artifacts(model.model_id, str(local))
     _copy_metrics(client, run_id, model.model_id, trained.step)

@@ -15,10 +15,10 @@ from benchmarks.measure import consume, torchrun
 from benchmarks.projection import Links, Parts, batches, show_projection, tables
 from benchmarks.step import engine_step, resident_batch, seconds_a_call
 from dan_dist.build import build_objective, open_train_loader
-from dan_dist.config import Config
-from dan_dist.distributed.cores import core_count
+from dan_dist.config import Config, layered
 from dan_dist.distributed.world import World
 from shards.format import ShardSet
+from shards.limits import core_count
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -38,7 +38,7 @@ def run(
     sizes = ranks or [n for n in (1, 2, 4, 8, 16) if n <= places]
     rates: dict[int, list[float]] = {}
     print(f"\nScaling, {batch} images a rank\n\n| ranks | images/s | of linear |\n|---|---|---|")
-    own = [*words, f"data.shards={shards.root}"]
+    own = layered(words, [f"data.shards={shards.root}"])
     for size in sizes:
         threads = max(1, core_count() // max(sizes))
         rates[size] = _train(own, size, batch, steps, repeats, threads)
@@ -80,7 +80,7 @@ def _train(
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "figures.json"
         torchrun(
-            ranks, "bench.py", "train", *words, f"data.threads={threads}",
+            ranks, "bench.py", "train", *layered(words, [f"data.threads={threads}"]),
             "--batch", str(batch), "--steps", str(steps), "--repeats", str(repeats),
             "--json", str(found), OMP_NUM_THREADS=str(threads),
         )  # fmt: skip

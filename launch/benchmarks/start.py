@@ -9,6 +9,7 @@ from pathlib import Path
 from time import perf_counter
 
 from benchmarks.measure import LAUNCH, Measure, Table, in_turn, show
+from dan_dist.config import layered
 
 
 def run(path: str, overrides: list[str], folder: Path, *, repeats: int) -> Table:
@@ -20,8 +21,9 @@ def run(path: str, overrides: list[str], folder: Path, *, repeats: int) -> Table
     def launch(*launcher: str) -> Measure:
         """One training of one step, up to its log line."""
         output = folder / "run"
-        command = [*launcher, str(LAUNCH / "train.py"), path, *overrides, f"train.output={output}",
-                   "train.max_steps=1", "train.log_every=1", "train.resume=auto"]  # fmt: skip
+        own = [f"train.output={output}", "train.max_steps=1", "train.log_every=1",
+               "train.resume=auto"]  # fmt: skip
+        command = [*launcher, str(LAUNCH / "train.py"), path, *layered(overrides, own)]
         environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
         shutil.rmtree(output, ignore_errors=True)
         began_s = perf_counter()

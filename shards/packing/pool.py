@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+MOST_WORKERS = 1024
 TASKS_AHEAD = 2  # handed to each worker in advance: their arguments are held in memory
 
 T = TypeVar("T")
@@ -26,7 +27,12 @@ def in_processes(
     """Yields (number of the task, its result) in the order in which tasks end.
 
     function: a module-level function. With one worker it runs in this process.
+
+    Raises:
+        ValueError: more workers than a machine can have.
     """
+    if workers > MOST_WORKERS:
+        raise ValueError(f"--workers is {workers}, expected {MOST_WORKERS} at most")
     if workers <= 1:
         yield ((number, function(*task)) for number, task in enumerate(arguments))
         return

@@ -8,7 +8,6 @@ left out; one that cannot be read stops the pack, as another time it may be.
 """
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from shards.format import MANIFEST, Manifest, open_shardset, write_index, write_manifest
 from shards.images import JPEG_QUALITY
+from shards.limits import core_count
 from shards.packing.claim import STATE, claim, is_finished, locked_for_packing, remove_partials
 from shards.packing.job import SUFFIXES, read_record, write_job
 from shards.packing.plan import Job, Plan, plan_pack, read_plan
@@ -71,7 +71,7 @@ def pack(
             claim(out, plan, parts, overwrite=overwrite)
             if parts == 1:
                 remove_partials(out)
-            workers = workers or len(os.sched_getaffinity(0))
+            workers = workers or core_count()
             _write_shards(release, plan, jobs[number - 1 :: parts], out, workers, progress)
         return _finish(out, plan) if parts == 1 else None
 
