@@ -1,6 +1,7 @@
 """The values that configuration keys take: bounds, checks, and the strict section of keys."""
 
 import math
+import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,6 +10,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Part = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 SHARDS = "{path: …, share: a number above 0, classes: {its name: the training's, …}}"
@@ -58,6 +60,15 @@ def _is_sampling(value: Any, *, may_change: bool) -> bool:
     if {*value} in ({"power"}, {"effective"}) and _is_number(number := next(iter(value.values()))):
         return bool(number >= 0 and ("power" in value or number < 1))
     return False
+
+
+def check_fold(value: Any) -> Any:
+    """Refuses what is not k/n with 1 ≤ k ≤ n and n ≥ 2."""
+    if value is not None:
+        found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", value)
+        if not found or not int(found[1]) <= int(found[2]) >= 2:
+            raise ValueError(f"data.fold is {value!r}, expected k/n with 1 ≤ k ≤ n and n ≥ 2")
+    return value
 
 
 def _is_number(value: Any) -> bool:

@@ -15,6 +15,7 @@ DAN_DIST = [
     ["programs"],
     ["dry_run"],
     ["train", "certificate"],
+    ["ending"],
     ["build", "monitor", "header"],
     ["inference", "ablation"],
     ["evaluation"],
@@ -34,7 +35,7 @@ SHARDS = [
     ["show"],
     ["packing"],
     ["releases"],
-    ["release", "images"],
+    ["release", "images", "duplicates"],
     ["format"],
     ["files"],
 ]
