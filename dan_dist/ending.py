@@ -17,6 +17,7 @@ from dan_dist.evaluation.result import RESULT, look_once
 from dan_dist.model.backbone import write_backbone
 from dan_dist.run.checkpoint import BEST
 from dan_dist.run.outcome import Status, write_outcome
+from dan_dist.run.plan import make_plan
 from dan_dist.run.signals import StopRequest
 from dan_dist.run.state import TrainState
 from dan_dist.tracking.tracker import NullTracker
@@ -140,7 +141,9 @@ def record_exit(
     }
     if result.test:
         facts["looks"] = len(result.test["looks"])
-    write_outcome(folder, "finished", step=stop.step, reason="all steps done", result=facts)
+    is_early = state.step < make_plan(config, images=len(data.train), start=0).total
+    reason = f"no better epoch in {config.train.patience}" if is_early else "all steps done"
+    write_outcome(folder, "finished", step=stop.step, reason=reason, result=facts)
 
 
 def report(config: Config, data: TrainingData, state: TrainState, result: RunResult) -> None:

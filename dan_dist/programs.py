@@ -13,7 +13,7 @@ from dan_dist.keys import candidates, describe, names
 from dan_dist.options import (
     AblateOptions,
     CertifyOptions,
-    EvaluateOptions,
+    EvaluateCommand,
     ExplainOptions,
     ExportOptions,
     PredictOptions,
@@ -170,8 +170,8 @@ def _dry_run(config: Config, ranks: int | None) -> int:
 
 
 def _evaluate(arguments: list[str], stop: StopRequest) -> int:
-    options = cli.parse(EvaluateOptions, arguments)
-    from dan_dist.evaluation.evaluate import main
+    options = cli.parse(EvaluateCommand, arguments)
+    from dan_dist.evaluation.matrix import main
 
     main(options)
     return 0

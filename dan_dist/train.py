@@ -140,8 +140,8 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
             stop.step = plan.start if writer.saved is None else writer.saved
         test = look_at_test(config, world, data, state, heart, stop) if is_over else {}
         status: Status = "finished" if is_over else "preempted"
-        result = RunResult(status, dict(state.metrics), test)
-        return finish(config, world, data, result, state, tracker, stop)
+        ended = RunResult(status, dict(state.metrics), test)
+        return finish(config, world, data, ended, state, tracker, stop)
 
 
 def resume(path: str, config: Config, engine: Engine, data: TrainingData) -> TrainState:

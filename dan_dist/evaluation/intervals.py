@@ -15,8 +15,8 @@ Interval = tuple[float, float]  # from, to
 LEVEL = 0.95
 DRAWS = 2000  # of the bootstrap
 METHOD = (
-    f"{LEVEL:.0%}; accuracy, recalls: Wilson; mean recall, macro-F1: bootstrap within each class, "
-    f"{DRAWS} draws"
+    f"{100 * LEVEL:.0f} %; accuracy, recalls: Wilson; mean recall, macro-F1: bootstrap within each "
+    f"class, {DRAWS} draws"
 )
 
 

@@ -29,7 +29,7 @@ class Predictions(NamedTuple):
 
     @property
     def right(self) -> NDArray[np.bool_]:
-        return self.labels == self.predicted
+        return np.equal(self.labels, self.predicted)
 
 
 def image_keys(split: Split) -> list[str]:
