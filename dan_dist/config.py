@@ -59,9 +59,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: unreadable YAML, an unknown key, a wrong type or value; one line that names it.
     """
     found = find_config(path)
-    tree = _parse(found.read_text(encoding="utf-8"), str(found))
-    if not isinstance(tree, dict):
-        raise ValueError(f"{found}: expected sections of keys, found {tree!r}")
+    tree = _read(found)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -71,6 +69,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ValueError(f"{found}: {_explain(error)}") from error
+
+
+def _read(file: Path, readers: Sequence[Path] = ()) -> dict[str, Any]:
+    """The keys of a YAML file, laid over those of the configuration that it names as its `base`."""
+    tree = _parse(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file}: expected sections of keys, found {tree!r}")
+    if (base := tree.pop("base", None)) is None:
+        return tree
+    if not isinstance(base, str) or file in readers:
+        raise ValueError(f"{file}: base is {base!r}, expected another configuration's name")
+    return _overlay(_read(find_config(base), [*readers, file]), tree)
+
+
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees as one; where both have a value, that of `above`."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged
 
 
 def find_config(path: str | Path) -> Path:

@@ -161,6 +161,9 @@ class AblateOptions:
     )
     config: str = option("the configuration of all runs", "configs/demo.yaml")
     seeds: int = option("runs of each setting", 1)
+    folds: int | None = option(
+        "parts of the training images, each held out in a run of each setting and seed", None
+    )
     output: Path | None = option("default: runs/NAME, after the axes", None)
     nproc: int | None = option("ranks of a run (default: the GPUs, or one)", None)
     summary: bool = option("compare what there is, train nothing", False)

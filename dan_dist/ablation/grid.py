@@ -42,10 +42,11 @@ class AblationRun(NamedTuple):
     values: dict[str, str]  # axis → value
     seed: int
     overrides: list[str]  # of the configuration, its folder and its place in MLflow among them
+    fold: str | None = None  # data.fold, where the grid goes over folds
 
     @property
     def setting(self) -> str:
-        """The values alone: runs that differ by their seed share it."""
+        """The values alone: runs that differ by their seed or fold share it."""
         return ", ".join(f"{axis} {value}" for axis, value in self.values.items()) or "as it stands"
 
 
@@ -87,27 +88,35 @@ def parse(words: Sequence[str]) -> tuple[str, list[Axis], list[str]]:
 
 
 def grid_runs(
-    config: str, axes: Sequence[Axis], overrides: Sequence[str], seeds: int, folder: Path, name: str
-) -> list[AblationRun]:
-    """All runs of the grid, the first seed's before the second's, with checked configurations."""
+    config: str, axes: Sequence[Axis], overrides: Sequence[str], seeds: int, folder: Path,
+    name: str, folds: int = 0,
+) -> list[AblationRun]:  # fmt: skip
+    """All runs of the grid, the first seed's before the second's, with checked configurations.
+
+    folds: parts of the training images, each of which is held out once with each seed; 0: none.
+    """
     first = load_config(config, overrides)
     if not first.tracking.enabled:
         raise ValueError("tracking.enabled=false: an ablation is compared in MLflow")
     parent = ablation_id(folder, name)
     found = []
-    for seed in range(first.train.seed, first.train.seed + seeds):
+    parts = [f"{k}/{folds}" for k in range(1, folds + 1)] or [None]
+    numbers = range(first.train.seed, first.train.seed + seeds)
+    for seed, fold in product(numbers, parts):
         for point in product(*(axis.points for axis in axes)):
             values = dict(zip((axis.name for axis in axes), point, strict=True))
             chosen = [
                 o for axis, value in zip(axes, point, strict=True) for o in axis.points[value]
             ]
             words = [word for pair in values.items() for word in pair]
-            own = re.sub(r"[^\w.-]", "_", "-".join([*words, "seed", str(seed)]))
+            words += ["seed", str(seed), *(["fold", fold.split("/")[0]] if fold else [])]
+            own = re.sub(r"[^\w.-]", "_", "-".join(words))
             run = AblationRun(own, values, seed, [
                 *overrides, *chosen, f"train.seed={seed}", f"train.output={folder / own}",
+                *([f"data.fold={fold}"] if fold else []),
                 f"tracking.run_name={own}", f"tracking.parent={parent}",
                 f"tracking.tags.ablation={name}",
-            ])  # fmt: skip
+            ], fold)  # fmt: skip
             run.overrides.append(f"tracking.tags.setting={json.dumps(run.setting)}")
             load_config(config, run.overrides)
             found.append(run)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from dan_dist.distributed.heartbeat import session
 from dan_dist.evaluation import evaluate as single
@@ -83,6 +82,8 @@ def publish(
     output: Path,
 ) -> None:  # fmt: skip
     """Writes table, figure and JSON file, records them in MLflow, logs the table."""
+    import pandas as pd  # takes a while to import
+
     rows, columns = (list(dict.fromkeys(r[key] for r in found)) for key in ("run", "data"))
     tables = {
         key: np.array([report[key] for report in found]).reshape(len(rows), len(columns))
