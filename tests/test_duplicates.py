@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from trees import packed, tree
 
@@ -44,8 +45,6 @@ def test_across_splits_within_one_and_under_two_labels(
 
 def test_one_checksum_of_two_images_is_no_duplicate(tmp_path: Path) -> None:
     """Checksums of 32 bits meet by chance: the bytes decide."""
-    import numpy as np
-
     root = packed(tree(tmp_path / "source"), tmp_path / "out")
     for path in root.glob("index-*.npy"):
         index = np.load(path)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
-Interval = tuple[float, float]  # from, to
+Interval = list[float]  # from, to; a list, as JSON has no tuples
 
 LEVEL = 0.95
 DRAWS = 2000  # of the bootstrap
@@ -39,7 +39,7 @@ def wilson(right: int, images: int) -> Interval:
     share, weight = right / images, z * z / images
     centre = (share + weight / 2) / (1 + weight)
     half = z * np.sqrt(share * (1 - share) / images + weight / (4 * images)) / (1 + weight)
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    return [max(0.0, float(centre - half)), min(1.0, float(centre + half))]
 
 
 def _bootstrap(matrix: NDArray[np.int64]) -> tuple[Interval, Interval]:
@@ -57,7 +57,7 @@ def _bootstrap(matrix: NDArray[np.int64]) -> tuple[Interval, Interval]:
     f1 = 2 * hits[:, own] / (images[own] + predicted[:, own])
     ends = [50 * (1 - LEVEL), 50 * (1 + LEVEL)]
     low, high = np.percentile([recalls.mean(axis=1), f1.mean(axis=1)], ends, axis=1).tolist()
-    return (low[0], high[0]), (low[1], high[1])
+    return [low[0], high[0]], [low[1], high[1]]
 
 
 def format_figures(figures: Mapping[str, float], found: Mapping[str, Interval]) -> str:
