@@ -39,7 +39,8 @@ def wilson(right: int, images: int) -> Interval:
     share, weight = right / images, z * z / images
     centre = (share + weight / 2) / (1 + weight)
     half = z * np.sqrt(share * (1 - share) / images + weight / (4 * images)) / (1 + weight)
-    return [max(0.0, float(centre - half)), min(1.0, float(centre + half))]
+    # Of none and of all images an end is the share itself, which rounding would miss
+    return [float(max(0.0, min(share, centre - half))), float(min(1.0, max(share, centre + half)))]
 
 
 def _bootstrap(matrix: NDArray[np.int64]) -> tuple[Interval, Interval]:
