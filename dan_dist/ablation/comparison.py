@@ -140,7 +140,7 @@ def markdown(name: str, summaries: Sequence[RunSummary], rows: Sequence[Row], fo
         cells.append(f"{row['finished']} of {row['runs']}")
         if row["finished"]:
             cells += [
-                *(_mean(row, f"test_{name}") for name in tested),
+                *(_mean(row, f"test_{name}") if f"test_{name}" in row else "–" for name in tested),
                 _mean(row, "last_accuracy"),
                 f"{_mean(row, 'best_accuracy')} (epoch {row['best_epoch']:.3g})",
                 *(_mean(row, other) for other in others),

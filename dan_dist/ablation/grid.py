@@ -100,9 +100,9 @@ def grid_runs(
         raise ValueError("tracking.enabled=false: an ablation is compared in MLflow")
     parent = ablation_id(folder, name)
     found = []
-    parts = [f"{k}/{folds}" for k in range(1, folds + 1)] or [None]
+    parts: list[str | None] = [f"{k}/{folds}" for k in range(1, folds + 1)]
     numbers = range(first.train.seed, first.train.seed + seeds)
-    for seed, fold in product(numbers, parts):
+    for seed, fold in product(numbers, parts or [None]):
         for point in product(*(axis.points for axis in axes)):
             values = dict(zip((axis.name for axis in axes), point, strict=True))
             chosen = [
