@@ -13,10 +13,12 @@ from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 
 from conftest import copied
+from dan_dist.data.mixture import Part, join
 from dan_dist.evaluation import evaluate as evaluation
 from dan_dist.evaluation import matrix
 from dan_dist.evaluation.groups import NOT_LISTED, judge_groups, read_groups
 from dan_dist.evaluation.intervals import intervals, wilson
+from dan_dist.evaluation.judge import find_intervals, judge_sets
 from dan_dist.evaluation.metrics import confusion, summarise
 from dan_dist.evaluation.records import (
     PREDICTIONS,
@@ -168,6 +170,20 @@ def test_intervals() -> None:
     assert found["macro_f1"] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.015)
     assert intervals(matrix_, names) == found
     assert all(low <= summary[key] <= high for key, (low, high) in found.items())
+
+
+def test_intervals_of_several_sets(faces: ShardSet) -> None:
+    """The mean's is narrower than each set's, and that of one set twice by the root of two."""
+    both = join([Part(faces, 1, {}), Part(replace(faces, dataset="other"), 1, {})], None)
+    split = both.split("val")
+    rows = np.random.default_rng(2).dirichlet(np.ones(8), 16).astype(np.float32)
+    twice = np.concatenate([rows, rows])
+    figures, found = judge_sets(twice, split).metrics, find_intervals(twice, split)
+    alone = find_intervals(rows, faces.split("val"))
+    for key in ("accuracy", "mean_recall", "macro_f1"):
+        assert found[f"{key}_other"] == alone[key]
+        half = (np.array(alone[key]) - figures[key]) / np.sqrt(2)
+        assert np.array(found[key]) - figures[key] == pytest.approx(half)
 
 
 def test_predictions_are_read_as_they_were_written(faces: ShardSet, tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """95 % intervals of an evaluation's figures: how far they would go with other images like these.
 
 Shares of images (accuracy, a class's recall): Wilson 1927. Means over classes (mean recall,
-macro-F1): bootstrap percentiles, where images are drawn anew within each true class.
+macro-F1): bootstrap percentiles, where images are drawn anew within each true class. Means over sets:
+from the sets' own intervals.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,13 @@ def wilson(right: int, images: int) -> Interval:
     half = z * np.sqrt(share * (1 - share) / images + weight / (4 * images)) / (1 + weight)
     # Of none and of all images an end is the share itself, which rounding would miss
     return [float(max(0.0, min(share, centre - half))), float(min(1.0, max(share, centre + half)))]
+
+
+def of_mean(shares: Sequence[float], found: Sequence[Interval]) -> Interval:
+    """Of the mean of independent shares, from their own intervals (MOVER, Zou and Donner 2008)."""
+    mean, (low, high) = np.mean(shares), np.transpose(found)
+    below, above = (float(np.linalg.norm(shares - end)) / len(shares) for end in (low, high))
+    return [float(mean) - below, float(mean) + above]
 
 
 def _bootstrap(matrix: NDArray[np.int64]) -> tuple[Interval, Interval]:

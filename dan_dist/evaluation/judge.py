@@ -19,7 +19,13 @@ from dan_dist.evaluation.figures import (
     reliability_figure,
     verification_figure,
 )
-from dan_dist.evaluation.intervals import METHOD, format_figures, intervals
+from dan_dist.evaluation.intervals import (
+    METHOD,
+    Interval,
+    format_figures,
+    intervals,
+    of_mean,
+)
 from dan_dist.evaluation.metrics import (
     calibrate,
     class_scores,
@@ -97,6 +103,24 @@ def judge_sets(rows: Rows, split: JoinedSplit, title: str = "Validation") -> Eva
         named = zip(split.sets, found, strict=True)
         metrics |= {f"{key}_{name}": own[key] for name, own in named}
     return replace(whole, metrics=metrics)
+
+
+def find_intervals(rows: Rows, split: Split) -> dict[str, Interval]:
+    """The interval of each figure that the judge of a split gives; of several sets, of their means.
+
+    Of several, each set's own as well, after its name.
+    """
+    labels, names = split.index["label"], split.class_names
+    whole = intervals(confusion(rows, labels), names)
+    if not isinstance(split, JoinedSplit):
+        return whole
+    matrices = [confusion(rows[own], labels[own]) for own in bounds_of(split)]
+    figures, found = ([f(m, names) for m in matrices] for f in (summarise, intervals))
+    for key in WHOLE:
+        own = [ends[key] for ends in found]
+        whole[key] = of_mean([own_figures[key] for own_figures in figures], own)
+        whole |= {f"{key}_{name}": ends for name, ends in zip(split.sets, own, strict=True)}
+    return whole
 
 
 def _class_details(

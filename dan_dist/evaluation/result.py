@@ -10,9 +10,8 @@ from typing import Any
 
 from dan_dist.distributed.heartbeat import Heartbeat
 from dan_dist.distributed.world import World
-from dan_dist.evaluation.intervals import METHOD, intervals
-from dan_dist.evaluation.judge import WHOLE, EvaluationResult
-from dan_dist.evaluation.metrics import confusion
+from dan_dist.evaluation.intervals import METHOD
+from dan_dist.evaluation.judge import WHOLE, EvaluationResult, Rows, find_intervals
 from dan_dist.evaluation.predictions import predict
 from dan_dist.evaluation.records import PREDICTIONS, write_predictions
 from dan_dist.evaluation.task import Task
@@ -69,14 +68,13 @@ def read_result(folder: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def _describe(task: Task, judged: EvaluationResult, trained: Trained, rows: Any) -> dict[str, Any]:
-    names = task.val.class_names
+def _describe(task: Task, judged: EvaluationResult, trained: Trained, rows: Rows) -> dict[str, Any]:
     metrics = judged.metrics
     return {
         "weights_of_step": trained.step,
         "images": len(task.val),
         **{key: metrics[key] for key in WHOLE},
         "metrics": metrics,
-        "intervals": intervals(confusion(rows, task.val.index["label"]), names),
+        "intervals": find_intervals(rows, task.val),
         "intervals_method": METHOD,
     }
