@@ -1,8 +1,8 @@
 """95 % intervals of an evaluation's figures: how far they would go with other images like these.
 
 Shares of images (accuracy, a class's recall): Wilson 1927. Means over classes (mean recall,
-macro-F1): bootstrap percentiles, where images are drawn anew within each true class. Means over sets:
-from the sets' own intervals.
+macro-F1): bootstrap percentiles, where images are drawn anew within each true class. Means over
+sets: from the sets' own intervals.
 """
 
 from collections.abc import Mapping, Sequence
