@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from ranks import ranks
 
-from conftest import copied, history, outcome, single
+from conftest import copied, history, outcome, single, train
 from dan_dist.config import load_config
 from dan_dist.data.holdout import RELEASE_GROUPS, deal, hold_out, image_groups
 from dan_dist.data.mixture import Part, join
@@ -215,6 +215,18 @@ def test_the_test_split_is_opened_after_the_last_epoch(
     longer = single(tiny("run"), *words, "train.epochs=3")
     assert [look["step"] for look in longer.test["looks"]] == [14, 21]
     assert outcome(run)["result"]["looks"] == 2 and "look 2" in caplog.text
+
+
+def test_two_ranks_look_as_one(tested: ShardSet, tiny: Write, tmp_path: Path) -> None:
+    words = [f"data.shards={tested.root}", "data.test_split=test", "train.max_steps=1"]
+    printed = train(2, tiny("run"), *words, cwd=tmp_path)
+    assert "looked at once), selected_on val" in printed
+    result = json.loads((tmp_path / "run" / RESULT).read_text())
+    options = EvaluateOptions(checkpoint=tmp_path / "run", data=str(tested.root),
+                              no_tracking=True)  # fmt: skip
+    report = evaluation.main(options)
+    assert report["images"] == result["images"] == 24
+    assert report["accuracy"] == result["accuracy"] and report["intervals"] == result["intervals"]
 
 
 def held(root: str, seed: int) -> list[int]:
