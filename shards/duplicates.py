@@ -53,19 +53,19 @@ def describe_duplicates(shards: ShardSet) -> list[str]:
         if count := sum(len(right) for _, right in both):
             total = sum(shards.counts[b])
             pairs = [(left[0], right[0]) for left, right in both]
-            lines.append(f"duplicates: {count} of {total} images of {b} are also in {a}, "
-                         f"the same bytes ({_named(pairs)})")  # fmt: skip
+            lines.append(f"duplicates, {b} and {a}: {count} of the {total} images of {b} are also "
+                         f"in {a} ({_named(pairs)})")  # fmt: skip
     for name in shards.splits:
         inside = [[i for i in group if i.split.name == name] for group in groups]
         repeated = [own for own in inside if len(own) > 1]
         if count := sum(len(own) - 1 for own in repeated):
             pairs = [(own[0], own[1]) for own in repeated]
-            lines.append(f"duplicates: {count} images of {name} stand there twice or more "
+            lines.append(f"duplicates, {name}: {count} beside the first of each image "
                          f"({_named(pairs)})")  # fmt: skip
     torn = [group for group in groups if len({image.label for image in group}) > 1]
     if torn:
         pairs = [(g[0], next(i for i in g if i.label != g[0].label)) for g in torn]
-        lines.append(f"duplicates: {len(torn)} images stand under two labels or more "
+        lines.append(f"duplicates, labels: {len(torn)} with more than one label "
                      f"({_named(pairs, labels=True)})")  # fmt: skip
     return lines
 

@@ -30,13 +30,12 @@ def test_across_splits_within_one_and_under_two_labels(
     assert pack.main([*words, "--workers", "1"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "duplicates" in line]
     assert lines == [
-        "duplicates: 2 of 7 images of val are also in train, the same bytes "
+        "duplicates, val and train: 2 of the 7 images of val are also in train "
         "(train/happy_leak0 = val/happy_0, train/happy_leak1 = val/happy_1)",
-        "duplicates: 2 images of train stand there twice or more (train/angry_5 = "
-        "train/angry_again)",
-        "duplicates: 1 images of val stand there twice or more (val/angry_0 = val/happy_other)",
-        "duplicates: 1 images stand under two labels or more (val/angry_0 (angry) = "
-        "val/happy_other (happy))",
+        "duplicates, train: 2 beside the first of each image (train/angry_5 = train/angry_again)",
+        "duplicates, val: 1 beside the first of each image (val/angry_0 = val/happy_other)",
+        "duplicates, labels: 1 with more than one label (val/angry_0 (angry) = val/happy_other "
+        "(happy))",
     ]
     assert verify.main([str(tmp_path / "out"), "--workers", "1"]) == 0
     printed = capsys.readouterr().out.splitlines()
