@@ -27,12 +27,13 @@ from dan_dist.data.mixture import Part, describe_sets, join, set_of, shares_of
 from dan_dist.data.order import TrainOrder
 from dan_dist.data.reader import Reader
 from dan_dist.data.sampler import rank_columns
+from dan_dist.data.splits import selected_on
 from dan_dist.distributed.world import World
 from dan_dist.engine.compile import choose_compilation, describe
 from dan_dist.engine.ddp import Engine, StepOptions
 from dan_dist.engine.passes import check_split
 from dan_dist.engine.precision import resolve_precision
-from dan_dist.evaluation.task import Task, expressions, identities
+from dan_dist.evaluation.task import Task, open_tasks
 from dan_dist.model.backbone import load_backbone
 from dan_dist.model.classes import check_names, join_names
 from dan_dist.model.dan import DAN, cost
@@ -57,6 +58,7 @@ class TrainingData:
     shards: ShardSet
     train: Split
     task: Task
+    test: Task | None = None  # on the images that are looked at once, after training
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -141,22 +143,16 @@ def check_data(config: Config, world: World, shards: ShardSet) -> TrainingData:
         )
     if len(shards.class_names) < 2:
         raise ValueError(f"{shards.root}: {len(shards.class_names)} class, at least 2 are needed")
-    train, data = shards.split("train"), config.data
-    global_batch = config.train.global_batch
+    is_identity, global_batch = config.task == "identity", config.train.global_batch
+    train, task, test = open_tasks(shards, config.data, config.train.seed, is_identity=is_identity)
     if len(train) < global_batch:
         raise ValueError(
             f"{shards.root}: {len(train)} training images, fewer than train.global_batch "
             f"({global_batch})"
         )
-    if config.task == "identity":
-        task = identities(
-            shards, train, data.val_split, pairs=data.pairs, pairs_file=data.pairs_file
-        )
-    else:
-        task = expressions(shards, train, data.val_split)
     check_split(global_batch, config.train.micro_batch, world.size, config.model.sync_bn)
     check_writable(Path(config.train.output))
-    return TrainingData(shards, train, task)
+    return TrainingData(shards, train, task, test)
 
 
 def build_objective(config: Config, class_names: tuple[str, ...], *, is_new: bool) -> Objective:
@@ -338,6 +334,7 @@ def open_tracker(
                 "world_size": str(world.size),
                 "device": world.device.type,
                 "precision": resolve_precision(config.train.precision, world.device),
+                "selected_on": selected_on(config.data.model_dump()),
             },
         ),
         run_id=state.run_id,

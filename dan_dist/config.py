@@ -56,9 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ValueError: unreadable YAML, an unknown key, a wrong type or value; one line that names it.
     """
     found = find_config(path)
-    tree = read_file(_text_of(found), str(found), Config)
-    if not isinstance(tree, dict):
-        raise ValueError(f"{found}: expected sections of keys, found {_shortened(tree)}")
+    tree = _read(found)
     for given in read_overrides(overrides, Config):
         _set(tree, given.path, given.value)
     try:
@@ -87,6 +85,27 @@ def _text_of(path: Path) -> str:
         raise ValueError(
             f"{path}: not text in UTF-8 ({error.reason}, byte {error.start})"
         ) from error
+
+
+def _read(file: Path, readers: Sequence[Path] = ()) -> dict[str, Any]:
+    """The keys of a YAML file, laid over those of the configuration that it names as its `base`."""
+    tree = read_file(_text_of(file), str(file), Config)
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file}: expected sections of keys, found {_shortened(tree)}")
+    if (base := tree.pop("base", None)) is None:
+        return tree
+    if not isinstance(base, str) or file in readers:
+        raise ValueError(f"{file}: base is {base!r}, expected another configuration's name")
+    return _overlay(_read(find_config(base), [*readers, file]), tree)
+
+
+def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees as one; where both have a value, that of `above`."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged
 
 
 def find_config(path: str | Path) -> Path:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dan_dist.values import (
     ORDERS,
@@ -13,6 +13,8 @@ from dan_dist.values import (
     Reads,
     Section,
     Seed,
+    Share,
+    check_fold,
     check_sampling,
     check_shards,
 )
@@ -80,7 +82,28 @@ class Data(Section):
         default=None,
         description="class names that the shards must have, in label order; null takes theirs",
     )
-    val_split: str = Field(default="val", description="split of the evaluations")
+    val_split: str = Field(
+        default="val",
+        description="split on which the best epoch is chosen, unless images are held out for it",
+    )
+    holdout: Share | None = Field(
+        default=None,
+        description="share of each class's training images that is held out of training, and on "
+        "which the best epoch is chosen; images of one group stay together",
+    )
+    fold: str | None = Field(
+        default=None, description="the same as the k-th of n equal parts, k/n; as 1/5"
+    )
+    test_split: str | None = Field(
+        default=None,
+        description="split that is looked at once, after training, with the chosen weights: the "
+        "run's result",
+    )
+    protocol: Literal["paper"] | None = Field(
+        default=None,
+        description="paper: val_split is the published test split, on which the authors choose "
+        "the best epoch; null: it is not",
+    )
     pairs: int = Field(
         default=6000,
         ge=20,
@@ -114,6 +137,26 @@ class Data(Section):
 
     _check_shards = field_validator("shards")(check_shards)
     _check_sampling = field_validator("sampling")(check_sampling)
+    _check_fold = field_validator("fold")(check_fold)
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> "Data":
+        is_cut = self.holdout is not None or self.fold is not None
+        if self.holdout is not None and self.fold is not None:
+            raise ValueError("data.fold: data.holdout is given already")
+        if self.protocol == "paper" and (is_cut or self.test_split is not None):
+            raise ValueError(
+                "data.protocol: paper chooses on the test split, val_split; data.holdout, "
+                "data.fold and data.test_split must be null"
+            )
+        if self.test_split == "train":
+            raise ValueError("data.test_split is 'train', expected a split without training images")
+        if self.test_split == self.val_split and not is_cut:
+            raise ValueError(
+                f"data.test_split is '{self.test_split}', on which the best epoch is chosen; hold "
+                "images out by data.holdout, or choose on it by data.protocol=paper alone"
+            )
+        return self
 
     @property
     def paths(self) -> list[str]:

@@ -3,6 +3,7 @@
 import logging
 
 from dan_dist.config import Config
+from dan_dist.data.splits import log_selection
 from dan_dist.distributed.device import device_name
 from dan_dist.distributed.world import World
 from dan_dist.engine.passes import micro_steps
@@ -43,6 +44,7 @@ def log_data(config: Config, world: World, shards: ShardSet, train: Split, val: 
         shards.dataset, shards.release, f"{len(train):,}", f"{len(shards.class_names):,}",
         f"{len(val):,}",
     )  # fmt: skip
+    log_selection(config.data, config.train.select, val)
     in_parts = f", in {passes} micro-steps" if passes > 1 else ""
     log.info("batch: %d images, %s on each rank%s", batch, share, in_parts)
     log.info("steps: %s an epoch, %s in all", f"{plan.steps_per_epoch:,}", f"{plan.total:,}")

@@ -136,9 +136,9 @@ class Monitor:
 
     def evaluated(self, result: EvaluationResult) -> bool:
         """Records an evaluation after `state.step`; returns whether it is the best."""
-        state, metrics = self._state, result.metrics
+        state, metrics, chosen = self._state, result.metrics, self._options.select
         epoch = self._plan.epoch(state.step)
-        is_best = metrics["accuracy"] > state.best.get("accuracy", -1.0)
+        is_best = metrics[chosen] > state.best.get(chosen, -1.0)
         if is_best:
             state.best = {**metrics, "epoch": epoch}
             self._tracker.figure(result.figure.name, result.figure.draw, *result.figure.values)
@@ -146,7 +146,8 @@ class Monitor:
         state.right = torch.from_numpy(result.right)
         log.info("epoch %d/%d evaluated: %s", epoch, self._plan.epochs, format_metrics(metrics))
         values = {f"val/{name}": value for name, value in metrics.items()}
-        self._tracker.metrics({**values, "val/best_accuracy": state.best["accuracy"]}, state.step)
+        best = {f"val/best_{name}": state.best[name] for name in {"accuracy", chosen}}
+        self._tracker.metrics({**values, **best}, state.step)
         return is_best
 
     def saved(self) -> None:

@@ -34,18 +34,9 @@ EXPERIMENT = "MLflow's; default: that of the training"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """Evaluates a checkpoint: [torchrun] launch/evaluate.py CHECKPOINT --data SHARDS [--split val]
+class EvaluationChoices:
+    """How networks are evaluated, whichever and on whatever."""
 
-    Every image of the split is counted once on any number of ranks. Accuracy, mean recall, each
-    class's precision, recall and F1, the confusion matrix, calibration and the surest mistakes go
-    into evaluation.json and figures beside the checkpoint, and into MLflow. A network trained on
-    identities is judged by pairs of images instead: how well its features separate pairs of
-    one person from pairs of two.
-    """
-
-    checkpoint: Path = argument(CHECKPOINT)
-    data: str = option("folder or URL of the shards")
     split: str | None = option(SPLIT, None)
     classes: str | None = option(CLASSES, None)
     weights: Weights = option(WEIGHTS, "auto")
@@ -53,6 +44,11 @@ class EvaluateOptions:
     output: Path | None = option(FOLDER, None)
     device: Device = option("where the network computes", "auto")
     precision: Precision = option("auto: that of the training", "auto")
+    groups: Path | None = option(
+        "a CSV file with a column path or key, and columns such as age, gender or source: the "
+        "same figures for each group of images, and the widest gap",
+        None,
+    )
     pairs: int | None = option(
         "of images, drawn to judge a network trained on identities (default: as many as in the "
         "training's own evaluations)",
@@ -61,6 +57,34 @@ class EvaluateOptions:
     pairs_file: str | None = option("a file that lists them, LFW's pairs.txt for one", None)
     experiment: str | None = option(EXPERIMENT, None)
     no_tracking: bool = option("leave MLflow out", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(EvaluationChoices):
+    """One checkpoint, evaluated on one set of shards."""
+
+    checkpoint: Path
+    data: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand(EvaluationChoices):
+    """Evaluates checkpoints: [torchrun] launch/evaluate.py CHECKPOINT… --data SHARDS…
+
+    Every image of the split is counted once on any number of ranks. Accuracy, mean recall, macro-F1
+    with their 95 % intervals, each class's precision, recall and F1, the confusion matrix,
+    calibration and the surest mistakes go into evaluation.json and figures beside the checkpoint,
+    and into MLflow; every image's prediction into predictions.parquet.
+
+    A data set's classes meet the network's by name (happiness is happy, angry is anger); those that
+    one side lacks are left out on both. Several checkpoints or sets give a matrix of them all.
+
+    A network trained on identities is judged by pairs of images instead: how well its features
+    separate pairs of one person from pairs of two.
+    """
+
+    checkpoint: tuple[Path, ...] = argument(CHECKPOINT)
+    data: tuple[str, ...] = option("folders or URLs of shards")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +164,9 @@ class AblateOptions:
     )
     config: str = option("the configuration of all runs", "configs/demo.yaml")
     seeds: int = option("runs of each setting", 1)
+    folds: int | None = option(
+        "parts of the training images, each held out in a run of each setting and seed", None
+    )
     output: Path | None = option("default: runs/NAME, after the axes", None)
     nproc: int | None = option("ranks of a run (default: the GPUs, or one)", None)
     summary: bool = option("compare what there is, train nothing", False)

@@ -5,6 +5,7 @@ Nothing heavy is imported before a program's command line has been read.
 
 import difflib
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
@@ -13,7 +14,7 @@ from dan_dist.keys import candidates, describe, names
 from dan_dist.options import (
     AblateOptions,
     CertifyOptions,
-    EvaluateOptions,
+    EvaluateCommand,
     ExplainOptions,
     ExportOptions,
     PredictOptions,
@@ -142,7 +143,8 @@ def _unknown_option(option: str, value: str) -> str:
 def _train(arguments: list[str], stop: StopRequest) -> int:
     command = read_train_command(arguments)
     if command.help:
-        shipped = ", ".join(sorted(path.stem for path in shipped_folder().glob("*.yaml")))
+        names = sorted(path.stem for path in shipped_folder().glob("*.yaml"))
+        shipped = textwrap.fill(", ".join(names), 99, break_on_hyphens=False)
         print(TRAIN.format(shipped=shipped, keys=describe()))
         return 0
     config = load_config(command.config, command.overrides)
@@ -169,8 +171,8 @@ def _dry_run(config: Config, ranks: int | None) -> int:
 
 
 def _evaluate(arguments: list[str], stop: StopRequest) -> int:
-    options = cli.parse(EvaluateOptions, arguments)
-    from dan_dist.evaluation.evaluate import main
+    options = cli.parse(EvaluateCommand, arguments)
+    from dan_dist.evaluation.matrix import main
 
     main(options)
     return 0
@@ -209,9 +211,9 @@ def _export(arguments: list[str], stop: StopRequest) -> int:
 
 def _ablate(arguments: list[str], stop: StopRequest) -> int:
     options = cli.parse(AblateOptions, arguments)
-    for name in ("seeds", "nproc"):
-        if (value := getattr(options, name)) is not None and not 1 <= value <= MOST_RUNS:
-            raise ValueError(f"--{name} is {value}, expected 1 to {MOST_RUNS}")
+    for name, least in (("seeds", 1), ("nproc", 1), ("folds", 2)):
+        if (value := getattr(options, name)) is not None and not least <= value <= MOST_RUNS:
+            raise ValueError(f"--{name} is {value}, expected {least} to {MOST_RUNS}")
     from dan_dist.ablation import grid
 
     load_config(options.config, grid.parse(options.words)[2])

@@ -142,7 +142,16 @@ class Train(Section):
         default=None,
         description="images that a rank computes at once; null: its whole share of a step",
     )
-    seed: Seed = Field(default=0, description="of the start, the order and the augmentation")
+    select: Literal["accuracy", "mean_recall", "macro_f1"] = Field(
+        default="accuracy", description="metric that chooses the best epoch"
+    )
+    patience: Count | None = Field(
+        default=None,
+        description="epochs without a better one after which the run ends; null: all epochs",
+    )
+    seed: Seed = Field(
+        default=0, description="of the start, the order, the augmentation and the held-out images"
+    )
     precision: Literal["auto", "float32", "tf32", "bf16", "fp16", "float64"] = Field(
         default="auto",
         description="of the arithmetic; auto: bf16 where the device has it, fp16 on other GPUs, "
@@ -286,6 +295,10 @@ class Config(Section):
     def _only_a_backbone(self) -> None:
         """Identities train a ResNet-18 and its classifier: what DAN adds has no place there."""
         for key, value, wanted in (
+            ("data.holdout", self.data.holdout, None),
+            ("data.fold", self.data.fold, None),
+            ("data.test_split", self.data.test_split, None),
+            ("train.select", self.train.select, "accuracy"),
             ("model.heads", self.model.heads, 0),
             ("model.weights", self.model.weights, None),
             ("loss.fcn", self.loss.fcn, "none"),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -25,16 +25,14 @@ from dan_dist.config import Config, flatten, resolve, write_config
 from dan_dist.data.mixture import describe_sets, replaced_folders
 from dan_dist.distributed.heartbeat import Heartbeat, session
 from dan_dist.distributed.world import World
+from dan_dist.ending import RunResult, finish, keep_predictions, look_at_test
 from dan_dist.engine.ddp import Engine
 from dan_dist.engine.resumed import check_state
-from dan_dist.evaluation.metrics import format_metrics
 from dan_dist.header import log_data, log_place
-from dan_dist.model.backbone import write_backbone
 from dan_dist.monitor import Monitor, save_evidence
 from dan_dist.room import check_room
-from dan_dist.run.checkpoint import BEST, RESUMED, load
+from dan_dist.run.checkpoint import RESUMED, load
 from dan_dist.run.folder import (
-    CheckpointWriter,
     check_continues,
     checkpoint_to_resume,
     run_folder,
@@ -43,19 +41,11 @@ from dan_dist.run.folder import (
     steps_saved,
 )
 from dan_dist.run.outcome import Status, open_outcome, write_failure, write_outcome
-from dan_dist.run.plan import Plan, make_plan
+from dan_dist.run.plan import make_plan
 from dan_dist.run.signals import Stopped, StopRequest
 from dan_dist.run.state import TrainState
-from dan_dist.tracking.tracker import NullTracker
 
 log = logging.getLogger(__name__)
-
-
-class RunResult(NamedTuple):
-    """How a run ended, and its last evaluation."""
-
-    status: Status
-    metrics: dict[str, float]
 
 
 def main(config: Config, stop: StopRequest | None = None) -> RunResult:
@@ -136,12 +126,14 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
                 if due.evaluate:
                     rows = engine.evaluate(validation, data.task.select, heart)
                     is_best = monitor.evaluated(data.task.judge(rows))
+                    keep_predictions(config, world, data, rows, step)
                 heart.beat("checkpoint", step)
                 content = {**data.describe(config), **state.as_dict(), **engine.state()}
                 writer.write(step, content, is_best=is_best)
                 warn_of_replaced(world, data)
                 monitor.saved()
-            if step == plan.total or (due.save and monitor.stop):
+            is_over = plan.is_over(step, best_epoch=state.best.get("epoch"))
+            if is_over or (due.save and monitor.stop):
                 break
             stop.step = step + 1
             heart.beat("reading", step + 1)
@@ -150,7 +142,13 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
             result = engine.train_step(batch, lr=plan.lr(step + 1), flags=monitor.flags())
             monitor.step(step + 1, batch, result)
         heart.finish()
-        return finish(config, world, data, plan, state, writer, tracker, stop)
+        writer.wait()
+        if world.is_main:
+            stop.step = plan.start if writer.saved is None else writer.saved
+        test = look_at_test(config, world, data, state, heart, stop) if is_over else {}
+        status: Status = "finished" if is_over else "preempted"
+        ended = RunResult(status, dict(state.metrics), test)
+        return finish(config, world, data, ended, state, tracker, stop)
 
 
 def resume(path: str, config: Config, engine: Engine, data: TrainingData) -> TrainState:
@@ -223,74 +221,6 @@ def claim_folder(config: Config, world: World, step: int) -> Iterator[None]:
 
     world.run_once(claim)
     yield
-
-
-def finish(
-    config: Config, world: World, data: TrainingData, plan: Plan, state: TrainState,
-    writer: CheckpointWriter, tracker: NullTracker, stop: StopRequest,
-) -> RunResult:  # fmt: skip
-    """Waits for the last checkpoint and records the end, in the folder, in MLflow, in the log.
-
-    Raises:
-        OSError: the run is at its end, but its last checkpoint or its outcome cannot be written.
-    """
-    writer.wait()
-    status: Status = "finished" if state.step == plan.total else "preempted"
-    if world.is_main:
-        stop.step = plan.start if writer.saved is None else writer.saved
-        is_whole = status == "finished" and stop.step == plan.total
-        model = save_result(config, data, tracker) if is_whole else None
-        record_exit(Path(config.train.output), status, state.step, stop)
-        tracker.conclude("FINISHED" if status == "finished" else "KILLED", model)
-    if world.is_main and status == "finished":
-        report(config, data, state)
-    return RunResult(status, dict(state.metrics))
-
-
-def save_result(config: Config, data: TrainingData, tracker: NullTracker) -> Path | None:
-    """The checkpoint of a finished run that becomes its model in MLflow.
-
-    A run that has trained a backbone writes that into a file of its own instead; then None.
-    """
-    best = Path(config.train.output) / BEST
-    if not data.task.is_backbone:
-        return best
-    path = write_backbone(best, run_id=tracker.run_id)
-    tracker.artifact(path, "")
-    log.info("backbone: a training starts from it by model.backbone=%s", path)
-    return None
-
-
-def record_exit(folder: Path, status: Status, step: int, stop: StopRequest) -> None:
-    """Writes the run's outcome; logs the way on for a preempted run.
-
-    stop.step: the last one whose checkpoint is on the disk, from which it would go on.
-
-    Raises:
-        OSError: the run finished, but its last checkpoint or its outcome could not be written.
-    """
-    reason = "all steps done"
-    if status == "preempted":
-        reason = f"{stop.signal or 'a signal to another rank'}: stopped after a checkpoint"
-        log.info("%s of step %d; the same command goes on from there", reason, stop.step)
-    elif stop.step != step:
-        raise OSError(
-            f"all {step} steps are done, but the last checkpoint that could be written is that "
-            f"of step {stop.step}; the same command goes on from there"
-        )
-    write_outcome(folder, status, step=stop.step, reason=reason)
-
-
-def report(config: Config, data: TrainingData, state: TrainState) -> None:
-    """The last lines before the tracker's: the result, and where the checkpoints are."""
-    best, others = state.best, dict(state.metrics)
-    accuracy = others.pop("accuracy")
-    log.info(
-        "finished after %d steps: accuracy %.2f %% (best %.2f %%, epoch %d), %s; chance is %.2f %%",
-        state.step, 100 * accuracy, 100 * best["accuracy"], best["epoch"], format_metrics(others),
-        100 * data.task.chance,
-    )  # fmt: skip
-    log.info("checkpoints: %s", config.train.output)
 
 
 if __name__ == "__main__":

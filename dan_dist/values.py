@@ -1,5 +1,6 @@
 """The values that configuration keys take: bounds, checks, and the strict section of keys."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Amount = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Part = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 Number = int | float
 SOURCE = {"path": PathText, "share": Number, "classes": dict[str, str]}
@@ -80,6 +82,15 @@ def _is_sampling(value: Any, *, may_change: bool) -> bool:
     if {*value} in ({"power"}, {"effective"}) and _is_number(number := next(iter(value.values()))):
         return bool(0 <= number <= 10 and ("power" in value or number < 1))
     return False
+
+
+def check_fold(value: Any) -> Any:
+    """Refuses what is not k/n with 1 ≤ k ≤ n and n ≥ 2."""
+    if value is not None:
+        found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", value)
+        if not found or not int(found[1]) <= int(found[2]) >= 2:
+            raise ValueError(f"data.fold is {value!r}, expected k/n with 1 ≤ k ≤ n and n ≥ 2")
+    return value
 
 
 def _is_number(value: Any) -> bool:

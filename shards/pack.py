@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+from shards.duplicates import describe_duplicates
 from shards.format import open_shardset
 from shards.packing.claim import CONTACT_SHEET
 from shards.packing.writer import SHARD_SIZE, merge, pack
@@ -37,13 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         shards = open_shardset(options.out)
         overview(shards, Path(options.out) / CONTACT_SHEET)
+        repeated = describe_duplicates(shards)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command continues where it was", file=sys.stderr)
         return 130
-    print(plain_name(f"{table(shards)}\npacked into {options.out}"))
+    print(plain_name("\n".join([table(shards), f"packed into {options.out}", *repeated])))
     return 0
 
 

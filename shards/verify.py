@@ -1,7 +1,9 @@
 """python -m shards.verify DIR: reads every byte of a set of shards and names each fault.
 
 Sizes and checksums of all files, the index against the tars, DALI's `.idx`, labels, metadata, keys,
-and every image decoded. Exit code 0: whole; 1: faults, a line each; 2: no set of shards.
+and every image decoded. Of a set without faults also the images that stand in it more than once,
+byte for byte: across splits, within one, under two labels. Exit code 0: whole; 1: faults, a line
+each; 2: no set of shards.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from shards.duplicates import describe_duplicates
 from shards.files import sha256_of
 from shards.format import MANIFEST, Shard, ShardSet, check_key, copy_name, open_shardset
 from shards.images import MAX_PIXELS, jpeg_fault, plain_jpeg_size
@@ -40,11 +43,15 @@ def main(arguments: list[str] | None = None) -> int:
         for fault in verify(shards, options.workers or core_count()):
             faults += 1
             print(plain_name(fault), flush=True)
+        repeated = [] if faults else describe_duplicates(shards)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     samples = sum(sum(counts) for counts in shards.counts.values())
-    whole = f"{plain_name(str(shards.root))}: {samples} images, all as they should be"
+    for line in repeated:
+        print(plain_name(line))
+    state = "each whole; duplicates stand above" if repeated else "all as they should be"
+    whole = f"{plain_name(str(shards.root))}: {samples} images, {state}"
     print(f"{faults} faults" if faults else whole)
     return 1 if faults else 0
 

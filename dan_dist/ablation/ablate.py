@@ -22,7 +22,8 @@ def main(options: AblateOptions, stop: StopRequest) -> int:
     """
     name, axes, overrides = grid.parse(options.words)
     folder = options.output or Path("runs") / name
-    runs = grid.grid_runs(options.config, axes, overrides, options.seeds, folder, name)
+    folds = options.folds or 0
+    runs = grid.grid_runs(options.config, axes, overrides, options.seeds, folder, name, folds)
     if options.child is not None:
         if not 0 <= options.child < len(runs):
             raise ValueError(f"--child is {options.child}, the grid has runs 0 to {len(runs) - 1}")

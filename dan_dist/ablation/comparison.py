@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.stats import binom
 
 from dan_dist.ablation.figures import accuracy_figure, curves_figure
 from dan_dist.ablation.runs import RunSummary
+from dan_dist.evaluation.records import check_comparable
 from dan_dist.redaction import redact
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.journal import read_sent
@@ -20,6 +23,7 @@ from dan_dist.tracking.store import store
 from dan_dist.tracking.tracker import publish
 
 FOLDER = "comparison"  # of tables and figures, in the ablation's
+TESTED = ("accuracy", "mean_recall", "macro_f1")  # on the test split, where there is one
 LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` serves a store that is a file
 
 Row = dict[str, Any]
@@ -36,6 +40,9 @@ def table(summaries: Sequence[RunSummary]) -> list[Row]:
         done = [r for r in own if r.status == "finished"]
         row: Row = {**own[0].run.values, "runs": len(own), "finished": len(done)}
         if done:
+            if all(r.test for r in done):
+                for name in TESTED:
+                    row |= _spread(f"test_{name}", [100 * r.test[name] for r in done if r.test])
             row |= _spread("last_accuracy", [100 * r.last["accuracy"] for r in done])
             row |= _spread("best_accuracy", [100 * r.best["accuracy"] for r in done])
             row["best_epoch"] = statistics.mean(r.best["epoch"] for r in done)
@@ -61,7 +68,7 @@ def _spread(name: str, values: Sequence[float]) -> Row:
 
 
 class Pair(NamedTuple):
-    """Two settings' last predictions on the same images, with the same seed."""
+    """Two settings' predictions on the same images, with the same seed; of all folds together."""
 
     first: str
     second: str
@@ -75,22 +82,40 @@ class Pair(NamedTuple):
 def pairs(summaries: Sequence[RunSummary]) -> list[Pair]:
     """Every two settings, for each seed that both have finished.
 
-    Pairs of images share persons and images: McNemar's test, which wants independent ones, is not
-    for them. Runs that were evaluated on other images are a ValueError.
+    Folds of one seed hold different images, whose counts are added. Pairs of images share persons
+    and images: McNemar's test, which wants independent ones, is not for them. Runs that were judged
+    on other images are a ValueError.
     """
-    found = []
+    found: dict[tuple[str, str, int], list[int]] = {}
     for a, b in combinations(summaries, 2):
-        if a.run.seed != b.run.seed or a.right is None or b.right is None:
+        if (a.run.seed, a.run.fold) != (b.run.seed, b.run.fold):
             continue
-        if a.fingerprint != b.fingerprint:
-            raise ValueError(f"{a.run.name} and {b.run.name} were trained on other data")
-        only_first, only_second = int((a.right & ~b.right).sum()), int((b.right & ~a.right).sum())
-        difference = 100 * (only_first - only_second) / len(a.right)
-        found.append(Pair(
-            a.run.setting, b.run.setting, a.run.seed, difference, only_first, only_second,
-            mcnemar(only_first, only_second),
-        ))  # fmt: skip
-    return found
+        if (both := _right(a, b)) is None:
+            continue
+        first, second = both
+        sums = found.setdefault((a.run.setting, b.run.setting, a.run.seed), [0, 0, 0])
+        for k, images in enumerate((first & ~second, second & ~first, first | ~first)):
+            sums[k] += int(images.sum())
+    return [
+        Pair(*key, 100 * (only_first - only_second) / images, only_first, only_second,
+             mcnemar(only_first, only_second))
+        for key, (only_first, only_second, images) in found.items()
+    ]  # fmt: skip
+
+
+def _right(a: RunSummary, b: RunSummary) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:
+    """Which images each has right, of the same ones; None where one has none.
+
+    By the files of predictions; runs of earlier versions have their last evaluation alone.
+    """
+    if a.right is None or b.right is None:
+        return None
+    if a.fingerprint != b.fingerprint:
+        raise ValueError(f"{a.run.name} and {b.run.name} were trained on other data")
+    if a.predictions is None or b.predictions is None:
+        return a.right, b.right
+    check_comparable(a.predictions, b.predictions)
+    return a.predictions.right, b.predictions.right
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -104,7 +129,9 @@ def markdown(name: str, summaries: Sequence[RunSummary], rows: Sequence[Row], fo
     """The comparison as people read it."""
     axes = list(summaries[0].run.values)
     others = _others([r for r in summaries if r.status == "finished"])
-    head = [*axes, "runs", "accuracy, last epoch", "accuracy, best epoch",
+    tested = [name for name in TESTED if any(f"test_{name}" in row for row in rows)]
+    head = [*axes, "runs", *(f"{name.replace('_', ' ')}, test" for name in tested),
+            "accuracy, last epoch", "accuracy, best epoch",
             *(f"{name.replace('_', ' ')}, last" for name in others),
             "parameters", "GFLOPs", "img/s", "minutes"]  # fmt: skip
     lines = [f"# Ablation: {name}", "", _line(head), _line(["---"] * len(head))]
@@ -113,6 +140,7 @@ def markdown(name: str, summaries: Sequence[RunSummary], rows: Sequence[Row], fo
         cells.append(f"{row['finished']} of {row['runs']}")
         if row["finished"]:
             cells += [
+                *(_mean(row, f"test_{name}") if f"test_{name}" in row else "–" for name in tested),
                 _mean(row, "last_accuracy"),
                 f"{_mean(row, 'best_accuracy')} (epoch {row['best_epoch']:.3g})",
                 *(_mean(row, other) for other in others),
@@ -121,17 +149,8 @@ def markdown(name: str, summaries: Sequence[RunSummary], rows: Sequence[Row], fo
                 f"{row['minutes']:.1f}",
             ]  # fmt: skip
         lines.append(_line([*cells, *["–"] * (len(head) - len(cells))]))
-    seeds = {r.run.seed for r in summaries}
-    lines += [
-        "",
-        f"Per cent of {judged}"
-        + (
-            f", mean ± deviation over {len(seeds)} seeds."
-            if len(seeds) > 1
-            else "; one seed: a difference may be chance."
-        )
-        + " GFLOPs: one image's forward pass, 2 a multiply-add.",
-    ]
+    lines += ["", f"{_spoken(summaries, judged)} GFLOPs: one image's forward pass, 2 a "
+              "multiply-add."]  # fmt: skip
     missing = [r for r in summaries if r.status != "finished"]
     if missing:
         lines += ["", "Not finished:", ""]
@@ -142,10 +161,26 @@ def markdown(name: str, summaries: Sequence[RunSummary], rows: Sequence[Row], fo
     return "\n".join(lines) + "\n"
 
 
+def _spoken(summaries: Sequence[RunSummary], judged: str) -> str:
+    """What the figures are of, and what chose the best epochs."""
+    seeds, folds = ({getattr(r.run, key) for r in summaries} for key in ("seed", "fold"))
+    over = f"{len(seeds)} seeds"
+    if len(folds) > 1:
+        over = f"{len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'} × {len(folds)} folds"
+    is_one = len(seeds) * len(folds) == 1
+    spread = "; one seed: a difference may be chance." if is_one else (
+        f", mean ± deviation over {over}.")  # fmt: skip
+    chosen = ", ".join(sorted({r.selected_on for r in summaries if r.status == "finished"}))
+    test = " Test: on the test split, by the chosen weights." if any(
+        r.test for r in summaries) else ""  # fmt: skip
+    return f"Per cent of {judged}{spread} selected_on: {chosen}.{test}"
+
+
 def _paired_lines(rows: Sequence[Row], axes: list[str], found: Sequence[Pair]) -> list[str]:
     """Each setting beside the best one, whose rows a reader looks at first."""
     ranked = [row for row in rows if row["finished"]]
-    best = max(ranked, key=lambda row: row["last_accuracy"])
+    key = "test_accuracy" if all("test_accuracy" in row for row in ranked) else "last_accuracy"
+    best = max(ranked, key=lambda row: row[key])
     champion = ", ".join(f"{axis} {best[axis]}" for axis in axes)
     lines = [
         f"## Against {champion}, image by image", "",
@@ -164,8 +199,9 @@ def _paired_lines(rows: Sequence[Row], axes: list[str], found: Sequence[Pair]) -
               for key in ("only_first", "only_second")),
             ", ".join(f"{p.p:.2g}" for p in turned),
         ]))  # fmt: skip
-    return [*lines, "", "McNemar's exact test on the last epoch's predictions; p is not corrected "
-            "for the number of comparisons."]  # fmt: skip
+    whose = "the test split's" if key.startswith("test") else "the last epoch's"
+    return [*lines, "", f"McNemar's exact test on {whose} predictions; p is not corrected for the "
+            "number of comparisons."]  # fmt: skip
 
 
 def _turn(pair: Pair) -> Pair:

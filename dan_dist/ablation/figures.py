@@ -36,7 +36,7 @@ def accuracy_figure(
                 label=f"{prefix + ': ' if prefix else ''}{kind} epoch",
             )  # fmt: skip
     axis.set_xticks(list(places.values()), values)
-    spread = f", mean ± deviation over {runs} seeds" if runs > 1 else ", one seed"
+    spread = f", mean ± deviation over {runs} runs" if runs > 1 else ", one run"
     axis.set(
         xlabel=axes[0], ylabel=f"accuracy on {judged}, %",
         title=f"Ablation {name}{spread}",

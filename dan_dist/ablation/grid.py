@@ -44,10 +44,11 @@ class AblationRun(NamedTuple):
     values: dict[str, str]  # axis → value
     seed: int
     overrides: list[str]  # of the configuration, its folder and its place in MLflow among them
+    fold: str | None = None  # data.fold, where the grid goes over folds
 
     @property
     def setting(self) -> str:
-        """The values alone: runs that differ by their seed share it."""
+        """The values alone: runs that differ by their seed or fold share it."""
         return ", ".join(f"{axis} {value}" for axis, value in self.values.items()) or "as it stands"
 
 
@@ -94,23 +95,31 @@ def parse(words: Sequence[str]) -> tuple[str, list[Axis], list[str]]:
 
 
 def grid_runs(
-    config: str, axes: Sequence[Axis], overrides: Sequence[str], seeds: int, folder: Path, name: str
-) -> list[AblationRun]:
-    """All runs of the grid, the first seed's before the second's, with checked configurations."""
+    config: str, axes: Sequence[Axis], overrides: Sequence[str], seeds: int, folder: Path,
+    name: str, folds: int = 0,
+) -> list[AblationRun]:  # fmt: skip
+    """All runs of the grid, the first seed's before the second's, with checked configurations.
+
+    folds: parts of the training images, each of which is held out once with each seed; 0: none.
+    """
     first = load_config(config, overrides)
     if not first.tracking.enabled:
         raise ValueError("tracking.enabled=false: an ablation is compared in MLflow")
     parent = ablation_id(folder, name)
     found = []
-    for seed in range(first.train.seed, first.train.seed + seeds):
+    parts: list[str | None] = [f"{k}/{folds}" for k in range(1, folds + 1)]
+    numbers = range(first.train.seed, first.train.seed + seeds)
+    for seed, fold in product(numbers, parts or [None]):
         for point in product(*(axis.points for axis in axes)):
             values = dict(zip((axis.name for axis in axes), point, strict=True))
             chosen = [
                 o for axis, value in zip(axes, point, strict=True) for o in axis.points[value]
             ]
             words = [word for pair in values.items() for word in pair]
-            own = re.sub(r"[^\w.-]", "_", "-".join([*words, "seed", str(seed)]))
-            run = AblationRun(own, values, seed, layered(overrides, chosen, [f"train.seed={seed}"]))
+            words += ["seed", str(seed), *(["fold", fold.split("/")[0]] if fold else [])]
+            own = re.sub(r"[^\w.-]", "_", "-".join(words))
+            lasting = [f"train.seed={seed}", *([f"data.fold={fold}"] if fold else [])]
+            run = AblationRun(own, values, seed, layered(overrides, chosen, lasting), fold)
             output = str(folder / own).replace("$", "$$")
             run.overrides.extend([
                 f"train.output={output}", f"tracking.run_name={own}", f"tracking.parent={parent}",

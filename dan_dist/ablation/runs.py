@@ -14,6 +14,10 @@ from numpy.typing import NDArray
 
 from dan_dist.ablation.grid import AblationRun
 from dan_dist.config import Config, flatten, load_config, resolve
+from dan_dist.data.holdout import HELD_OUT
+from dan_dist.data.splits import selected_on
+from dan_dist.evaluation.records import PREDICTIONS, Predictions, read_predictions
+from dan_dist.evaluation.result import read_result
 from dan_dist.run.folder import check_continues, newest_checkpoint
 from dan_dist.run.outcome import OUTCOME, write_outcome
 from dan_dist.run.signals import StopRequest, end_with_parent
@@ -24,7 +28,11 @@ log = logging.getLogger(__name__)
 
 CODE = Path(__file__).resolve().parent.parent.parent  # where dan_dist and shards lie
 STOP_POLL_S = 0.2
-LENGTH_KEYS = ("train.epochs", "train.max_steps")  # a run of another length is not the grid's
+LENGTH_KEYS = (
+    "train.epochs",
+    "train.max_steps",
+    "train.patience",
+)  # a run of another length is not the grid's
 
 
 class RunSummary(NamedTuple):
@@ -40,7 +48,10 @@ class RunSummary(NamedTuple):
     fingerprint: str  # of the data
     curves: dict[str, list[tuple[int, float]]]  # metric → (step, value), in order
     minutes: float  # of training, all its attempts together
-    judged: str  # "validation images", or "pairs" of them
+    judged: str  # "validation images", "held-out images", or "pairs" of images
+    test: Mapping[str, float] | None = None  # the test split's metrics, where there is one
+    predictions: Predictions | None = None  # of the test split, or else of the last evaluation
+    selected_on: str = "val"
 
 
 def read_summary(run: AblationRun, config: Config) -> RunSummary:
@@ -52,7 +63,9 @@ def read_summary(run: AblationRun, config: Config) -> RunSummary:
     outcome = folder / OUTCOME
     found = json.loads(outcome.read_text()) if outcome.is_file() else {}
     status, reason = found.get("status", "missing"), found.get("reason", "")
-    judged = "pairs" if config.task == "identity" else "validation images"
+    chosen = selected_on(config.data.model_dump())
+    images = "held-out images" if chosen == HELD_OUT else "validation images"
+    judged = "pairs" if config.task == "identity" else images
     empty = RunSummary(run, status, reason, read_sent(folder)[1], {}, {}, None, "", {}, 0.0, judged)
     newest = newest_checkpoint(folder)
     if newest is None:
@@ -65,7 +78,13 @@ def read_summary(run: AblationRun, config: Config) -> RunSummary:
     if content["step"] != found["step"] or any(saved[k] != wanted[k] for k in LENGTH_KEYS):
         return empty._replace(status="missing", reason="")
     records, right = read_records(folder), content.get("right")
+    test = read_result(folder)
+    if config.data.test_split is not None and test.get("step") != content["step"]:
+        return empty._replace(status="missing", reason="its test split has not been looked at")
     return empty._replace(
+        test=test.get("metrics"),
+        predictions=_predictions(folder, content["step"]),
+        selected_on=chosen,
         last=content["metrics"],
         best=content["best"],
         right=None if right is None else right.numpy(),
@@ -73,6 +92,13 @@ def read_summary(run: AblationRun, config: Config) -> RunSummary:
         curves=_curves(records),
         minutes=_minutes(records),
     )
+
+
+def _predictions(folder: Path, step: int) -> Predictions | None:
+    """A run's file of predictions; None: it has none of this step, as earlier versions' runs."""
+    path = folder / PREDICTIONS
+    found = read_predictions(path) if path.is_file() else None
+    return found if found is not None and found.facts.get("step") == step else None
 
 
 def train_missing(

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,16 @@ import numpy as np
 from torch import Tensor
 
 from dan_dist.data.cache import localise
-from dan_dist.distributed.heartbeat import session
+from dan_dist.distributed.heartbeat import Heartbeat, session
+from dan_dist.distributed.world import World
+from dan_dist.evaluation.groups import (
+    GROUPS,
+    Groups,
+    add_groups,
+    judge_groups,
+    read_groups,
+    write_groups,
+)
 from dan_dist.evaluation.judge import (
     Details,
     EvaluationResult,
@@ -21,9 +31,10 @@ from dan_dist.evaluation.judge import (
     judge_pairs,
 )
 from dan_dist.evaluation.predictions import predict
+from dan_dist.evaluation.records import PREDICTIONS, write_predictions
 from dan_dist.evaluation.task import pairs_of
-from dan_dist.model.classes import columns_of, join_names
-from dan_dist.model.dan import Output, features, probabilities
+from dan_dist.model.classes import columns_of, join_names, meet
+from dan_dist.model.dan import Output, features, probabilities, probabilities_among
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import EvaluateOptions
 from dan_dist.tracking.figures import save
@@ -41,8 +52,10 @@ class Inputs(NamedTuple):
 
     split: Split
     select: Callable[[Output], Tensor]  # see `engine.evaluate`
+    columns: list[int] | None  # of what is selected, in the order in which it is judged; None: all
     judge: Callable[[Rows], EvaluationResult]
     facts: dict[str, Any]  # about the judge, plain values for the JSON file
+    groups: Groups | None = None  # of the images, where any are asked for
 
 
 def main(options: EvaluateOptions, *, timeout_s: float = 60.0) -> dict[str, Any]:
@@ -52,32 +65,70 @@ def main(options: EvaluateOptions, *, timeout_s: float = 60.0) -> dict[str, Any]
         ValueError, OSError: bad input, in one line, before anything is computed.
     """
     with session(options.device, timeout_s=timeout_s, on_loss=lambda line: None) as (world, heart):
-        trained = world.run_on_all(
-            lambda: load_trained(
-                options.checkpoint, options.classes, task=None, weights=options.weights
-            )
-        )
-        cached = world.run_once(lambda: localise(options.data, options.cache), per_node=True)
-        shards = world.run_on_all(lambda: open_shardset(cached))
-        open_inputs = open_pairs if trained.task == "identity" else open_classes
+        trained, shards = open_network(options, world), open_set(options, world)
         inputs = world.run_on_all(lambda: open_inputs(shards, trained, options))
         world.check_equal(f"{shards.root}: the images' fingerprint", shards.fingerprint)
-        rows = predict(trained, inputs.split, world, heart, options.precision, inputs.select)
-        details = inputs.judge(rows).details()
-        report = {
-            "checkpoint": trained.path.name,
-            "step": trained.step,
-            "dataset": shards.dataset,
-            "release": shards.release,
-            "fingerprint": shards.fingerprint,
-            "split": inputs.split.name,
-            "images": len(inputs.split),
-            **details.values,
-            **inputs.facts,
-        }
-        if world.is_main:
-            save_report(report, details, trained, options)
-        return report
+        return evaluate(trained, shards, inputs, options, world, heart)
+
+
+def open_network(options: EvaluateOptions, world: World) -> Trained:
+    """The network of the checkpoint."""
+    path, classes = options.checkpoint, options.classes
+    return world.run_on_all(lambda: load_trained(path, classes, task=None, weights=options.weights))
+
+
+def open_set(options: EvaluateOptions, world: World) -> ShardSet:
+    """The shards, or this node's copy of them."""
+    cached = world.run_once(lambda: localise(options.data, options.cache), per_node=True)
+    return world.run_on_all(lambda: open_shardset(cached))
+
+
+def open_inputs(shards: ShardSet, trained: Trained, options: EvaluateOptions) -> Inputs:
+    """The images by which a network is judged, by its task."""
+    if trained.task == "expression":
+        return open_classes(shards, trained, options)
+    if options.groups is not None:
+        raise ValueError(f"--groups {options.groups}: {trained.path} is judged by pairs of images")
+    return open_pairs(shards, trained, options)
+
+
+def evaluate(
+    trained: Trained, shards: ShardSet, inputs: Inputs, options: EvaluateOptions, world: World,
+    heart: Heartbeat,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluates a network on all ranks; returns the content of the JSON file that rank 0 writes."""
+    rows = predict(trained, inputs.split, world, heart, options.precision, inputs.select)
+    rows = rows if inputs.columns is None else rows[:, inputs.columns]
+    details = inputs.judge(rows).details()
+    if inputs.groups is not None:
+        title = _title(shards, inputs.split)
+        details = add_groups(details, judge_groups(rows, inputs.split, inputs.groups), title)
+    report = {
+        "checkpoint": trained.path.name,
+        "step": trained.step,
+        "dataset": shards.dataset,
+        "release": shards.release,
+        "fingerprint": shards.fingerprint,
+        "split": inputs.split.name,
+        "images": len(inputs.split),
+        "selected_on": trained.selected_on,
+        **details.values,
+        **inputs.facts,
+    }
+    if world.is_main:
+        output = output_folder(report, trained, options)
+        if trained.task == "expression":
+            facts = {key: report[key] for key in ("fingerprint", "step", "selected_on")}
+            write_predictions(output / PREDICTIONS, inputs.split, rows, facts)
+        if inputs.groups is not None:
+            write_groups(output / GROUPS, report["groups"])
+        save_report(report, details, output)
+        if not options.no_tracking:
+            track(output, report, details, trained, options.experiment)
+        for line in details.lines:
+            log.info("%s", line)
+        log.info("selected_on: %s; figures and %s: %s", trained.selected_on, REPORT, output)
+    return report
 
 
 def usual_split(shards: ShardSet, name: str | None, trained: Trained) -> str:
@@ -87,13 +138,14 @@ def usual_split(shards: ShardSet, name: str | None, trained: Trained) -> str:
     """
     if name is not None:
         return name
-    usual = [trained.config["data"]["val_split"]] if trained.config else []
-    choice = [n for n in (*usual, "val", "test") if n in shards.splits]
+    data = trained.config.get("data", {})
+    usual = (data.get("test_split"), data.get("val_split"), "val", "test")
+    choice = [n for n in usual if n in shards.splits]
     return choice[0] if choice else "val"
 
 
 def open_split(shards: ShardSet, name: str | None, trained: Trained) -> tuple[list[int], Split]:
-    """The split to evaluate, and where its classes stand among the network's.
+    """The split to look at, and where its classes, which are the network's, stand among those.
 
     name: see `usual_split`. Other classes, or an empty split, are a ValueError.
     """
@@ -111,12 +163,69 @@ def open_split(shards: ShardSet, name: str | None, trained: Trained) -> tuple[li
 
 
 def open_classes(shards: ShardSet, trained: Trained, options: EvaluateOptions) -> Inputs:
-    """A split by whose classes a network is judged, in the shards' order of classes."""
-    columns, split = open_split(shards, options.split, trained)
-    title = _title(shards, split)
-    return Inputs(
-        split, probabilities, lambda rows: judge_classes(rows[:, columns], split, title), {}
-    )
+    """A split by whose classes a network is judged, in the shards' order of classes.
+
+    Classes that one side lacks are left out on both, as if neither had heard of them.
+    """
+    met = meet_classes(shards, trained)
+    split = shards.split(usual_split(shards, options.split, trained))
+    facts = describe_meeting(met, split, trained)
+    columns = [own for own, _ in met]
+    is_whole = len(met) == len(trained.class_names)
+    select = probabilities if is_whole else partial(probabilities_among, columns)
+    split = with_labels(split, [label for _, label in met])
+    if not len(split):
+        raise ValueError(f"{shards.root}: split '{split.name}' is empty")
+    groups = None if options.groups is None else read_groups(options.groups, split)
+    judge = partial(judge_classes, split=split, title=_title(shards, split))
+    return Inputs(split, select, columns if is_whole else None, judge, facts, groups)
+
+
+def meet_classes(shards: ShardSet, trained: Trained) -> list[tuple[int, int]]:
+    """Each common class, by its place in the network and in the shards.
+
+    Fewer than two are a ValueError.
+    """
+    own, other = trained.class_names, shards.class_names
+    try:
+        met = meet(own, other)
+    except ValueError as error:
+        raise ValueError(f"{trained.path} and {shards.root}: {error}") from error
+    if len(met) < 2:
+        raise ValueError(
+            f"{trained.path} was trained on {len(own)} classes ({join_names(own)}), {shards.root} "
+            f"has {len(other)} ({join_names(other)}): {len(met)} in common, at least 2 are needed"
+        )
+    return met
+
+
+def describe_meeting(met: list[tuple[int, int]], split: Split, trained: Trained) -> dict[str, Any]:
+    """Which class of the network is which of the data, and what is left out; logged if it is."""
+    own, other = trained.class_names, split.class_names
+    mapping = {own[a]: other[b] for a, b in met}
+    counts = np.bincount(split.index["label"], minlength=len(other)).tolist()
+    unknown = {n: counts[k] for k, n in enumerate(other) if n not in mapping.values()}
+    unused = [name for name in own if name not in mapping]
+    if any(a != b for a, b in mapping.items()) or unknown or unused:
+        log.info("classes: %s", ", ".join(f"{a} = {b}" for a, b in mapping.items()))
+    if unused:
+        log.info("left out of the network, as the data has none: %s", ", ".join(unused))
+    if unknown:
+        named = ", ".join(f"{name} ({count} images)" for name, count in unknown.items())
+        log.info("left out of the data, as the network knows none: %s", named)
+    return {"classes_met": mapping, "left_out": {"network": unused, "data": unknown}}
+
+
+def with_labels(split: Split, labels: list[int]) -> Split:
+    """The images of these classes alone, which become the split's classes, in this order."""
+    if labels == [*range(len(split.class_names))]:
+        return split
+    place = np.full(len(split.class_names), -1)
+    place[labels] = np.arange(len(labels))
+    index = np.array(split.index)
+    index["label"] = place[index["label"]]
+    names = tuple(split.class_names[k] for k in labels)
+    return replace(split, index=index[index["label"] >= 0], class_names=names)
 
 
 def open_pairs(shards: ShardSet, trained: Trained, options: EvaluateOptions) -> Inputs:
@@ -130,29 +239,27 @@ def open_pairs(shards: ShardSet, trained: Trained, options: EvaluateOptions) -> 
                     len(persons), join_names(sorted(known)))  # fmt: skip
     facts = {"pairs_file": options.pairs_file and Path(options.pairs_file).name}
     judge = partial(judge_pairs, pairs=pairs, title=_title(shards, split))
-    return Inputs(own, features, judge, facts)
+    return Inputs(own, features, None, judge, facts)
 
 
 def _title(shards: ShardSet, split: Split) -> str:
     return f"{shards.dataset}, split '{split.name}'"
 
 
-def save_report(
-    report: dict[str, Any], details: Details, trained: Trained, options: EvaluateOptions
-) -> None:
-    """Draws the figures, writes the JSON file, records both in MLflow, logs the numbers."""
+def output_folder(report: dict[str, Any], trained: Trained, options: EvaluateOptions) -> Path:
+    """The folder of a report, made where need be."""
     # Names from a manifest may hold anything, slashes too.
     own = re.sub(r"[^\w.-]", "_", f"{trained.path.stem}-{report['dataset']}-{report['split']}")
     output = options.output or trained.path.parent / own
     output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def save_report(report: dict[str, Any], details: Details, output: Path) -> None:
+    """Draws the figures, and writes the JSON file beside them once they are there."""
     for figure in details.figures:
         save(figure.draw(*figure.values), output / figure.name)
     write_atomically(output / REPORT, json.dumps(report, indent=1) + "\n")
-    if not options.no_tracking:
-        track(output, report, details, trained, options.experiment)
-    for line in details.lines:
-        log.info("%s", line)
-    log.info("figures and %s: %s", REPORT, output)
 
 
 def track(
@@ -165,9 +272,11 @@ def track(
         name=f"evaluate {trained.name} on {where}",
         params={key: report[key] for key in ("checkpoint", "dataset", "release", "split")},
         tags={"kind": "evaluation", "trained_by": trained.run_id or "unknown",
-              "fingerprint": report["fingerprint"]},
+              "fingerprint": report["fingerprint"], "selected_on": report["selected_on"]},
         config=trained.config,
     )  # fmt: skip
     metrics = {f"eval/{name}": value for name, value in details.metrics.items()}
-    artifacts = (REPORT, *(figure.name for figure in details.figures))
+    artifacts = [REPORT, *(figure.name for figure in details.figures)]
+    artifacts += [PREDICTIONS] if trained.task == "expression" else []
+    artifacts += [GROUPS] if "groups" in report else []
     record_run(output, record, metrics=metrics, step=report["step"], artifacts=artifacts)

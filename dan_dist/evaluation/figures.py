@@ -1,6 +1,6 @@
 """The figures of a training and of its evaluations."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -126,4 +126,68 @@ def mistakes_figure(images: Sequence[Image.Image], mistakes: Sequence[Any], titl
             fontsize=9,
         )
     figure.suptitle(f"{title}: {'the surest mistakes' if images else 'no mistakes'}")
+    return figure
+
+
+def groups_figure(columns: Mapping[str, Any], title: str) -> Figure:
+    """Each group's accuracy, mean recall and macro-F1 with their intervals, a panel a column.
+
+    columns: as `groups.judge_groups` gives them.
+    """
+    heights = [len(own["groups"]) for own in columns.values()]
+    figure, panels = plt.subplots(
+        len(columns), 1, figsize=(8, 1.4 * len(columns) + 0.42 * sum(heights) + 0.8),
+        height_ratios=[h + 1 for h in heights], squeeze=False, layout="constrained", sharex=True,
+    )  # fmt: skip
+    for axis, (column, own) in zip(panels[:, 0], columns.items(), strict=True):
+        names = list(own["groups"])
+        for k, (key, marker) in enumerate((("accuracy", "o"), ("mean_recall", "s"),
+                                           ("macro_f1", "^"))):  # fmt: skip
+            values = np.array([own["groups"][n][key] for n in names])
+            ends = np.array([own["groups"][n]["intervals"][key] for n in names])
+            spread = np.abs(ends - values[:, None]).T
+            places = np.arange(len(names)) + 0.22 * (k - 1)
+            axis.errorbar(
+                100 * values, places, xerr=100 * spread, fmt=marker, capsize=3,
+                label=key.replace("_", " "),
+            )  # fmt: skip
+        images = [f"{n} ({own['groups'][n]['images']})" for n in names]
+        axis.set_yticks(range(len(names)), images)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        gap = own["widest_gap"]
+        axis.set_title(
+            f"{column}: widest gap {100 * gap['accuracy']:.1f} points of accuracy, "
+            f"{gap['from']} to {gap['to']}", fontsize=10,
+        )  # fmt: skip
+        axis.grid(alpha=0.3)
+    panels[-1, 0].set_xlabel("%, with 95 % intervals; in brackets: images")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
+    figure.suptitle(title)
+    return figure
+
+
+def matrix_figure(
+    tables: Mapping[str, NDArray[np.float64]], rows: Sequence[str], columns: Sequence[str]
+) -> Figure:
+    """What each network reaches on each data set, a panel a metric: train × test.
+
+    tables: metric → (networks, sets) shares.
+    """
+    side = 1.1 * len(columns) + 1.2
+    figure, panels = plt.subplots(
+        1, len(tables), figsize=(side * len(tables) + 2.5, 0.8 * len(rows) + 2.2),
+        squeeze=False, layout="constrained", sharey=True,
+    )  # fmt: skip
+    for axis, (metric, values) in zip(panels[0], tables.items(), strict=True):
+        image = axis.imshow(100 * values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+        axis.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set_title(metric.replace("_", " "))
+        for (row, column), value in np.ndenumerate(values):
+            color = "white" if value > 0.5 else "black"
+            axis.text(column, row, f"{100 * value:.1f}", ha="center", va="center", color=color)
+    panels[0, 0].set_ylabel("trained: run")
+    figure.supxlabel("judged on")
+    figure.colorbar(image, ax=panels, label="%")
     return figure

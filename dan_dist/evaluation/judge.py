@@ -19,6 +19,13 @@ from dan_dist.evaluation.figures import (
     reliability_figure,
     verification_figure,
 )
+from dan_dist.evaluation.intervals import (
+    METHOD,
+    Interval,
+    format_figures,
+    intervals,
+    of_mean,
+)
 from dan_dist.evaluation.metrics import (
     calibrate,
     class_scores,
@@ -30,6 +37,7 @@ from dan_dist.evaluation.verification import Pairs, similarities, verify
 from shards.format import Split
 
 MISTAKES = 24  # of the most confident ones
+WHOLE = ("accuracy", "mean_recall", "macro_f1")  # figures of all classes together
 
 Rows = NDArray[np.float32]  # (images, D): the selected part of the network's output
 
@@ -55,7 +63,7 @@ class Details(NamedTuple):
 class EvaluationResult:
     """The result of an evaluation of a network."""
 
-    metrics: dict[str, float]  # "accuracy" chooses the best
+    metrics: dict[str, float]  # one of them chooses the best
     right: NDArray[np.bool_]  # of each image, or pair
     figure: LazyFigure  # the one that a training draws of its best
     details: Callable[[], Details]  # computed when called
@@ -84,31 +92,46 @@ def judge_classes(rows: Rows, split: Split, title: str = "Validation") -> Evalua
 
 
 def judge_sets(rows: Rows, split: JoinedSplit, title: str = "Validation") -> EvaluationResult:
-    """As `judge_classes`, but accuracy and mean recall are the means of those of each set."""
+    """As `judge_classes`, but what is of all classes is the mean of each set's."""
     whole, labels = judge_classes(rows, split, title), split.index["label"]
     found = [
         summarise(confusion(rows[own], labels[own]), split.class_names) for own in bounds_of(split)
     ]
     metrics = dict(whole.metrics)
-    for key in ("accuracy", "mean_recall"):
+    for key in WHOLE:
         metrics[key] = float(np.mean([own[key] for own in found]))
         named = zip(split.sets, found, strict=True)
         metrics |= {f"{key}_{name}": own[key] for name, own in named}
     return replace(whole, metrics=metrics)
 
 
+def find_intervals(rows: Rows, split: Split) -> dict[str, Interval]:
+    """The interval of each figure that the judge of a split gives; of several sets, of their means.
+
+    Of several, each set's own as well, after its name.
+    """
+    labels, names = split.index["label"], split.class_names
+    whole = intervals(confusion(rows, labels), names)
+    if not isinstance(split, JoinedSplit):
+        return whole
+    matrices = [confusion(rows[own], labels[own]) for own in bounds_of(split)]
+    figures = [summarise(m, names) for m in matrices]
+    found = [intervals(m, names) for m in matrices]
+    for key in WHOLE:
+        own = [ends[key] for ends in found]
+        whole[key] = of_mean([own_figures[key] for own_figures in figures], own)
+        whole |= {f"{key}_{name}": ends for name, ends in zip(split.sets, own, strict=True)}
+    return whole
+
+
 def _class_details(
     rows: Rows, split: Split, title: str, matrix: NDArray[np.int64], first: LazyFigure
 ) -> Details:
-    """Each class's scores, the calibration, the surest mistakes."""
+    """Each class's scores, intervals, the calibration, the surest mistakes."""
     labels, names = split.index["label"], split.class_names
     scores, calibration = class_scores(matrix, names), calibrate(rows, labels)
-    summary = summarise(matrix, names)
-    whole = {
-        "accuracy": summary["accuracy"],
-        "mean_recall": summary["mean_recall"],
-        "calibration_error": calibration.error,
-    }
+    summary, found = summarise(matrix, names), intervals(matrix, names)
+    whole = {**{key: summary[key] for key in WHOLE}, "calibration_error": calibration.error}
     metrics = dict(whole)
     for name, own in scores.items():
         metrics |= {f"{key}/{name}": own[key] for key in ("precision", "recall", "f1")}
@@ -119,6 +142,8 @@ def _class_details(
     ]
     values = {
         **whole,
+        "intervals": found,
+        "intervals_method": METHOD,
         "classes": scores,
         "confusion_matrix": matrix.tolist(),
         "calibration": {
@@ -133,7 +158,12 @@ def _class_details(
         LazyFigure("reliability.png", reliability_figure, (calibration, title)),
         LazyFigure("mistakes.png", _draw_mistakes, (split, samples, mistakes, title)),
     )
-    lines = [*_score_lines(scores), f"{format_metrics(whole)}, {len(labels)} images"]
+    error = f"calibration error {100 * calibration.error:.2f} %"
+    lines = [
+        *_score_lines(scores),
+        f"{format_figures(summary, found)}, {error}, {len(labels)} images",
+        f"in brackets: {METHOD}",
+    ]
     return Details(values, metrics, figures, lines)
 
 

@@ -19,13 +19,13 @@ def confusion(probabilities: Probabilities, labels: Labels) -> NDArray[np.int64]
 
 
 def summarise(matrix: NDArray[np.int64], class_names: tuple[str, ...]) -> dict[str, float]:
-    """Accuracy, mean recall over the classes that have images, and each such class's recall."""
-    scores = class_scores(matrix, class_names)
-    recalls = {f"recall/{n}": s["recall"] for n, s in scores.items() if s["images"]}
+    """Accuracy, mean recall and macro-F1 over the classes that have images, each such recall."""
+    scores = {n: s for n, s in class_scores(matrix, class_names).items() if s["images"]}
     return {
         "accuracy": float(matrix.trace() / matrix.sum()),
-        "mean_recall": float(np.mean(list(recalls.values()))),
-        **recalls,
+        "mean_recall": float(np.mean([s["recall"] for s in scores.values()])),
+        "macro_f1": float(np.mean([s["f1"] for s in scores.values()])),
+        **{f"recall/{n}": s["recall"] for n, s in scores.items()},
     }
 
 

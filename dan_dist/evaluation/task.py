@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dan_dist.data.mixture import JoinedSplit, bounds_of
+from dan_dist.data.splits import open_splits
+from dan_dist.data_schema import Data
 from dan_dist.evaluation.judge import (
     EvaluationResult,
     Rows,
@@ -30,22 +32,40 @@ class Task(NamedTuple):
     """All that a training knows of its task, beside the objective."""
 
     classes: int  # of the network: the first ones of the shards
-    val: Split  # the images that an evaluation looks at
+    val: Split  # the images that its evaluations look at
     select: Callable[[Output], Tensor]  # see `engine.evaluate`
     judge: Callable[[Rows], EvaluationResult]
     chance: float  # the accuracy of guessing
     is_backbone: bool  # a finished run leaves a backbone file, not a model in MLflow
 
 
-def expressions(shards: ShardSet, train: Split, val_split: str) -> Task:
+def open_tasks(
+    shards: ShardSet, data: Data, seed: int, *, is_identity: bool
+) -> tuple[Split, Task, Task | None]:
+    """The images to train on, the task on those that choose the best epoch, and on the test split.
+
+    Splits that are not there, or cannot judge the task, are a ValueError that names the reason.
+    """
+    if is_identity:
+        train = shards.split("train")
+        task = identities(
+            shards, train, data.val_split, pairs=data.pairs, pairs_file=data.pairs_file
+        )
+        return train, task, None
+    train, val, test = open_splits(shards, data, seed)
+    judged = None if test is None else expressions(shards, train, test)
+    return train, expressions(shards, train, val), judged
+
+
+def expressions(shards: ShardSet, train: Split, val: Split) -> Task:
     """Each image's class. A split that cannot judge it is a ValueError that names the reason."""
-    val, classes = shards.split(val_split), len(shards.class_names)
+    classes = len(shards.class_names)
     if any(own.start == own.stop for own in bounds_of(val)):  # of any set
-        raise ValueError(f"{shards.root}: split '{val_split}' is empty")
+        raise ValueError(f"{shards.root}: split '{val.name}' is empty")
     unknown = np.setdiff1d(_present(val), _present(train))
     if len(unknown):
         raise ValueError(
-            f"{shards.root}: '{shards.class_names[unknown[0]]}' of split '{val_split}' has no "
+            f"{shards.root}: '{shards.class_names[unknown[0]]}' of split '{val.name}' has no "
             "training images; task=identity is judged by persons whom training does not know"
         )
     judge = partial(judge_classes, split=val)

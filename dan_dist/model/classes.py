@@ -13,7 +13,11 @@ ORDERS = {
     "rafdb": rafdb.CLASSES,
     "sfew": tuple(sfew.CLASSES.values()),
 }
-SYNONYMS = {"happiness": "happy", "sadness": "sad", "angry": "anger"}  # as data sets call them
+# As data sets call them, in small letters
+SYNONYMS = {
+    "happiness": "happy", "sadness": "sad", "angry": "anger", "surprised": "surprise",
+    "fearful": "fear", "disgusted": "disgust",
+}  # fmt: skip
 
 
 def class_order(classes: str) -> tuple[str, ...]:
@@ -31,16 +35,33 @@ def class_order(classes: str) -> tuple[str, ...]:
 
 
 def columns_of(class_names: tuple[str, ...], wanted: tuple[str, ...]) -> list[int] | None:
-    """Where each of the `wanted` classes stands in `class_names`; None where the sets differ.
-
-    Data sets order their classes differently, and call some of them differently (SYNONYMS).
-    """
-    own, other = list(class_names), list(wanted)
-    if set(own) != set(other):
-        own, other = ([SYNONYMS.get(n, n) for n in names] for names in (own, other))
-    if len(set(own)) < len(own) or sorted(own) != sorted(other):
+    """Where each of the `wanted` classes stands in `class_names`; None where the sets differ."""
+    try:
+        met = meet(class_names, wanted)
+    except ValueError:
         return None
-    return [own.index(name) for name in other]
+    is_whole = len(met) == len(class_names) == len(wanted)
+    return [own for own, _ in met] if is_whole else None
+
+
+def meet(class_names: tuple[str, ...], others: tuple[str, ...]) -> list[tuple[int, int]]:
+    """Each class that both have, by its place in both, in the order of `others`.
+
+    Data sets order their classes differently, and call some of them differently (SYNONYMS). Two
+    names for one class on one side are a ValueError.
+    """
+    own, other = list(class_names), list(others)
+    if set(own) != set(other):
+        own, other = (
+            [SYNONYMS.get(name.casefold(), name.casefold()) for name in names]
+            for names in (own, other)
+        )
+    for known, names in ((own, class_names), (other, others)):
+        if len(set(known)) < len(known):
+            twice = next(name for name in known if known.count(name) > 1)
+            same = [name for name, found in zip(names, known, strict=True) if found == twice]
+            raise ValueError(f"classes {', '.join(same)}: two names for one class")
+    return [(own.index(name), k) for k, name in enumerate(other) if name in own]
 
 
 def check_names(names: Any, where: str) -> None:

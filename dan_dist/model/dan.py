@@ -1,6 +1,7 @@
 """The DAN network: backbone, k cross-attention heads, attention fusion (arXiv 2109.07270, §3)."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -27,6 +28,11 @@ class Output(NamedTuple):
 def probabilities(output: Output) -> Tensor:
     """(B, classes) float32 of each class."""
     return output.logits.softmax(dim=1, dtype=torch.float32)
+
+
+def probabilities_among(columns: Sequence[int], output: Output) -> Tensor:
+    """(B, columns) float32 of these classes alone, as if the network knew no others."""
+    return output.logits[:, list(columns)].softmax(dim=1, dtype=torch.float32)
 
 
 def features(output: Output) -> Tensor:

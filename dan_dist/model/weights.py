@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from dan_dist.data.splits import selected_on
 from dan_dist.model.authors import AUTHORS_SIZE, read_authors
 from dan_dist.model.classes import check_names, class_order, columns_of, join_names
 from dan_dist.model.dan import DAN, Fusion
@@ -86,6 +87,11 @@ class Trained(NamedTuple):
     def experiment(self) -> str:
         """MLflow's, of the training."""
         return str(self.config["tracking"]["experiment"]) if self.config else "dan_dist"
+
+    @property
+    def selected_on(self) -> str:
+        """What chose these weights: holdout, val or test, on which the authors chose theirs."""
+        return selected_on(self.config["data"]) if self.config else "test"
 
 
 def load_trained(

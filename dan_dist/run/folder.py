@@ -21,10 +21,11 @@ DAMAGE = "damaged-since-step"
 # quickly it computes, not its result.
 FREE_KEYS = (
     "data.shards", "data.cache", "data.synthetic", "data.threads", "data.max_bad_images",
-    "data.classes", "data.decoded", "train.epochs", "train.max_steps", "train.device",
-    "train.compile", "train.deterministic", "train.output", "train.resume",
-    "train.keep_checkpoints", "train.checkpoint_", "train.log_every", "train.timeout_s",
-    "tracking.", "engine.", "model.backbone", "model.weights",
+    "data.classes", "data.decoded", "data.test_split", "data.protocol", "train.epochs",
+    "train.max_steps", "train.patience", "train.device", "train.compile", "train.deterministic",
+    "train.output", "train.resume", "train.keep_checkpoints", "train.checkpoint_",
+    "train.log_every", "train.timeout_s", "tracking.", "engine.", "model.backbone",
+    "model.weights",
 )  # fmt: skip
 
 

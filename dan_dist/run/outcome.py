@@ -5,9 +5,10 @@ torchrun's exit codes do not distinguish a preempted worker from a finished or a
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dan_dist.redaction import redact
 from shards.files import write_atomically
@@ -27,15 +28,21 @@ def open_outcome(folder: Path) -> None:
         (folder / RESERVE).write_bytes(b" " * ROOM)
 
 
-def write_outcome(folder: Path, status: Status, *, step: int | None, reason: str) -> None:
+def write_outcome(
+    folder: Path, status: Status, *, step: int | None, reason: str,
+    result: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Writes `folder`/outcome.json; on a full disk, in the place that was kept for it.
+
+    result: the figures of a finished run, few enough for that place.
 
     Raises:
         OSError: it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     reason = redact(reason)
-    content = {"status": status, "step": step, "reason": reason, "time_s": round(time.time(), 3)}
+    content = {"status": status, "step": step, "reason": reason, "time_s": round(time.time(), 3),
+               **({"result": dict(result)} if result else {})}  # fmt: skip
     try:
         write_atomically(folder / OUTCOME, json.dumps(content) + "\n")
     except OSError:  # in place, on blocks that are this file's already

@@ -24,6 +24,7 @@ class Plan:
     total: int
     lr: LearningRate  # of a step: plan.lr(step)
     checkpoint_every: int | None  # steps
+    patience: int | None = None  # epochs
 
     def epoch(self, step: int) -> int:
         """The epoch, from 1, that `step` belongs to."""
@@ -39,6 +40,16 @@ class Plan:
         evaluate = is_end and evaluated != step
         is_interval = self.checkpoint_every is not None and step % self.checkpoint_every == 0
         return Due(evaluate, evaluate or (step > self.start and (is_interval or asked)))
+
+    def is_over(self, step: int, *, best_epoch: float | None) -> bool:
+        """Whether the run ends after `step`: its last one, or `patience` epochs without gain.
+
+        best_epoch: None before the first evaluation.
+        """
+        if step == self.total or self.patience is None or best_epoch is None:
+            return step == self.total
+        is_whole = step % self.steps_per_epoch == 0
+        return is_whole and self.epoch(step) - best_epoch >= self.patience
 
 
 def make_plan(config: Config, *, images: int, start: int) -> Plan:
@@ -57,4 +68,6 @@ def make_plan(config: Config, *, images: int, start: int) -> Plan:
             f"train.epochs and train.max_steps end at {total}"
         )
     lr = LearningRate(config.optim.lr, train.global_batch, steps_per_epoch, whole, config.schedule)
-    return Plan(start, steps_per_epoch, train.epochs, total, lr, train.checkpoint_every)
+    return Plan(
+        start, steps_per_epoch, train.epochs, total, lr, train.checkpoint_every, train.patience
+    )

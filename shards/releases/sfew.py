@@ -1,6 +1,7 @@
 """SFEW 2.0: film frames to be aligned by landmarks, or the release's own aligned faces."""
 
 import csv
+import re
 from functools import partial
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def release(source: str | Path, *, landmarks: str | Path | None, size: int | Non
     kind = "frames, aligned by landmarks" if landmarks is not None else "the release's own aligned"
     reader = partial(read_aligned, root=root.absolute(), size=size)
     return Release("SFEW 2.0", kind, tuple(CLASSES.values()), splits, reader, left_out)
+
+
+def film_of(key: str) -> str:
+    """The film that a frame is of, with which its file's name begins: Film_hhmmssmmm_number."""
+    first, _, rest = key.partition("_")
+    return re.split(r"_\d", rest if first in CLASSES.values() else key, maxsplit=1)[0]
 
 
 def read_aligned(item: Item, root: Path, size: int | None) -> Content:

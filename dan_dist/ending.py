@@ -1,0 +1,167 @@
+"""The end of a run: its result, on disk, in MLflow and in the log."""
+
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dan_dist.build import TrainingData
+from dan_dist.config import Config
+from dan_dist.data.splits import selected_on
+from dan_dist.distributed.heartbeat import Heartbeat
+from dan_dist.distributed.world import World
+from dan_dist.evaluation.intervals import METHOD, format_figures
+from dan_dist.evaluation.judge import Rows
+from dan_dist.evaluation.metrics import format_metrics
+from dan_dist.evaluation.records import PREDICTIONS, write_predictions
+from dan_dist.evaluation.result import RESULT, look_once
+from dan_dist.model.backbone import write_backbone
+from dan_dist.run.checkpoint import BEST
+from dan_dist.run.outcome import Status, write_outcome
+from dan_dist.run.plan import make_plan
+from dan_dist.run.signals import StopRequest
+from dan_dist.run.state import TrainState
+from dan_dist.tracking.tracker import NullTracker
+
+log = logging.getLogger(__name__)
+
+
+class RunResult(NamedTuple):
+    """How a run ended, and what it found."""
+
+    status: Status
+    metrics: dict[str, float]  # of the last evaluation, on the images that choose the best epoch
+    test: dict[str, Any]  # of the test split, see `evaluation.result`; empty without one
+
+
+def keep_predictions(
+    config: Config, world: World, data: TrainingData, rows: Rows, step: int
+) -> None:
+    """Writes an evaluation's predictions; a run with a test split has those of that at its end."""
+    if not world.is_main or data.test is not None or data.task.is_backbone:
+        return
+    path, facts = Path(config.train.output) / PREDICTIONS, {"step": step, **origin(config, data)}
+    try:
+        write_predictions(path, data.task.val, rows, facts)
+    except OSError as error:  # a full disk ends no training
+        log.warning("no %s: %s", path, error.strerror or error)
+
+
+def origin(config: Config, data: TrainingData) -> dict[str, Any]:
+    """What a file of results holds of the run."""
+    return {
+        "fingerprint": data.shards.fingerprint,
+        "selected_on": selected_on(config.data.model_dump()),
+    }
+
+
+def look_at_test(
+    config: Config, world: World, data: TrainingData, state: TrainState, heart: Heartbeat,
+    stop: StopRequest,
+) -> dict[str, Any]:  # fmt: skip
+    """The result on the test split of a run at its end, whose last checkpoint is on the disk."""
+    if data.test is None or not world.run_once(lambda: "yes" if stop.step == state.step else ""):
+        return {}
+    folder, facts = Path(config.train.output), origin(config, data)
+    result = look_once(folder, data.test, world, heart, step=state.step, facts=facts)
+    heart.finish()
+    return result
+
+
+def finish(
+    config: Config, world: World, data: TrainingData, result: RunResult, state: TrainState,
+    tracker: NullTracker, stop: StopRequest,
+) -> RunResult:  # fmt: skip
+    """Records the end, in the folder, in MLflow, in the log.
+
+    stop.step: the last one whose checkpoint is on the disk.
+
+    Raises:
+        OSError: the run is at its end, but its last checkpoint or its outcome cannot be written.
+    """
+    if world.is_main:
+        is_whole = result.status == "finished" and stop.step == state.step
+        model = save_result(config, data, tracker) if is_whole else None
+        if result.test:
+            record_test(Path(config.train.output), result.test, tracker)
+        record_exit(config, data, result, state, stop)
+        tracker.conclude("FINISHED" if result.status == "finished" else "KILLED", model)
+    if world.is_main and result.status == "finished":
+        report(config, data, state, result)
+    return result
+
+
+def save_result(config: Config, data: TrainingData, tracker: NullTracker) -> Path | None:
+    """The checkpoint of a finished run that becomes its model in MLflow.
+
+    A run that has trained a backbone writes that into a file of its own instead; then None.
+    """
+    best = Path(config.train.output) / BEST
+    if not data.task.is_backbone:
+        return best
+    path = write_backbone(best, run_id=tracker.run_id)
+    tracker.artifact(path, "")
+    log.info("backbone: a training starts from it by model.backbone=%s", path)
+    return None
+
+
+def record_test(folder: Path, test: dict[str, Any], tracker: NullTracker) -> None:
+    """The result on the test split in MLflow: test/… at the run's last step, files, a figure."""
+    values = {f"test/{name}": value for name, value in test["metrics"].items()}
+    tracker.metrics({**values, "test/looks": len(test["looks"])}, test["step"])
+    for name in (RESULT, PREDICTIONS):
+        tracker.artifact(folder / name, "")
+
+
+def record_exit(
+    config: Config, data: TrainingData, result: RunResult, state: TrainState, stop: StopRequest
+) -> None:
+    """Writes the run's outcome; logs the way on for a preempted run.
+
+    stop.step: the last one whose checkpoint is on the disk, from which it would go on.
+
+    Raises:
+        OSError: the run finished, but its last checkpoint or its outcome could not be written.
+    """
+    folder = Path(config.train.output)
+    if result.status == "preempted":
+        reason = f"{stop.signal or 'a signal to another rank'}: stopped after a checkpoint"
+        log.info("%s of step %d; the same command goes on from there", reason, stop.step)
+        write_outcome(folder, result.status, step=stop.step, reason=reason)
+        return
+    if stop.step != state.step:
+        raise OSError(
+            f"all {state.step} steps are done, but the last checkpoint that could be written is "
+            f"that of step {stop.step}; the same command goes on from there"
+        )
+    figures, split = result.test.get("metrics") or result.metrics, (data.test or data.task).val
+    facts = {
+        "split": split.name,
+        "selected_on": selected_on(config.data.model_dump()),
+        **{name: value for name, value in figures.items() if "/" not in name},
+    }
+    if result.test:
+        facts["looks"] = len(result.test["looks"])
+    is_early = state.step < make_plan(config, images=len(data.train), start=0).total
+    reason = f"no better epoch in {config.train.patience}" if is_early else "all steps done"
+    write_outcome(folder, "finished", step=stop.step, reason=reason, result=facts)
+
+
+def report(config: Config, data: TrainingData, state: TrainState, result: RunResult) -> None:
+    """The last lines before the tracker's: the result, and where the checkpoints are."""
+    best, others, chosen = state.best, dict(state.metrics), selected_on(config.data.model_dump())
+    accuracy = others.pop("accuracy")
+    log.info(
+        "finished after %d steps: accuracy %.2f %% (best %.2f %%, epoch %d), %s; chance is %.2f %%",
+        state.step, 100 * accuracy, 100 * best["accuracy"], best["epoch"], format_metrics(others),
+        100 * data.task.chance,
+    )  # fmt: skip
+    log.info("checkpoints: %s", config.train.output)
+    if test := result.test:
+        looks = len(test["looks"])
+        log.info(
+            "result on split '%s' (%d images, %s), selected_on %s, epoch %d: %s; in brackets: %s",
+            test["split"], test["images"], "looked at once" if looks == 1 else f"look {looks}",
+            chosen, best["epoch"], format_figures(test["metrics"], test["intervals"]), METHOD,
+        )  # fmt: skip
+    else:
+        log.info("selected_on: %s", chosen)

@@ -1,0 +1,148 @@
+"""Several networks on several data sets: a train × test matrix as table, figure and MLflow run."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dan_dist.distributed.heartbeat import session
+from dan_dist.evaluation import evaluate as single
+from dan_dist.evaluation.figures import matrix_figure
+from dan_dist.evaluation.judge import WHOLE
+from dan_dist.model.weights import Trained
+from dan_dist.options import EvaluateCommand, EvaluateOptions, EvaluationChoices
+from dan_dist.tracking.figures import save
+from dan_dist.tracking.tracker import RunRecord, record_run
+from shards.files import write_atomically
+
+FOLDER = "across"  # beside the first checkpoint
+FILES = ("matrix.md", "matrix.csv", "matrix.json", "matrix.png")
+
+log = logging.getLogger(__name__)
+
+
+def main(command: EvaluateCommand) -> list[dict[str, Any]]:
+    """Evaluates each checkpoint on each set; returns the content of their JSON files.
+
+    Raises:
+        ValueError, OSError: bad input, in one line, before anything is computed.
+    """
+    cells = [[_options(command, path, data) for data in command.data]
+             for path in command.checkpoint]  # fmt: skip
+    if len(cells) == len(cells[0]) == 1:
+        return [single.main(cells[0][0])]
+    with session(command.device, timeout_s=60.0, on_loss=lambda line: None) as (world, heart):
+        networks = [single.open_network(row[0], world) for row in cells]
+        if other := [trained for trained in networks if trained.task != "expression"]:
+            raise ValueError(f"{other[0].path} was trained on identities: evaluate it by itself")
+        sets = [single.open_set(cell, world) for cell in cells[0]]
+        opened = [
+            [world.run_on_all(partial(single.open_inputs, shards, trained, cell))
+             for shards, cell in zip(sets, row, strict=True)]
+            for trained, row in zip(networks, cells, strict=True)
+        ]  # fmt: skip
+        rows = unlike([trained.name for trained in networks])
+        columns = unlike([Path(data.rstrip("/")).name for data in command.data])
+        output = command.output or networks[0].path.parent / FOLDER
+        found = []
+        for k, trained in enumerate(networks):
+            for j, shards in enumerate(sets):
+                log.info("%s on %s", rows[k], columns[j])
+                inside = {"output": output / f"{rows[k]}-on-{columns[j]}", "no_tracking": True}
+                cell = _options(command, command.checkpoint[k], command.data[j], **inside)
+                report = single.evaluate(trained, shards, opened[k][j], cell, world, heart)
+                found.append({"run": rows[k], "data": columns[j], **report})
+        if world.is_main:
+            publish(found, networks, command, output)
+        return found
+
+
+def _options(
+    command: EvaluateCommand, checkpoint: Path, data: str, **changed: Any
+) -> EvaluateOptions:
+    shared = {f.name: getattr(command, f.name) for f in fields(EvaluationChoices)}
+    return EvaluateOptions(checkpoint=checkpoint, data=data, **{**shared, **changed})
+
+
+def unlike(names: Sequence[str]) -> list[str]:
+    """The names, of which a second one that is the same gets a number."""
+    return [
+        name if names.count(name) == 1 else f"{name}-{list(names[: k + 1]).count(name)}"
+        for k, name in enumerate(names)
+    ]
+
+
+def publish(
+    found: Sequence[dict[str, Any]], networks: Sequence[Trained], command: EvaluateCommand,
+    output: Path,
+) -> None:  # fmt: skip
+    """Writes table, figure and JSON file, records them in MLflow, logs the table."""
+    import pandas as pd  # takes a while to import
+
+    rows, columns = (list(dict.fromkeys(r[key] for r in found)) for key in ("run", "data"))
+    tables = {
+        key: np.array([report[key] for report in found]).reshape(len(rows), len(columns))
+        for key in WHOLE
+    }
+    text = markdown(found, rows, columns)
+    write_atomically(output / "matrix.md", text)
+    write_atomically(output / "matrix.csv", pd.DataFrame(flat(found)).to_csv(index=False))
+    write_atomically(output / "matrix.json", json.dumps(list(found), indent=1) + "\n")
+    save(matrix_figure(tables, rows, columns), output / "matrix.png")
+    if not command.no_tracking:
+        record = RunRecord(
+            experiment=command.experiment or networks[0].experiment,
+            name=f"evaluate {', '.join(rows)} on {', '.join(columns)}",
+            params={"runs": ", ".join(rows), "data": ", ".join(columns)},
+            tags={"kind": "matrix", "selected_on": ", ".join(t.selected_on for t in networks)},
+            config=networks[0].config,
+        )  # fmt: skip
+        metrics = {f"{k}/{r['run']} on {r['data']}": r[k] for r in found for k in WHOLE}
+        record_run(output, record, metrics=metrics, step=0, artifacts=FILES)
+    for line in text.splitlines():
+        log.info("%s", line)
+    log.info("matrix: %s", output)
+
+
+def flat(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line a cell of the matrix, for a CSV file."""
+    facts = ("run", "data", "dataset", "split", "fingerprint", "selected_on", "images", *WHOLE)
+    return [
+        {key: report[key] for key in facts}
+        | {f"{key}_{end}": report["intervals"][key][k]
+           for key in WHOLE for k, end in enumerate(("low", "high"))}
+        | {"classes": len(report["classes_met"])}
+        for report in found
+    ]  # fmt: skip
+
+
+def markdown(found: Sequence[dict[str, Any]], rows: Sequence[str], columns: Sequence[str]) -> str:
+    """The matrix as people read it: a table a metric, then what was left out."""
+    by_place = {(report["run"], report["data"]): report for report in found}
+    lines = []
+    for key in WHOLE:
+        lines += [f"{key.replace('_', ' ')}, % (95 %)".capitalize(), "",
+                  f"| trained \\ judged on | selected_on | {' | '.join(columns)} |",
+                  f"|{'---|' * (len(columns) + 2)}"]  # fmt: skip
+        for row in rows:
+            own = [by_place[row, column] for column in columns]
+            cells = []
+            for report in own:
+                low, high = (100 * end for end in report["intervals"][key])
+                cells.append(f"{100 * report[key]:.2f} ({low:.1f} to {high:.1f})")
+            lines.append(f"| {row} | {own[0]['selected_on']} | {' | '.join(cells)} |")
+        lines.append("")
+    for report in found:
+        out = report["left_out"]
+        if out["network"] or out["data"]:
+            images = [f"{name} ({count} images)" for name, count in out["data"].items()]
+            lines.append(f"- {report['run']} on {report['data']}: judged on "
+                         f"{len(report['classes_met'])} classes; left out of the network: "
+                         f"{', '.join(out['network']) or 'none'}; of the data: "
+                         f"{', '.join(images) or 'none'}")  # fmt: skip
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,52 @@
+"""Images that stand in a set more than once are named at the end of a pack and by verify."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trees import packed, tree
+
+from shards import pack, verify
+from shards.duplicates import describe_duplicates
+from shards.format import ShardSet, open_shardset
+
+
+def test_a_set_without_them_has_no_line(faces: ShardSet) -> None:
+    assert describe_duplicates(faces) == []
+
+
+def test_across_splits_within_one_and_under_two_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of val's six images are in train too; one of train's stands there three times."""
+    source = tree(tmp_path / "source")
+    for k in range(2):
+        shutil.copy(source / "val/happy" / f"{k}.jpg", source / "train/happy" / f"leak{k}.jpg")
+    for name in ("again", "third"):
+        shutil.copy(source / "train/angry/5.jpg", source / "train/angry" / f"{name}.jpg")
+    shutil.copy(source / "val/angry/0.jpg", source / "val/happy/other.jpg")
+    words = ["folder", "--source", str(source), "--out", str(tmp_path / "out"), "--size", "24"]
+    assert pack.main([*words, "--workers", "1"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "duplicates" in line]
+    assert lines == [
+        "duplicates, val and train: 2 of the 7 images of val are also in train "
+        "(train/happy_leak0 = val/happy_0, train/happy_leak1 = val/happy_1)",
+        "duplicates, train: 2 beside the first of each image (train/angry_5 = train/angry_again)",
+        "duplicates, val: 1 beside the first of each image (val/angry_0 = val/happy_other)",
+        "duplicates, labels: 1 with more than one label (val/angry_0 (angry) = val/happy_other "
+        "(happy))",
+    ]
+    assert verify.main([str(tmp_path / "out"), "--workers", "1"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:-1] == lines and printed[-1].endswith("each whole; duplicates stand above")
+
+
+def test_one_checksum_of_two_images_is_no_duplicate(tmp_path: Path) -> None:
+    """Checksums of 32 bits meet by chance: the bytes decide."""
+    root = packed(tree(tmp_path / "source"), tmp_path / "out")
+    for path in root.glob("index-*.npy"):
+        index = np.load(path)
+        index["crc32"], index["size"] = 7, index["size"].min()
+        np.save(path, index)
+    assert describe_duplicates(open_shardset(root)) == []
