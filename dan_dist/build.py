@@ -84,8 +84,7 @@ def open_data(config: Config, world: World) -> TrainingData:
     world.run_once(lambda: make_synthetic(config))
     cache, folders = config.data.cache, list[str]()
     for path in config.data.paths:
-        local = partial(localise, path, cache)
-        folders.append(world.run_once(local, per_node=True))
+        folders.append(world.run_once(partial(localise, path, cache), per_node=True))
     data = world.run_on_all(
         lambda: check_data(config, world, join_sets(config, [*map(open_shardset, folders)]))
     )
