@@ -163,8 +163,7 @@ def build_objective(config: Config, class_names: tuple[str, ...], *, is_new: boo
     objective = make_objective(config, len(class_names))
     network = objective.network
     if is_new and (source := config.model.weights) is not None:
-        order = config.model.weights_classes
-        log.info(load_weights(network, class_names, source, order))
+        log.info(load_weights(network, class_names, source, config.model.weights_classes))
     elif is_new:
         log.info(load_backbone(network, config.model.backbone))
     return objective
