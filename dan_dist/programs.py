@@ -145,6 +145,8 @@ def _train(arguments: list[str], stop: StopRequest) -> int:
         shipped = ", ".join(sorted(path.stem for path in shipped_folder().glob("*.yaml")))
         print(TRAIN.format(shipped=shipped, keys=describe()))
         return 0
+    if command.dry_run:
+        cli.set_log_lines(prefix="# ")
     config = load_config(command.config, command.overrides)
     if command.dry_run:
         return _dry_run(config, command.ranks)
@@ -160,7 +162,6 @@ def _dry_run(config: Config, ranks: int | None) -> int:
     launch = read_launch()
     if launch.rank:
         return 0
-    cli.set_log_lines(prefix="# ")
     from dan_dist.dry_run import check
 
     check(config, ranks or launch.world_size)

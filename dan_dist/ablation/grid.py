@@ -16,6 +16,7 @@ from dan_dist.config import layered, load_config
 from shards.files import write_atomically
 
 IDENTITY = "ablation.json"
+OWN_KEYS = ("train.output", "tracking.run_name", "tracking.parent")
 
 # The paper's own: figure 5, table 1, table 2. An axis is a name, and the overrides of each point.
 PRESETS: dict[str, dict[str, list[str]]] = {
@@ -95,6 +96,12 @@ def grid_runs(
     config: str, axes: Sequence[Axis], overrides: Sequence[str], seeds: int, folder: Path, name: str
 ) -> list[AblationRun]:
     """All runs of the grid, the first seed's before the second's, with checked configurations."""
+    given = [word.partition("=")[0] for word in overrides]
+    for key in given:
+        if key in OWN_KEYS:
+            raise ValueError(f"{key}: an ablation sets it itself; --output names its folder")
+        if given.count(key) > 1:
+            raise ValueError(f"{key} is given twice; write it once")
     first = load_config(config, overrides)
     if not first.tracking.enabled:
         raise ValueError("tracking.enabled=false: an ablation is compared in MLflow")
