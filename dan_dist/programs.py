@@ -147,6 +147,8 @@ def _train(arguments: list[str], stop: StopRequest) -> int:
         shipped = textwrap.fill(", ".join(names), 99, break_on_hyphens=False)
         print(TRAIN.format(shipped=shipped, keys=describe()))
         return 0
+    if command.dry_run:
+        cli.set_log_lines(prefix="# ")
     config = load_config(command.config, command.overrides)
     if command.dry_run:
         return _dry_run(config, command.ranks)
@@ -162,7 +164,6 @@ def _dry_run(config: Config, ranks: int | None) -> int:
     launch = read_launch()
     if launch.rank:
         return 0
-    cli.set_log_lines(prefix="# ")
     from dan_dist.dry_run import check
 
     check(config, ranks or launch.world_size)

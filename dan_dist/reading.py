@@ -6,6 +6,7 @@ number where it takes one. What a key does not take stays text, which the schema
 Nothing is executed: tags are refused.
 """
 
+import logging
 import os
 import re
 import types
@@ -18,6 +19,8 @@ import yaml
 from yaml.resolver import Resolver
 
 from dan_dist.values import Reads, Section
+
+log = logging.getLogger(__name__)
 
 MOST_VALUES, LONGEST_NUMBER = 50_000, 40
 NULLS = ("null", "none", "~")
@@ -117,8 +120,10 @@ def read_file(text: str, where: str, hint: Any) -> Any:
 def read_overrides(overrides: Iterable[str], hint: Any) -> list[Given]:
     """The keys of a command line, each `section.key=value`; a section gives each key that it names.
 
+    A later one replaces a former one, as launchers add to what they are given; the log names both.
+
     Raises:
-        ValueError: one that is not of this form, that is given twice, or that has no meaning.
+        ValueError: one that is not of this form, or that has no meaning.
     """
     found: list[Given] = []
     for word in overrides:
@@ -130,11 +135,8 @@ def read_overrides(overrides: Iterable[str], hint: Any) -> list[Given]:
         for given in _leaves(path, value, own, word):
             for other in found:
                 shared = min(len(given.path), len(other.path))
-                if given.path[:shared] == other.path[:shared]:
-                    name = ".".join(given.path[:shared])
-                    raise ValueError(
-                        f"{name} is given twice, as {other.word!r} and as {word!r}; write one"
-                    )
+                if given.path[:shared] == other.path[:shared] and given.value != other.value:
+                    log.info("%s replaces %s", word, other.word)
             found.append(given)
     return found
 

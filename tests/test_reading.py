@@ -104,17 +104,23 @@ def test_what_means_something_else_is_refused_with_the_way_to_write_it(
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "line"),
     [
-        ["optim.lr=1", "optim.lr=1"],
-        ["optim={lr: 1}", "optim.lr=2"],
-        ["data.synthetic=null", "data.synthetic.val=8"],
-        ["engine.deepspeed.a.b=1", "engine.deepspeed={a: 1}"],
+        (["optim.lr=1", "optim.lr=2"], "optim.lr=2 replaces optim.lr=1"),
+        (["optim={lr: 1}", "optim.lr=2"], "optim.lr=2 replaces optim={lr: 1}"),
+        (["optim.lr=1", "optim={lr: 2}"], "optim={lr: 2} replaces optim.lr=1"),
+        (["optim.lr=1", "optim.lr=3", "optim.lr=2"], "optim.lr=2 replaces optim.lr=3"),
     ],
 )
-def test_a_key_is_given_once_on_the_command_line(words: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"is given twice, as .* and as .*; write one$"):
-        load_config("demo", words)
+def test_of_two_on_the_command_line_the_later_replaces_the_former_and_the_log_names_both(
+    words: list[str], line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "dan_dist"):
+        assert load_config("demo", words).optim.lr == 2
+        assert line in caplog.messages
+        caplog.clear()
+        load_config("demo", ["optim.lr=1", "optim.name=sgd", "optim.lr=1"])
+    assert not caplog.messages
 
 
 def test_a_section_in_braces_gives_the_keys_that_it_names(tmp_path: Path) -> None:

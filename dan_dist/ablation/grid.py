@@ -16,6 +16,7 @@ from dan_dist.config import layered, load_config
 from shards.files import write_atomically
 
 IDENTITY = "ablation.json"
+OWN_KEYS = ("train.output", "tracking.run_name", "tracking.parent")
 
 # The paper's own: figure 5, table 1, table 2; and how heads are fused. An axis is a name, and the
 # overrides of each point.
@@ -102,6 +103,12 @@ def grid_runs(
 
     folds: parts of the training images, each of which is held out once with each seed; 0: none.
     """
+    given = [word.partition("=")[0] for word in overrides]
+    for key in given:
+        if key in OWN_KEYS:
+            raise ValueError(f"{key}: an ablation sets it itself; --output names its folder")
+        if given.count(key) > 1:
+            raise ValueError(f"{key} is given twice; write it once")
     first = load_config(config, overrides)
     if not first.tracking.enabled:
         raise ValueError("tracking.enabled=false: an ablation is compared in MLflow")
