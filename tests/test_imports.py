@@ -32,12 +32,13 @@ DAN_DIST = [
 SHARDS = [
     ["pack"],
     ["demo", "align", "verify"],
+    ["leaks"],
     ["show"],
     ["packing"],
     ["releases"],
     ["release", "images", "duplicates"],
     ["format"],
-    ["files"],
+    ["files", "likeness"],
 ]
 ROWS = [[f"dan_dist.{n}" for n in row] for row in DAN_DIST]
 ROWS += [[f"shards.{n}" for n in row] for row in SHARDS]
