@@ -62,7 +62,7 @@ def find_leaks(shards: ShardSet, workers: int, against: ShardSet | None = None) 
         OSError: a tar cannot be read.
     """
     own = {name: shards.split(name) for name in shards.splits}
-    found = {name: _of_split(split, workers) for name, split in own.items()}
+    found = {name: of_split(split, workers) for name, split in own.items()}
     if against is None:
         return [
             _pairs((a, b), (own[a], own[b]), (found[a], found[b])) for a, b in combinations(own, 2)
@@ -70,7 +70,7 @@ def find_leaks(shards: ShardSet, workers: int, against: ShardSet | None = None) 
     others = {f"{against.root}/{name}": against.split(name) for name in against.splits}
     leaks = []
     for other, split in others.items():
-        theirs = _of_split(split, workers)
+        theirs = of_split(split, workers)
         leaks += [_pairs((name, other), (own[name], split), (found[name], theirs)) for name in own]
     return leaks
 
@@ -151,7 +151,7 @@ def _pairs(
     return Leaks(names, splits, np.stack([pairs.a, pairs.b], 1), pairs.alike)
 
 
-def _of_split(split: Split, workers: int) -> Likenesses:
+def of_split(split: Split, workers: int) -> Likenesses:
     """What is kept of all images of a split, in the order of the index."""
     rows = [np.flatnonzero(split.index["shard"] == k) for k in range(len(split.shards))]
     tasks = ((split.path(k), split.index[own]) for k, own in enumerate(rows))

@@ -1,13 +1,13 @@
 """Photographs that stand in two splits in other forms, found and left out."""
 
 import csv
-import io
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps
+from planted import altered
 from scipy.ndimage import gaussian_filter
 
 from shards import pack, verify
@@ -21,22 +21,6 @@ def scene(number: int, size: int = 96) -> Image.Image:
     layers = [gaussian_filter(rng.random((size, size, 3)), (s, s, 0)) * s for s in (1.5, 3, 8, 18)]
     total = np.sum(layers, axis=0)
     return Image.fromarray((255 * (total - total.min()) / np.ptp(total)).astype(np.uint8))
-
-
-def altered(picture: Image.Image, dice: random.Random) -> Image.Image:
-    """Cut by up to 5 % a side, mirrored or not, resized, made lighter or darker, saved anew."""
-    width, height = picture.size
-    left, top, right, bottom = (dice.uniform(0, 0.05) for _ in range(4))
-    box = (round(left * width), round(top * height),
-           width - round(right * width), height - round(bottom * height))  # fmt: skip
-    picture = picture.crop(box)
-    if dice.random() < 0.5:
-        picture = ImageOps.mirror(picture)
-    side = dice.randint(48, 224)
-    picture = ImageEnhance.Brightness(picture.resize((side, side))).enhance(dice.uniform(0.8, 1.2))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=dice.randint(50, 95))
-    return Image.open(file)
 
 
 def test_altered_photographs_are_found_and_others_are_not() -> None:
