@@ -24,6 +24,7 @@ DEPENDENCIES = [
     "matplotlib>=3.9",
     "scikit-learn>=1.5",
     "scipy>=1.13",
+    "imagehash>=4.3",
     "tqdm>=4.66",
     "psutil>=6",
     "fsspec",

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 from shards.duplicates import describe_duplicates
-from shards.format import open_shardset
+from shards.format import ShardSet, open_shardset
+from shards.leaks import describe_leaks, find_leaks, without_leaks
+from shards.limits import core_count
 from shards.packing.claim import CONTACT_SHEET
 from shards.packing.writer import SHARD_SIZE, merge, pack
 from shards.release import Release
@@ -20,6 +22,7 @@ from shards.releases.source import plain_name
 from shards.show import overview, table
 
 MOST_PIXELS = 4096  # of a packed image's side
+MANY = 1_000_000  # images, above which a pack does not look for leaks
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         shards = open_shardset(options.out)
         overview(shards, Path(options.out) / CONTACT_SHEET)
-        repeated = describe_duplicates(shards)
+        repeated = [*describe_duplicates(shards), *_leaks(shards, options)]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,11 +54,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _pack(options: argparse.Namespace) -> Path | None:
     """The manifest; None: there are other parts to pack, then to merge."""
+    release = _release(options)
+    if options.drop_leaks:
+        release = without_leaks(release, options.workers or core_count())
     return pack(
-        _release(options), options.out,
+        release, options.out,
         size=options.size, workers=options.workers, shard_size=options.shard_size,
         overwrite=options.overwrite, part=options.part,
     )  # fmt: skip
+
+
+def _leaks(shards: ShardSet, options: argparse.Namespace) -> list[str]:
+    """A line on each two splits that share photographs."""
+    images = sum(sum(counts) for counts in shards.counts.values())
+    if images > MANY:
+        return [f"leaks: not looked for among {images} images; python -m shards.verify does"]
+    workers = getattr(options, "workers", 0) or core_count()
+    return [*describe_leaks(find_leaks(shards, workers))]
 
 
 def _release(options: argparse.Namespace) -> Release:
@@ -131,6 +146,9 @@ def _parser() -> argparse.ArgumentParser:
             "--workers", type=int, default=0, help="processes (default: all cores)"
         )
         command.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="images a shard")
+        command.add_argument("--drop-leaks", action="store_true",
+                             help="leave out training images that show a photograph of another "
+                             "split")  # fmt: skip
         command.add_argument("--overwrite", action="store_true", help="replace shards in --out")
         command.add_argument(
             "--part", type=_part, default=(1, 1), metavar="I/N",

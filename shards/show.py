@@ -97,6 +97,24 @@ def overview(shards: ShardSet, path: Path, *, columns: int = 12) -> None:
     _save(sheet, path)
 
 
+def pair_sheet(
+    pairs: Sequence[tuple[str, tuple[Split, Split], tuple[int, int]]], path: Path, columns: int = 5
+) -> None:
+    """A sheet of pairs of images beside each other, each under its title."""
+    side, gap = CELL, 8
+    width, height = 2 * side + gap, side + LINE
+    rows = -(-len(pairs) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for number, (title, splits, samples) in enumerate(pairs):
+        row, column = divmod(number, columns)
+        corner = (column * width, row * height)
+        _write(sheet, (corner[0] + 2, corner[1] + 2), title)
+        two = [_picture(split, sample) for split, sample in zip(splits, samples, strict=True)]
+        even = [picture.resize((side, side)) for picture in two]
+        _paste(sheet, [even], side, (corner[0], corner[1] + LINE))
+    _save(sheet, path)
+
+
 def _save(sheet: Image.Image, path: Path) -> None:
     png = io.BytesIO()
     sheet.save(png, "PNG")

@@ -2,8 +2,9 @@
 
 Sizes and checksums of all files, the index against the tars, DALI's `.idx`, labels, metadata, keys,
 and every image decoded. Of a set without faults also the images that stand in it more than once,
-byte for byte: across splits, within one, under two labels. Exit code 0: whole; 1: faults, a line
-each; 2: no set of shards.
+byte for byte: across splits, within one, under two labels; and, across splits or with --against
+across sets, the same photographs in other files: saved anew, resized, cut, mirrored, lighter.
+Exit code 0: whole; 1: faults, a line each; 2: no set of shards.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from shards.files import sha256_of
 from shards.format import MANIFEST, Shard, ShardSet, check_key, copy_name, open_shardset
 from shards.images import MAX_PIXELS, jpeg_fault, plain_jpeg_size
 from shards.index import read_index
+from shards.leaks import describe_leaks, find_leaks, write_leaks
 from shards.limits import core_count
 from shards.packing.pool import in_processes
 from shards.releases.source import plain_name
@@ -37,20 +39,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m shards.verify", description=__doc__)
     parser.add_argument("shards", help="folder with manifest.json")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+    parser.add_argument(
+        "--against", metavar="DIR", help="a set whose photographs are looked for too"
+    )
+    parser.add_argument("--leaks", metavar="FOLDER", type=Path,
+                        help="for a table of leaked photographs, and a sheet")  # fmt: skip
     options = parser.parse_args(arguments)
+    workers = options.workers or core_count()
     try:
         shards, faults = open_shardset(options.shards), 0
-        for fault in verify(shards, options.workers or core_count()):
+        other = open_shardset(options.against) if options.against else None
+        for fault in verify(shards, workers):
             faults += 1
             print(plain_name(fault), flush=True)
         repeated = [] if faults else describe_duplicates(shards)
+        if not faults:
+            leaks = find_leaks(shards, workers, other)
+            repeated += describe_leaks(leaks)
+            if options.leaks:
+                write_leaks(leaks, options.leaks)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     samples = sum(sum(counts) for counts in shards.counts.values())
     for line in repeated:
         print(plain_name(line))
-    state = "each whole; duplicates stand above" if repeated else "all as they should be"
+    state = "each whole; duplicates and leaks stand above" if repeated else "all as they should be"
     whole = f"{plain_name(str(shards.root))}: {samples} images, {state}"
     print(f"{faults} faults" if faults else whole)
     return 1 if faults else 0

@@ -39,7 +39,8 @@ def test_across_splits_within_one_and_under_two_labels(
     ]
     assert verify.main([str(tmp_path / "out"), "--workers", "1"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[:-1] == lines and printed[-1].endswith("each whole; duplicates stand above")
+    assert printed[:-2] == lines and printed[-2].startswith("leaks: 2 of 7 images of val")
+    assert printed[-1].endswith("each whole; duplicates and leaks stand above")
 
 
 def test_one_checksum_of_two_images_is_no_duplicate(tmp_path: Path) -> None:

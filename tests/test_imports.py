@@ -32,13 +32,14 @@ DAN_DIST = [
 SHARDS = [
     ["pack"],
     ["demo", "align", "verify"],
+    ["leaks"],
     ["show"],
     ["packing"],
     ["releases"],
     ["release", "images", "duplicates"],
     ["format"],
     ["index"],
-    ["files", "limits"],
+    ["files", "limits", "likeness"],
 ]
 ROWS = [[f"dan_dist.{n}" for n in row] for row in DAN_DIST]
 ROWS += [[f"shards.{n}" for n in row] for row in SHARDS]
