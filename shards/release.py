@@ -39,6 +39,8 @@ class LeftOut:
     root: Path  # names are kept relative to it: where the source lies changes no byte
     counts: Counter[str] = field(default_factory=Counter)  # reason → images
     names: list[str] = field(default_factory=list)
+    # What nobody would take for an image of the release: in no plan and no manifest.
+    passed_over: Counter[str] = field(default_factory=Counter)
 
     def add(self, reason: str, name: str | Path | None = None, *, images: int = 1) -> None:
         self.counts[reason] += images

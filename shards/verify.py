@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from shards.files import sha256_of
 from shards.format import MANIFEST, Shard, ShardSet, check_key, copy_name, open_index, open_shardset
-from shards.images import MAX_PIXELS, jpeg_fault, plain_jpeg_size
+from shards.images import MAX_PIXELS
+from shards.jpeg import jpeg_fault, plain_jpeg_size
 from shards.packing.pool import in_processes
 from shards.releases.source import plain_name
 

@@ -10,7 +10,8 @@ from PIL import Image
 from trees import encoded, picture
 
 from conftest import damaged_scans
-from shards.images import plain_jpeg_size, to_jpeg
+from shards.images import to_jpeg
+from shards.jpeg import plain_jpeg_size
 
 
 def rotated(image: Image.Image) -> bytes:

@@ -34,8 +34,10 @@ SHARDS = [
     ["show"],
     ["packing"],
     ["releases"],
+    ["folders"],
     ["release", "images"],
-    ["format"],
+    ["format", "jpeg", "jpeg2000", "kinds", "pixels"],
+    ["orientation"],
     ["files"],
 ]
 ROWS = [[f"dan_dist.{n}" for n in row] for row in DAN_DIST]

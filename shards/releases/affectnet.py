@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shards.images import decode, plain_jpeg_size
+from shards.images import decode
+from shards.jpeg import plain_jpeg_size
 from shards.release import NAMES_KEPT, Content, Item, LeftOut, Release
 from shards.releases.source import (
     Keys,

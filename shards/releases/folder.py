@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from shards.folders import is_picture
 from shards.release import Item, LeftOut, Release
 from shards.releases.source import Keys, entries, plain_name, read, walk
 
@@ -37,6 +38,8 @@ def release(source: str | Path) -> Release:
             for image in entries(root / split / name, root, left_out):
                 source = f"{split}/{name}/{image.name}"
                 if image.is_file():
+                    if not is_picture(image, left_out.passed_over):
+                        continue
                     key = keys.make(f"{name}_{Path(image.name).stem}", f"{name}_{image.name}")
                     splits[split].append(Item(key, names.index(name), source))
                 elif not image.is_dir():

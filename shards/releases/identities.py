@@ -14,6 +14,7 @@ from typing import overload
 
 import numpy as np
 
+from shards.folders import is_picture
 from shards.release import Item, LeftOut, Release
 from shards.releases.source import entries, plain_name, read, safe_key, walk
 
@@ -96,7 +97,10 @@ def release(source: str | Path, held_out: int | None = None) -> Release:
         if not folder.is_dir():
             continue
         content = entries(Path(folder.path), root, left_out)
-        files = [entry.name for entry in content if entry.is_file()]
+        files = [
+            entry.name for entry in content
+            if entry.is_file() and is_picture(entry, left_out.passed_over)
+        ]  # fmt: skip
         for inner in (entry.path for entry in content if entry.is_dir()):
             if deeper := sum(1 for _ in walk(Path(inner), root, left_out)):
                 left_out.add("deeper than an identity's folder", inner, images=deeper)

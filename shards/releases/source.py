@@ -9,18 +9,18 @@ import hashlib
 import logging
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from shards import folders
+from shards.files import read_regular
+from shards.images import MAX_BYTES
 from shards.release import Content, Item, LeftOut
 
 MAX_STEM = 72  # characters of a key; a longer one is cut
-MAX_BYTES = 200_000_000  # of one file: a larger one is no picture of a face
-LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # which file managers leave in folders
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +30,7 @@ def entries(folder: Path, root: Path, left_out: LeftOut) -> list[os.DirEntry[str
     if not _is_inside(str(folder), str(root)):
         raise ValueError(f"{folder} is a link that leads out of the source")
     found = []
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.name.startswith(".") or entry.name.lower() in LITTER:
-            continue
+    for entry in folders.entries(folder, left_out.passed_over):
         if entry.is_symlink() and not _is_inside(entry.path, str(root)):
             left_out.add("a link that leads out of the source", entry.path)
             continue
@@ -42,12 +40,8 @@ def entries(folder: Path, root: Path, left_out: LeftOut) -> list[os.DirEntry[str
 
 def walk(folder: Path, root: Path, left_out: LeftOut) -> Iterator[str]:
     """The files of a folder and all below it, as paths relative to `root`."""
-    for entry in entries(folder, root, left_out):
-        path = Path(entry.path)
-        if not entry.is_dir():
-            yield path.relative_to(root).as_posix()
-        elif not folder.resolve().is_relative_to(path.resolve()):  # else a link to where we are
-            yield from walk(path, root, left_out)
+    for path in folders.walk(folder, lambda f: entries(f, root, left_out), left_out.passed_over):
+        yield path.relative_to(root).as_posix()
 
 
 def read_file(root: Path, relative: str) -> bytes:
@@ -55,28 +49,17 @@ def read_file(root: Path, relative: str) -> bytes:
     path = f"{root}/{relative}"  # text: pathlib takes as long as the reading
     if leads_out(relative) or not _is_inside(os.path.dirname(path), str(root)):  # noqa: PTH120
         raise ValueError(f"{relative} leads out of the source")
-    flags = os.O_RDONLY | os.O_NONBLOCK  # opening a pipe does not wait for its writer
     try:
-        file = os.open(path, flags | os.O_NOFOLLOW)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        if not _is_inside(path, str(root)):
-            raise ValueError(f"{relative} is a link that leads out of the source") from error
-        file = os.open(path, flags)
-    try:
-        status, parts = os.fstat(file), []
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{relative} is no regular file")
-        if status.st_size > MAX_BYTES:
-            raise ValueError(f"{relative} has {status.st_size} bytes, at most {MAX_BYTES} are read")
-        while part := os.read(file, status.st_size + 1):  # a file object takes as long again
-            parts.append(part)
-        return b"".join(parts)
-    except OSError as error:  # Python's own names no file
-        raise OSError(error.errno, error.strerror, path) from error
-    finally:
-        os.close(file)
+        try:
+            return read_regular(path, MAX_BYTES, follow=False)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            if not _is_inside(path, str(root)):
+                raise ValueError("a link that leads out of the source") from error
+            return read_regular(path, MAX_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{relative}: {error}") from error
 
 
 def leads_out(relative: str) -> bool:
