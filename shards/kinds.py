@@ -1,6 +1,7 @@
 """What a file is, by its first bytes, where it is no picture; and what its owner can do."""
 
 HEAD_BYTES = 64
+ONNX, ZIP = "an ONNX network", "a zip archive"
 
 _SIGNATURES = {  # where a file begins so: what it is
     b"\x00\x05\x16\x07": "an AppleDouble file, which macOS writes beside others",
@@ -14,7 +15,7 @@ _SIGNATURES = {  # where a file begins so: what it is
     b"\x00\x00\x01\xb3": "a video (MPEG); extract its frames, by ffmpeg for one",
     b"0&\xb2u\x8ef\xcf\x11": "a video (Windows Media); extract its frames, by ffmpeg for one",
     b"ID3": "sound",
-    b"PK\x03\x04": "a zip archive or a checkpoint; an archive is unpacked first",
+    b"PK\x03\x04": f"{ZIP} or a checkpoint; an archive is unpacked first",
     b"\x1f\x8b": "a gzip archive; unpack it first",
     b"BZh": "a bzip2 archive; unpack it first",
     b"\xfd7zXZ": "an xz archive; unpack it first",
@@ -57,7 +58,7 @@ def describe(head: bytes, name: str = "") -> str | None:
         is_video = head[8:12] == b"AVI "
         return "a video (AVI); extract its frames, by ffmpeg for one" if is_video else "sound"
     if is_onnx(head, name):
-        return "an ONNX network"
+        return ONNX
     start = head.lstrip()
     if start[:14].lower().startswith((b"<!doctype html", b"<html")):
         return "a web page, as a failed download leaves it"

@@ -66,8 +66,8 @@ def to_bytes(values: NDArray[np.generic], bits: int | None = None) -> NDArray[np
         depth = bits or next(b for b in DEPTHS if high < 1 << b)
         return (values >> (depth - 8)).astype(np.uint8)  # type: ignore[operator]
     tops = [1, *(2**b - 1 for b in DEPTHS if b <= 16)]
-    top = next((t for t in tops if -OVERSHOOT * t <= low and high <= (1 + OVERSHOOT) * t), None)
-    if top is None or (top > 1 and high < DARKEST):
+    top = next((t for t in tops if high <= (1 + OVERSHOOT) * t), None)
+    if top is None or low < -OVERSHOOT * top or (top > 1 and high < DARKEST):
         raise ValueError(f"its values go from {low:.4g} to {high:.4g}, expected 0 to 1 or 0 to 255")
     scaled = values.astype(np.float64) * (255 / top)
     return np.rint(scaled).clip(0, 255).astype(np.uint8)

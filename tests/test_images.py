@@ -88,7 +88,6 @@ def bad_tiff() -> bytes:
     "data",
     [
         b"",
-        bad_exif(),
         bad_tiff(),
         b"\xff\xd8\xff\xc0\x00\x08\x08\x00\x18\x00\x18\x03\xff\xd9",
         b"GIF89a",

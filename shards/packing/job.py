@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shards.files import write_atomically
 from shards.format import INDEX_DTYPE, Sample, Shard, write_shard
-from shards.images import to_jpeg
+from shards.images import holds_one_value, to_jpeg
 from shards.release import Item, Read
 
 SUFFIXES = (".tar", ".idx")
@@ -26,6 +26,7 @@ class Record:
     rows: NDArray[Any]  # (samples,) INDEX_DTYPE, shard number 0
     drops: list[str]  # names and reasons of the images left out
     verbatim: int  # images whose bytes are the original ones
+    flat: list[str]  # keys of images all of whose pixels have one value
 
 
 def write_job(
@@ -33,6 +34,7 @@ def write_job(
 ) -> list[str]:
     """Writes one shard and its record; returns the names and reasons of the images left out."""
     drops: list[str] = []
+    flat: list[str] = []
     verbatim = 0
 
     def samples() -> Iterator[Sample]:
@@ -46,6 +48,8 @@ def write_job(
                 drops.append(f"{split}/{item.key} ({file}): {error}")
                 continue
             verbatim += is_original
+            if holds_one_value(jpeg):
+                flat.append(f"{split}/{item.key}")
             yield Sample(item.key, jpeg, item.label, meta)
 
     path = out / f"{name}.tar"
@@ -53,7 +57,7 @@ def write_job(
         shard, rows = write_shard(path, samples())
         sizes = {suffix: path.with_suffix(suffix).stat().st_size for suffix in SUFFIXES}
         record = {"shard": asdict(shard), "rows": rows.tolist(), "drops": drops,
-                  "verbatim": verbatim, "size_bytes": sizes}  # fmt: skip
+                  "verbatim": verbatim, "flat": flat, "size_bytes": sizes}  # fmt: skip
         write_atomically(path.with_suffix(".done"), json.dumps(record))
     except OSError as error:
         if error.errno is None or error.filename is not None:
@@ -70,7 +74,8 @@ def read_record(out: Path, name: str) -> Record | None:
         sizes = {suffix: (out / f"{name}{suffix}").stat().st_size for suffix in SUFFIXES}
         # An array at once: as Python numbers, the rows of ten million samples fill gigabytes.
         rows = np.array([tuple(row) for row in record["rows"]], INDEX_DTYPE)
-        found = Record(Shard(**record["shard"]), rows, record["drops"], record["verbatim"])
+        flat = record.get("flat", [])  # not in records of former versions
+        found = Record(Shard(**record["shard"]), rows, record["drops"], record["verbatim"], flat)
         return found if sizes == record["size_bytes"] else None
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         return None

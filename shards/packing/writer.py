@@ -15,16 +15,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from shards.folders import describe
 from shards.format import MANIFEST, Manifest, open_shardset, write_index, write_manifest
 from shards.images import JPEG_QUALITY
 from shards.packing.claim import STATE, claim, is_finished, locked_for_packing, remove_partials
-from shards.packing.job import SUFFIXES, read_record, write_job
+from shards.packing.job import SUFFIXES, Record, read_record, write_job
 from shards.packing.plan import Job, Plan, plan_pack, read_plan
 from shards.packing.pool import in_processes
 from shards.release import NAMES_KEPT, Release
 
 SHARD_SIZE = 1000  # images: some 15 MB of 224 px faces
 MAX_UNREADABLE = 0.01  # of the listed images; more stop the pack
+
+NAMES_SHOWN = 5  # of images of a single value
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,8 @@ def pack(
         raise ValueError(f"part {number} of {parts}: expected 1 to {parts}")
     if overwrite and parts > 1:
         raise ValueError("--overwrite and --part: one part would remove what the others wrote")
+    if passed_over := release.left_out.passed_over:
+        log.info("passed over: %s", describe(passed_over))
     plan, jobs = plan_pack(release, size, shard_size)
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -163,6 +168,21 @@ def _finish(out: Path, plan: Plan) -> Path:
     return out / MANIFEST
 
 
+def _warn_of_flat(plan: Plan, split: str, records: list[Record]) -> None:
+    """Names images of a single value, and classes without others: what was spoilt looks so."""
+    flat = [key for record in records for key in record.flat]
+    if not flat:
+        return
+    images = sum(record.shard.samples for record in records)
+    more = ["…"] if len(flat) > NAMES_SHOWN else []
+    log.warning("WARNING: in %d of %d images of split '%s' all pixels have one value: %s",
+                len(flat), images, split, ", ".join(flat[:NAMES_SHOWN] + more))  # fmt: skip
+    for label, name in enumerate(plan.class_names):
+        own = [record for record in records if record.shard.label == label]
+        if own and all(len(record.flat) == record.shard.samples for record in own):
+            log.warning("WARNING: so have all images of class '%s'", name)
+
+
 def _join(out: Path, plan: Plan, names: list[str]) -> None:
     found = {name: read_record(out, name) for name in names}
     records = {name: record for name, record in found.items() if record}
@@ -183,6 +203,7 @@ def _join(out: Path, plan: Plan, names: list[str]) -> None:
             record.rows["shard"] = number
         rows = np.concatenate([record.rows for record in own])
         shards = [record.shard for record in own]
+        _warn_of_flat(plan, split, own)
         splits[split] = write_index(out, split, shards, rows, len(plan.class_names))
     verbatim = sum(record.verbatim for record in records.values())
     total = sum(split["samples"] for split in splits.values())
