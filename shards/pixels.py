@@ -51,7 +51,7 @@ def is_flat(image: Image.Image) -> bool:
     return all(low == high for low, high in bands)  # type: ignore[misc]
 
 
-def to_bytes(values: NDArray[np.generic], bits: int | None = None) -> NDArray[np.uint8]:
+def to_bytes(values: NDArray[Any], bits: int | None = None) -> NDArray[np.uint8]:
     """Values of any depth as 8 bits; bits: their depth, where the format fixes it.
 
     Raises:
@@ -64,16 +64,18 @@ def to_bytes(values: NDArray[np.generic], bits: int | None = None) -> NDArray[np
         if low < 0:
             raise ValueError(f"its values go from {low} to {high}, expected 0 and more")
         depth = bits or next(b for b in DEPTHS if high < 1 << b)
-        return (values >> (depth - 8)).astype(np.uint8)  # type: ignore[operator]
+        upper: NDArray[np.uint8] = (values >> (depth - 8)).astype(np.uint8)
+        return upper
     tops = [1, *(2**b - 1 for b in DEPTHS if b <= 16)]
     top = next((t for t in tops if high <= (1 + OVERSHOOT) * t), None)
     if top is None or low < -OVERSHOOT * top or (top > 1 and high < DARKEST):
         raise ValueError(f"its values go from {low:.4g} to {high:.4g}, expected 0 to 1 or 0 to 255")
-    scaled = values.astype(np.float64) * (255 / top)
-    return np.rint(scaled).clip(0, 255).astype(np.uint8)
+    scaled = np.rint(values * np.float32(255 / top))
+    whole: NDArray[np.uint8] = scaled.clip(0, 255).astype(np.uint8)
+    return whole
 
 
-def _mapped(image: Image.Image, values: NDArray[np.generic]) -> Image.Image:
+def _mapped(image: Image.Image, values: NDArray[Any]) -> Image.Image:
     """8-bit gray or RGB, on black, of (H, W, 1 to 4) values: gray, colour, either with opacity."""
     colours = values[..., : 1 if values.shape[2] < 3 else 3]
     bits = None
@@ -83,18 +85,18 @@ def _mapped(image: Image.Image, values: NDArray[np.generic]) -> Image.Image:
         if _SIGNED not in _tag(image, _SAMPLE_FORMAT) and colours.dtype == np.int32:
             colours = colours.view(np.uint32)
         bits = next((b for b in _tag(image, _BITS) if b == 12), None)
-    mapped = to_bytes(colours, bits).astype(np.float64)
+    mapped = to_bytes(colours, bits)
     if image.format == "TIFF" and _WHITE_IS_ZERO in _tag(image, _PHOTOMETRIC):
         mapped = 255 - mapped
     if values.shape[2] in (2, 4):
-        mapped *= to_bytes(values[..., -1:]) / 255.0
+        opacity = to_bytes(values[..., -1:]).astype(np.float32) / 255
+        mapped = np.rint(mapped * opacity).astype(np.uint8)
     elif (key := image.info.get("transparency")) is not None and not isinstance(key, bytes):
         mapped[(colours == np.asarray(key)).all(axis=2)] = 0  # one value stands for nothing
-    final = np.rint(mapped).astype(np.uint8)
-    return Image.fromarray(final[..., 0] if final.shape[2] == 1 else final)
+    return Image.fromarray(mapped[..., 0] if mapped.shape[2] == 1 else mapped)
 
 
-def _deep_colours(image: Image.Image, data: bytes) -> NDArray[np.uint16] | None:
+def _deep_colours(image: Image.Image, data: bytes) -> NDArray[Any] | None:
     """(H, W, 2 to 4) values of a picture with several channels of 16 bits; None: it has fewer.
 
     Pillow unpacks the upper bytes alone, or, given the other order of bytes, the lower ones alone.
@@ -102,7 +104,8 @@ def _deep_colours(image: Image.Image, data: bytes) -> NDArray[np.uint16] | None:
     deep = max(_tag(image, _BITS), default=0) > 8
     if deep and len(image.getbands()) > 1 and _tag(image, _PLANES) == (_APART,):
         raise ValueError("its channels of 16 bits lie apart, expected them pixel by pixel")
-    mode, depth, order = _raw_mode(image.tile[0].args).partition(";16") if image.tile else ("",) * 3
+    tiles = getattr(image, "tile", None)  # how the file is to be unpacked; none of a new image
+    mode, depth, order = _raw_mode(tiles[0].args if tiles else "").partition(";16")
     if not depth or order not in ("B", "L", "N"):
         return None
     if mode == "LA":
