@@ -36,6 +36,7 @@ SHARDS = [
     ["releases"],
     ["release", "images"],
     ["format"],
+    ["index"],
     ["files"],
 ]
 ROWS = [[f"dan_dist.{n}" for n in row] for row in DAN_DIST]

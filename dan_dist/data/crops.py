@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from shards.format import INDEX_DTYPE, Sample, Split, write_shard
+from shards.format import Sample, Split, write_shard
 from shards.images import MAX_PIXELS, decode, to_jpeg
+from shards.index import INDEX_DTYPE
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2"}
 MAX_BYTES = 4 * MAX_PIXELS  # of one file
