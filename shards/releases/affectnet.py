@@ -17,7 +17,7 @@ from shards.releases.affectnet_crops import list_crops, read_crop
 from shards.releases.affectnet_labels import CLASSES
 from shards.releases.affectnet_photos import COLUMNS, list_photos, read_photo
 from shards.releases.affectnet_plus import list_plus, read_plus
-from shards.releases.layout import Found, contents, find_parts, only, visible
+from shards.releases.layout import Found, contents, find_parts, inner, only, visible
 from shards.releases.source import Source, check_counts, open_source
 
 __all__ = ["CLASSES", "COLUMNS", "OFFICIAL", "TRAIN", "release"]
@@ -78,9 +78,9 @@ def release(
 
 def _kind(source: Source, found: Found) -> Kind:
     """Which release the parts are of."""
-    homes = [home for name in TRAIN_FOLDERS for home in found[name]]
+    homes = [inner(home) for name in TRAIN_FOLDERS for home in found[name]]
     is_plus = any(_holds_json(home) or _holds_json(home / "annotations") for home in homes)
-    is_reduced = any((home / "annotations").is_dir() for home in found["train_set"])
+    is_reduced = any((inner(home) / "annotations").is_dir() for home in found["train_set"])
     is_automatic = any(found[name] for name in AUTOMATIC)
     if (is_reduced or is_plus) and found["training.csv"]:
         raise ValueError(

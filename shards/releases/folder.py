@@ -44,15 +44,15 @@ def release(
             raise ValueError(
                 f"{trees[split]} holds no class folders; --skip {plain_name(split)} passes it over"
             )
+        for name in classes.keys() - labels.keys():
+            raise ValueError(
+                f"{classes[name]}: class '{plain_name(classes[name].name)}' is not in train/; "
+                f"--skip {plain_name(split)} passes a side folder over"
+            )
         keys, splits[split] = Keys(), []
-        for name, home in classes.items():
-            if name not in labels:
-                raise ValueError(
-                    f"{home}: class '{plain_name(home.name)}' is not in train/; "
-                    f"--skip {plain_name(split)} passes a side folder over"
-                )
+        for name in filter(classes.__contains__, labels):
             own = _composed(folders["train"][name].name)
-            for image in images_of(home, source, left_out):
+            for image in images_of(classes[name], source, left_out):
                 key = keys.make(f"{own}_{image.stem}", f"{own}_{image.name}")
                 splits[split].append(Item(key, labels[name], source.relative(image)))
     skipped.check()
