@@ -34,7 +34,6 @@ from dan_dist.tracking.sqlite import refuse_broken
 from dan_dist.tracking.store import check_takes, connect, store
 from dan_dist.train import read_checkpoint
 from shards.format import (
-    INDEX_DTYPE,
     MANIFEST,
     ShardSet,
     Split,
@@ -42,6 +41,7 @@ from shards.format import (
     open_shardset,
     parse_manifest,
 )
+from shards.index import INDEX_DTYPE
 
 log = logging.getLogger(__name__)
 

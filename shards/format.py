@@ -21,13 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.files import replacing, sha256_of, write_atomically
+from shards.index import INDEX_DTYPE, map_index
 
 FORMAT = "dan_dist shards, version 1"
 MANIFEST = "manifest.json"
 MAX_KEY = 90  # bytes: a USTAR header has 100 for `<key>.json`
-INDEX_DTYPE = np.dtype(
-    [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")]
-)
 
 
 class Sample(NamedTuple):
@@ -57,7 +55,8 @@ class Split:
     name: str
     root: Path
     shards: tuple[Shard, ...]
-    index: NDArray[Any]  # (samples,) INDEX_DTYPE, memory-mapped; offset and size are the JPEG's
+    # (samples,) INDEX_DTYPE, or index_dtype; memory-mapped. offset and size are the JPEG's
+    index: NDArray[Any]
     class_names: tuple[str, ...]
     image_size: int | None  # pixels, where all images are squares of one size
 
@@ -240,28 +239,8 @@ def open_index(path: Path, shards: tuple[Shard, ...], classes: int) -> NDArray[A
         FileNotFoundError: it is missing. ValueError: it is no index, or does not fit the shards.
     """
     _check_present(path)
-    try:
-        # Not np.load, which opens zip archives too.
-        index: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # the header is parsed as Python text: errors of many kinds
-        raise ValueError(f"{path}: not an index: {error}") from error
-    expected = sum(s.samples for s in shards)
-    if index.dtype != INDEX_DTYPE or index.shape != (expected,):
-        found = f"{index.shape} of {index.dtype}"
-        raise ValueError(f"{path}: {found}, the manifest lists {expected} samples")
-    if not expected:
-        return index
-    sizes = np.array([s.size_bytes for s in shards])
-    for field, limit in (("shard", len(shards)), ("label", classes)):
-        low, high = int(index[field].min()), int(index[field].max())
-        if low < 0 or high >= limit:
-            value = low if low < 0 else high
-            raise ValueError(f"{path}: {field} {value}, expected 0 to {limit - 1}")
-    size, offset = index["size"], index["offset"]
-    last = sizes[index["shard"]] - size  # a difference cannot overflow, offset + size can
-    if size.min() < 1 or offset.min() < 0 or (offset > last).any():
-        raise ValueError(f"{path}: an image lies outside its shard")
-    return index
+    samples = sum(shard.samples for shard in shards)
+    return map_index(path, [shard.size_bytes for shard in shards], samples, classes)
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, NDArray[Any]]:

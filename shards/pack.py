@@ -14,9 +14,11 @@ from shards.format import open_shardset
 from shards.packing.claim import CONTACT_SHEET
 from shards.packing.writer import SHARD_SIZE, merge, pack
 from shards.release import Release
-from shards.releases import affectnet, folder, identities, rafdb, sfew, synthetic
-from shards.releases.source import plain_name
+from shards.releases import affectnet, folder, identities, rafdb, sfew, splitting, synthetic
+from shards.releases.source import FOLLOW, LEADS_OUT, Source, plain_name
 from shards.show import overview, table
+
+log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,28 +58,42 @@ def _pack(options: argparse.Namespace) -> Path | None:
 
 def _release(options: argparse.Namespace) -> Release:
     """The data set that the command names, as its module in shards/releases lists it."""
-    match options.dataset:
-        case "affectnet":
-            return affectnet.release(
-                options.source, classes=options.classes, size=options.size, margin=options.margin
-            )
-        case "rafdb":
-            return rafdb.release(options.source)
-        case "sfew":
-            return sfew.release(options.source, landmarks=options.landmarks, size=options.size)
-        case "identities":
-            return identities.release(options.source, options.held_out)
-        case "synthetic" if options.by == "identity":
+    if options.dataset != "synthetic":
+        return _downloaded(options, Source(Path(options.source), options.follow_links))
+    match options.by:
+        case "identity":
             return synthetic.identity_release(
                 options.train, options.val, identities=options.identities,
                 held_out=options.held_out, size=options.size, seed=options.seed,
             )  # fmt: skip
-        case "synthetic":
+        case _:
             return synthetic.release(
                 options.train, options.val, size=options.size, seed=options.seed
             )
+
+
+def _downloaded(options: argparse.Namespace, source: Source) -> Release:
+    """The release in a folder."""
+    match options.dataset:
+        case "affectnet":
+            found = affectnet.release(
+                source, classes=options.classes, size=options.size, margin=options.margin
+            )
+        case "rafdb" | "rafdb-compound":
+            found = rafdb.release(source, compound=options.dataset == "rafdb-compound")
+        case "sfew":
+            found = sfew.release(source, landmarks=options.landmarks, size=options.size)
+        case "identities":
+            found = identities.release(source, options.held_out)
         case _:
-            return folder.release(options.source)
+            found = folder.release(source, skip=options.skip, is_divided=options.split is not None)
+    if getattr(options, "split", None) is not None:
+        found = splitting.divide(found, options.split)
+    if getattr(options, "splits", None) is not None:
+        found = splitting.assign(found, options.splits)
+    if links := found.left_out.counts[LEADS_OUT]:
+        log.warning("%d links lead out of %s; %s", links, source.root, FOLLOW)
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         for name, text in {
             "affectnet": "AffectNet, the reduced or the full release",
             "rafdb": "RAF-DB's basic set",
+            "rafdb-compound": "RAF-DB's compound set, of eleven mixed expressions",
             "sfew": "SFEW 2.0, aligned faces or film frames",
             "folder": "train/<class>/*, val/<class>/* and further splits",
             "identities": "<identity>/<image>, as MS-Celeb-1M",
@@ -98,6 +115,24 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--size", type=_size, default=224, help="pixels, or 'native' (default 224)"
         )
+        command.add_argument(
+            "--follow-links", type=Path, metavar="FOLDER",
+            help="follow links that lead into FOLDER too (default: within the source alone)",
+        )  # fmt: skip
+    sources["folder"].add_argument(
+        "--split", type=_share, metavar="SHARE",
+        help="of a tree <class>/<images> without splits: the part of each class for training, by "
+        "the order of the sha256 of files' names; the others are 'val'",
+    )  # fmt: skip
+    for name in sources.keys() - {"identities"}:
+        sources[name].add_argument(
+            "--splits", type=Path, metavar="FILE",
+            help="a published partition in place of the own: lines of <path or key>,<split>",
+        )  # fmt: skip
+    sources["folder"].add_argument(
+        "--skip", action="append", default=[], metavar="NAME",
+        help="pass a side folder over, by its name or its path in the source; may be repeated",
+    )  # fmt: skip
     sources["affectnet"].add_argument("--classes", type=int, choices=(7, 8), default=8)
     sources["affectnet"].add_argument(
         "--margin", type=_fraction, default=0.0,
@@ -145,6 +180,13 @@ def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 2:
         raise argparse.ArgumentTypeError(f"expected 0 to 2, got {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected more than 0, at most 1, got {text}")
     return value
 
 

@@ -4,6 +4,7 @@ For trying the packers on data that everybody has. Labels are the release's own.
 """
 
 import csv
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,14 +84,33 @@ def write_affectnet_full(out: Path, train: int, val: int, *, size: int, seed: in
                 rows.writerow([relative, x, y, size, size, landmarks, label, 0.1, -0.2])
 
 
-def write_rafdb(out: Path, train: int, test: int, *, seed: int, size: int = 100) -> None:
+def write_affectnet_plus(
+    out: Path, train: int, val: int, *, size: int, seed: int, is_beside: bool
+) -> None:
+    """`train_set/images/<id>.jpg` and `annotations/<id>.json`, or both in `train/`; validation."""
+    for split, count, start in (("train", train, 0), ("validation", val, train)):
+        home = out / split if is_beside else out / f"{split}_set"
+        images, notes = (home, home) if is_beside else (home / "images", home / "annotations")
+        notes.mkdir(parents=True, exist_ok=True)
+        for index, label in _numbered(count, start):
+            _save(images / f"{index}.jpg", draw_face(seed, index, label, size=size))
+            soft = [0.86 if k == label else 0.02 for k in range(len(CLASSES))]
+            note = {"Human-Label": label, "Soft-Label": soft, "Subset": index % 3,
+                    "Metadata": {"Valence": 0.1, "Arousal": -0.2}}  # fmt: skip
+            (notes / f"{index}.json").write_text(json.dumps(note))
+
+
+def write_rafdb(
+    out: Path, train: int, test: int, *, seed: int, size: int = 100, classes: int = len(RAFDB)
+) -> None:
     """`EmoLabel/list_patition_label.txt` (sic) and `Image/aligned/<name>_aligned.jpg`, 100 px."""
     lines, index = [], 0
     for split, digits, count in (("train", 5, train), ("test", 4, test)):
         for k in range(count):
-            label = k % len(RAFDB)
+            label = k % classes
             name = f"{split}_{k + 1:0{digits}d}"
-            image = draw_face(seed, index, CLASSES.index(RAFDB[label]), size=size)
+            expression = CLASSES.index(RAFDB[label % len(RAFDB)])
+            image = draw_face(seed, index, expression, size=size)
             _save(out / "Image" / "aligned" / f"{name}_aligned.jpg", image)
             lines.append(f"{name}.jpg {label + 1}")
             index += 1

@@ -23,7 +23,7 @@ from dan_dist.options import PredictOptions
 from shards import folders
 from shards.files import read_regular
 from shards.release import LeftOut
-from shards.releases.source import walk
+from shards.releases.source import Source, walk
 
 
 def album(root: Path) -> Path:
@@ -64,7 +64,7 @@ def test_one_walk_finds_the_pictures_and_counts_the_rest(tmp_path: Path) -> None
     root = album(tmp_path / "album")
     left_out = LeftOut(root)
     expected = ["1.JPG", "2.jfif", "deep/3.jpe", "deep/er/4"]
-    assert list(walk(root, root, left_out)) == expected
+    assert list(walk(root, Source(root), left_out)) == expected
     assert left_out.passed_over == {
         "hidden": 3, "left by a file manager": 4, "no picture (.txt)": 1, "no picture (.mp4)": 1,
     }  # fmt: skip
@@ -80,7 +80,7 @@ def test_links_that_go_round_end(tmp_path: Path) -> None:
     (tmp_path / "f" / "d0" / "other").symlink_to("../d1")
     (tmp_path / "f" / "d1" / "back").symlink_to("../d0")
     left_out = LeftOut(tmp_path)
-    assert list(walk(tmp_path / "f", tmp_path / "f", left_out)) == ["d19/1.png"]
+    assert list(walk(tmp_path / "f", Source(tmp_path / "f"), left_out)) == ["d19/1.png"]
     assert left_out.passed_over["links to a folder that is walked already"] == 3
     for k in range(19):
         for name in "ab":
@@ -114,7 +114,7 @@ def test_a_folder_that_cannot_be_listed_is_given_as_a_fault(
     found = find_images([root])
     assert [path.name for path in found] == ["1.JPG", "2.jfif", "deep"]
     with pytest.raises(PermissionError):  # packing stops
-        list(walk(root, root, LeftOut(root)))
+        list(walk(root, Source(root), LeftOut(root)))
 
 
 def test_files_are_read_to_a_bound(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from nvidia.dali import fn, pipeline_def
 from trees import CLASSES, edit_manifest
 
 from conftest import run
-from shards.format import INDEX_DTYPE, MANIFEST, open_shardset
+from shards.format import MANIFEST, open_shardset
+from shards.index import INDEX_DTYPE
 
 
 def test_every_image_is_where_the_index_says(shards: Path) -> None:

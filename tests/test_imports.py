@@ -37,7 +37,7 @@ SHARDS = [
     ["folders"],
     ["release", "images"],
     ["format", "jpeg", "jpeg2000", "kinds", "pixels"],
-    ["orientation"],
+    ["index", "orientation"],
     ["files"],
 ]
 ROWS = [[f"dan_dist.{n}" for n in row] for row in DAN_DIST]

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from dan_dist.redaction import redact
 from shards.files import locked, sha256_of, write_atomically
-from shards.format import INDEX_DTYPE, MANIFEST, ShardSet, copy_name, parse_manifest
+from shards.format import MANIFEST, ShardSet, copy_name, parse_manifest
+from shards.index import INDEX_DTYPE
 
 # What fsspec may open. It knows others that chain protocols or reach other machines' shells.
 PROTOCOLS = ("http", "https", "s3", "gs", "az", "abfs", "hf")

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from shards import folders
 from shards.files import read_regular
-from shards.format import INDEX_DTYPE, Sample, Split, write_shard
+from shards.format import Sample, Split, write_shard
 from shards.images import MAX_BYTES, SUFFIXES, decode, holds_one_value, to_jpeg
+from shards.index import INDEX_DTYPE
 from shards.pixels import is_flat
 
 AHEAD = 64  # images that are prepared before they are written

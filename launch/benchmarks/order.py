@@ -15,13 +15,13 @@ from dan_dist.data.order import TrainOrder
 from dan_dist.data.sampler import epoch_order, group_samples, take_turns
 from dan_dist.data.shares import power
 from shards.format import (
-    INDEX_DTYPE,
     Manifest,
     Shard,
     open_shardset,
     write_index,
     write_manifest,
 )
+from shards.index import INDEX_DTYPE
 from shards.releases.affectnet import TRAIN
 
 BATCH = 256

@@ -142,10 +142,11 @@ def _remaining(jobs: list[Job], out: Path, limit: int) -> tuple[list[Job], int]:
     """The jobs without a record, and how many images the recorded ones left out.
 
     Where those are more than `limit`, an earlier run stopped for it: their shards are tried again,
-    as the source may have been mended since.
+    as the source may have been mended since. So are shards of which no image was readable.
     """
     records = {job.name: read_record(out, job.name) for job in jobs}
-    dropped = {name: len(record.drops) for name, record in records.items() if record}
+    dropped = {name: len(record.drops) for name, record in records.items()
+               if record and record.shard.samples}  # fmt: skip
     if sum(dropped.values()) > limit:
         dropped = {name: 0 for name, drops in dropped.items() if not drops}
     return [job for job in jobs if job.name not in dropped], sum(dropped.values())
@@ -183,6 +184,25 @@ def _warn_of_flat(plan: Plan, split: str, records: list[Record]) -> None:
             log.warning("WARNING: so have all images of class '%s'", name)
 
 
+def _check_classes(plan: Plan, split: str, shipped: set[str]) -> None:
+    """Refuses a class without training images, all of whose are unreadable; warns in other splits.
+
+    A class's shards are named after it; those of mixed labels are named after the split alone.
+    """
+    names = plan.shards[split]
+    kept = {name.rpartition("-")[0] for name in names if f"{name}.tar" in shipped}
+    for emptied in dict.fromkeys(name.rpartition("-")[0] for name in names):
+        if emptied in kept:
+            continue
+        lost = plan.class_names[int(emptied.rpartition("-")[2])]
+        if split == "train":
+            raise ValueError(
+                f"{plan.dataset}: class '{lost}' has no training images left: none that is listed "
+                "is readable; mend one, or leave the class out"
+            )
+        log.warning("WARNING: class '%s' has no image left in split '%s'", lost, split)
+
+
 def _join(out: Path, plan: Plan, names: list[str]) -> None:
     found = {name: read_record(out, name) for name in names}
     records = {name: record for name, record in found.items() if record}
@@ -199,6 +219,7 @@ def _join(out: Path, plan: Plan, names: list[str]) -> None:
         own = [records[name] for name in own_names if records[name].shard.samples]
         if not own:
             raise ValueError(f"{plan.dataset}: no image of split '{split}' is readable")
+        _check_classes(plan, split, {record.shard.name for record in own})
         for number, record in enumerate(own):
             record.rows["shard"] = number
         rows = np.concatenate([record.rows for record in own])

@@ -1,0 +1,80 @@
+"""The index of a split: a row of numbers for each image, mapped into memory by every rank.
+
+Where the release has votes or shares of the classes beside each label, a row ends with them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+INDEX_DTYPE = np.dtype(
+    [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")]
+)
+SOFT_TOLERANCE = 1e-4  # of the sum of an image's shares
+
+
+def index_dtype(classes: int) -> np.dtype[Any]:
+    """A row with the share of each class, which add up to 1."""
+    return np.dtype([*INDEX_DTYPE.descr, ("soft", "<f4", (classes,))])
+
+
+def with_soft(rows: NDArray[Any], shares: NDArray[Any]) -> NDArray[Any]:
+    """The rows with shares of classes, (samples, classes), each made to add up to 1."""
+    found = np.empty(len(rows), index_dtype(shares.shape[1]))
+    for name in INDEX_DTYPE.names or ():
+        found[name] = rows[name]
+    found["soft"] = shares / shares.sum(axis=1, keepdims=True)
+    return found
+
+
+def without_soft(rows: NDArray[Any]) -> NDArray[Any]:
+    """The rows alone, in memory."""
+    found = np.empty(len(rows), INDEX_DTYPE)
+    for name in INDEX_DTYPE.names or ():
+        found[name] = rows[name]
+    return found
+
+
+def soft_of(index: NDArray[Any]) -> NDArray[np.float32] | None:
+    """The shares of classes, (samples, classes), where the rows have them."""
+    return index["soft"] if "soft" in (index.dtype.names or ()) else None
+
+
+def map_index(path: Path, sizes: Sequence[int], samples: int, classes: int) -> NDArray[Any]:
+    """Maps an index into memory. sizes: bytes of each shard.
+
+    Raises:
+        ValueError: it is no index, or does not fit the shards.
+    """
+    try:
+        # Not np.load, which opens zip archives too.
+        index: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # the header is parsed as Python text: errors of many kinds
+        raise ValueError(f"{path}: not an index: {error}") from error
+    if index.dtype not in (INDEX_DTYPE, index_dtype(classes)) or index.shape != (samples,):
+        found = f"{index.shape} of {index.dtype}"
+        raise ValueError(f"{path}: {found}, the manifest lists {samples} samples")
+    if samples:
+        _check_rows(path, index, np.array(sizes), classes)
+    return index
+
+
+def _check_rows(path: Path, index: NDArray[Any], sizes: NDArray[Any], classes: int) -> None:
+    for field, limit in (("shard", len(sizes)), ("label", classes)):
+        low, high = int(index[field].min()), int(index[field].max())
+        if low < 0 or high >= limit:
+            value = low if low < 0 else high
+            raise ValueError(f"{path}: {field} {value}, expected 0 to {limit - 1}")
+    size, offset = index["size"], index["offset"]
+    last = sizes[index["shard"]] - size  # a difference cannot overflow, offset + size can
+    if size.min() < 1 or offset.min() < 0 or (offset > last).any():
+        raise ValueError(f"{path}: an image lies outside its shard")
+    shares = soft_of(index)
+    if shares is None:
+        return
+    is_whole = np.abs(shares.sum(axis=1) - 1) <= SOFT_TOLERANCE  # not a number: is not
+    if not is_whole.all() or shares.min() < 0:
+        raise ValueError(f"{path}: shares of classes that do not add up to 1")
