@@ -44,7 +44,7 @@ def upright(image: Image.Image, form: str | None, info: Mapping[Any, Any]) -> Im
 
 def _metadata(info: Mapping[Any, Any]) -> tuple[bytes, bytes]:
     """EXIF and XMP as Pillow's readers keep them."""
-    exif = info.get("exif", b"")
+    exif = info.get("exif") or b""
     if not exif and "Raw profile type exif" in info:  # of a PNG by ImageMagick
         digits = "".join(str(info["Raw profile type exif"]).split("\n")[3:])
         exif = bytes.fromhex(digits) if re.fullmatch(r"([0-9a-fA-F]{2})*", digits) else b""
