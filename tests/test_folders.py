@@ -210,6 +210,7 @@ def test_a_bad_command_is_refused_before_anything_is_computed(
     baseline_run: Path, tmp_path: Path
 ) -> None:
     root, checkpoint = album(tmp_path / "album"), baseline_run / "best.pt"
+    (root / "empty.txt").write_text("\n")
     (tmp_path / "x.onnx").write_bytes(b"\x08\x08\x12\x07pytorch" + bytes(60))
     cases: list[tuple[Path, Path, dict[str, Path], str]] = [
         (checkpoint, Path("https://example.org/x.jpg"), {}, "x.jpg: an address; download"),
@@ -219,6 +220,7 @@ def test_a_bad_command_is_refused_before_anything_is_computed(
         (checkpoint, root, {"features": tmp_path / "f.csv"}, r"expected a file \.npy or \.parquet"),
         (checkpoint, root, {"csv": tmp_path / "a", "parquet": tmp_path / "a"}, "two outputs"),
         (checkpoint, root, {"csv": root}, "a folder, expected a file"),
+        (checkpoint, root / "empty.txt", {}, r"empty\.txt: no path in it"),
     ]
     for path, images, files, line in cases:
         with pytest.raises((ValueError, OSError), match=line):

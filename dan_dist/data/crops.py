@@ -62,7 +62,7 @@ def find_images(given: Sequence[Path]) -> list[Path]:
     log counts what is passed over. What a list names and is not there is found when it is read.
 
     Raises:
-        FileNotFoundError: a path that does not exist, or a folder without pictures.
+        FileNotFoundError: a path that does not exist, a folder without pictures, an empty list.
         ValueError: an address.
     """
     found: list[Path] = []
@@ -82,6 +82,8 @@ def find_images(given: Sequence[Path]) -> list[Path]:
             raise ValueError(f"{path}: an address; download the file first")
         else:
             raise FileNotFoundError(f"{path}: no such file or folder")
+    if not found:
+        raise FileNotFoundError(f"{', '.join(map(str, given))}: no path in it")
     return found
 
 
