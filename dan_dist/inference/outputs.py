@@ -128,19 +128,19 @@ def _parquet(path: Path, names: list[str]) -> Iterator[Write]:
 def _feature_table(path: Path) -> Iterator[Write]:
     import pyarrow as pa
 
-    features = pa.list_(pa.float32(), FEATURES)
+    # Not of a fixed size: Arrow does not read such lists back where one is null.
+    features = pa.list_(pa.float32())
     schema = pa.schema([("path", pa.string()), ("error", pa.string()), ("l2_norm", pa.float32()),
                         ("features", features)])  # fmt: skip
 
     def arrays(rows: Sequence[Row]) -> list[Any]:
         unit, norms = normalised(rows)
         faulty = np.array([bool(row.fault) for row in rows])
-        flat = pa.array(unit.ravel())
         return [
             [plain_name(str(row.path)) for row in rows],
             [row.fault or None for row in rows],
             pa.array(norms, mask=faulty),
-            pa.FixedSizeListArray.from_arrays(flat, FEATURES, mask=pa.array(faulty)),
+            [None if row.fault else own for row, own in zip(rows, unit, strict=True)],
         ]
 
     with _table(path, schema, arrays) as write:
