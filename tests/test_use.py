@@ -113,7 +113,7 @@ def test_predictions_as_a_table(
     (tmp_path / "empty").mkdir()
     for path, images, line in (
         (best, tmp_path / "none.jpg", r"none\.jpg: no such file or folder"),
-        (best, tmp_path / "empty", r"empty: no image in it \(\.bmp"),
+        (best, tmp_path / "empty", r"empty: no image in it \(\.avif, \.bmp"),
         (tmp_path / "x.pt", tmp_path / "crops", r"x\.pt: no such checkpoint"),
     ):
         with pytest.raises(FileNotFoundError, match=line):

@@ -176,8 +176,9 @@ def _write_bytes(file: BinaryIO, content: bytes) -> None:
 def normalised(rows: Sequence[Row]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(rows, 512) features of L2 norm 1, and the (rows,) norms that the network gave them."""
     features = np.stack([row.features for row in rows])
-    norms = np.linalg.norm(features, axis=1).astype(np.float32)
-    return features / np.where(norms > 0, norms, np.float32(1))[:, None], norms
+    norms: NDArray[np.float32] = np.linalg.norm(features, axis=1).astype(np.float32)
+    divisors = np.where(norms > 0, norms, 1)[:, None]
+    return (features / divisors).astype(np.float32), norms
 
 
 def _class(row: Row, names: list[str]) -> str:
