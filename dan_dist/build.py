@@ -22,7 +22,7 @@ from dan_dist.data.decoded import (
     decode_to_memory,
     open_file,
 )
-from dan_dist.data.loader import Loader, evaluation_loader
+from dan_dist.data.loader import Loader, check_soft_labels, evaluation_loader
 from dan_dist.data.mixture import Part, describe_sets, join, set_of, shares_of
 from dan_dist.data.order import TrainOrder
 from dan_dist.data.reader import Reader
@@ -139,6 +139,8 @@ def check_data(config: Config, world: World, shards: ShardSet) -> TrainingData:
     if len(shards.class_names) < 2:
         raise ValueError(f"{shards.root}: {len(shards.class_names)} class, at least 2 are needed")
     train, data = shards.split("train"), config.data
+    if config.loss.classification == "soft":
+        check_soft_labels(train, shards.root)
     global_batch = config.train.global_batch
     if len(train) < global_batch:
         raise ValueError(
@@ -205,6 +207,7 @@ def build_engine(config: Config, world: World, objective: Objective, *, steps: i
         compile=chosen.compile,
         capture=chosen.capture,
         may_skip=may_skip,
+        soft=config.loss.classification == "soft",
         deterministic=config.train.deterministic,
     )
     if config.engine.name == "deepspeed":
@@ -233,6 +236,7 @@ def open_train_loader(config: Config, world: World, split: Split, *, start: int)
         device=world.device,
         threads=config.data.threads or world.cores,
         start=start,
+        soft=config.loss.classification == "soft",
     )
 
 

@@ -1,6 +1,6 @@
 """python -m shards.pack DATASET --source DIR --out DIR: a release, as downloaded, into shards.
 
-DATASET: affectnet, rafdb, sfew, folder, identities or synthetic; `merge` ends a pack in parts.
+DATASET: affectnet, rafdb, sfew, fer2013, ferplus and others (--help); `merge` ends a pack in parts.
 """
 
 import argparse
@@ -14,7 +14,17 @@ from shards.format import open_shardset
 from shards.packing.claim import CONTACT_SHEET
 from shards.packing.writer import SHARD_SIZE, merge, pack
 from shards.release import Release
-from shards.releases import affectnet, folder, identities, rafdb, sfew, splitting, synthetic
+from shards.releases import (
+    affectnet,
+    fer2013,
+    ferplus,
+    folder,
+    identities,
+    rafdb,
+    sfew,
+    splitting,
+    synthetic,
+)
 from shards.releases.source import FOLLOW, LEADS_OUT, Source, plain_name
 from shards.show import overview, table
 
@@ -83,6 +93,10 @@ def _downloaded(options: argparse.Namespace, source: Source) -> Release:
             found = rafdb.release(source, compound=options.dataset == "rafdb-compound")
         case "sfew":
             found = sfew.release(source, landmarks=options.landmarks, size=options.size)
+        case "fer2013":
+            found = fer2013.release(source)
+        case "ferplus":
+            found = ferplus.release(source)
         case "identities":
             found = identities.release(source, options.held_out)
         case _:
@@ -106,6 +120,8 @@ def _parser() -> argparse.ArgumentParser:
             "rafdb": "RAF-DB's basic set",
             "rafdb-compound": "RAF-DB's compound set, of eleven mixed expressions",
             "sfew": "SFEW 2.0, aligned faces or film frames",
+            "fer2013": "FER-2013, the CSV of pixels or folders",
+            "ferplus": "FERPlus: FER-2013's CSV and fer2013new.csv, the votes of ten people",
             "folder": "train/<class>/*, val/<class>/* and further splits",
             "identities": "<identity>/<image>, as MS-Celeb-1M",
         }.items()

@@ -20,6 +20,9 @@ from shards.releases.synthetic import train_labels
 RAFDB = ("surprise", "fear", "disgust", "happy", "sad", "anger", "neutral")  # its labels 1 to 7
 SFEW = {"Angry": "anger", "Disgust": "disgust", "Fear": "fear", "Happy": "happy",
         "Neutral": "neutral", "Sad": "sad", "Surprise": "surprise"}  # fmt: skip
+FER2013 = ("anger", "disgust", "fear", "happy", "sad", "surprise", "neutral")  # its labels 0 to 6
+FERPLUS = ("neutral", "happiness", "surprise", "sadness", "anger", "disgust", "fear", "contempt",
+           "unknown", "NF")  # fmt: skip
 ANNOTATIONS = ("exp", "val", "aro", "lnd")
 PHOTO_SIDE = 3  # a full release's photo is this many times as wide as the face in it
 
@@ -130,6 +133,31 @@ def write_sfew(
             image = draw_face(seed, index, CLASSES.index(expression), size=size)
             _save(home / name / f"Film_{k:09d}_{index:08d}.png", image)
             index += 1
+
+
+def write_fer2013(
+    out: Path, counts: dict[str, int], *, seed: int, votes: Sequence[Sequence[int]] = (),
+    name: str = "fer2013.csv",
+) -> None:  # fmt: skip
+    """The CSV of pixels, Usage → images; and with `votes`, taken in turn, `fer2013new.csv`."""
+    out.mkdir(parents=True, exist_ok=True)
+    is_icml = name != "fer2013.csv"
+    usages = [usage for usage, count in counts.items() for _ in range(count)]
+    with (out / name).open("w", newline="") as file:
+        rows = csv.writer(file)
+        header = ("emotion", " Usage", " pixels") if is_icml else ("emotion", "pixels", "Usage")
+        rows.writerow(header)
+        for index, usage in enumerate(usages):
+            face = draw_face(seed, index, CLASSES.index(FER2013[index % 7]), size=48)
+            pixels = " ".join(map(str, np.asarray(face.convert("L")).ravel().tolist()))
+            rows.writerow([index % 7, *((usage, pixels) if is_icml else (pixels, usage))])
+    if votes:
+        with (out / "fer2013new.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["Usage", "Image name", *FERPLUS])
+            for index, usage in enumerate(usages):
+                own = votes[index % len(votes)]
+                rows.writerow([usage, f"fer{index:07d}.png" * (sum(own) > 0), *own])
 
 
 def _numbered(count: int, start: int) -> Iterator[tuple[int, int]]:
