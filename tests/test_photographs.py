@@ -25,8 +25,11 @@ def test_expw(tmp_path: Path) -> None:
     code, output = pack_here(*options)
     assert code == 0 and "not all of ExpW: 70 images in train, officially 91793" in output
     shards = open_shardset(tmp_path / "out")
-    photos = {name: {shards.split(name).key(k).split("/")[1].rpartition("_")[0]
-                     for k in range(len(shards.split(name)))} for name in ("train", "val")}  # fmt: skip
+    photos = {}
+    for name in ("train", "val"):
+        split = shards.split(name)
+        keys = [split.key(k).split("/")[1] for k in range(len(split))]
+        photos[name] = {key.rpartition("_")[0] for key in keys}
     assert not photos["train"] & photos["val"] and len(photos["train"]) in range(20, 25)
     code, output = pack_here(*options[:3], "--out", tmp_path / "all", "--size", "24")
     assert code == 0 and "ExpW has no splits, all faces are 'train'" in output

@@ -1,7 +1,7 @@
 """ExpW, Expression in-the-Wild (Zhang et al. 2018): web photographs with the boxes of faces.
 
-`label.lst` has a line for each face: image, number of the face in it, the box's top, left, right and
-bottom, the detector's confidence, and the label. The release has no splits.
+`label.lst` has a line for each face: image, number of the face in it, the box's top, left, right
+and bottom, the detector's confidence, and the label. The release has no splits.
 """
 
 from functools import partial
