@@ -160,6 +160,36 @@ def write_fer2013(
                 rows.writerow([usage, f"fer{index:07d}.png" * (sum(own) > 0), *own])
 
 
+def write_expw(out: Path, photos: int, *, seed: int, faces: int = 2, size: int = 24) -> None:
+    """`origin/<photo>.jpg` of several faces side by side, and `label.lst` with their boxes."""
+    lines = []
+    for photo in range(photos):
+        image = Image.new("RGB", (faces * size, size), (90, 120, 80))
+        for face in range(faces):
+            index = faces * photo + face
+            label = index % len(FER2013)
+            drawn = draw_face(seed, index, CLASSES.index(FER2013[label]), size=size)
+            image.paste(drawn, (face * size, 0))
+            left = face * size
+            lines.append(f"photo_{photo}.jpg {face} 0 {left} {left + size} {size} 97.5 {label}")
+        _save(out / "origin" / f"photo_{photo}.jpg", image)
+    (out / "label.lst").write_text("\n".join(lines))
+
+
+def write_caers(out: Path, train: int, test: int, *, seed: int, size: int = 24) -> list[str]:
+    """`{train,test}/<Class>/<number>.png`, frames with a face at (size, 0); the lines of boxes."""
+    boxes = []
+    for split, count in (("train", train), ("test", test)):
+        for k in range(count):
+            name = ("Anger", "Disgust", "Fear", "Happy", "Neutral", "Sad", "Surprise")[k % 7]
+            frame = Image.new("RGB", (2 * size, size), (90, 120, 80))
+            expression = CLASSES.index(name.lower())
+            frame.paste(draw_face(seed, k, expression, size=size), (size, 0))
+            _save(out / split / name / f"{k:04d}.png", frame)
+            boxes.append(f"{split}/{name}/{k:04d}.png,{size},0,{size},{size}")
+    return boxes
+
+
 def _numbered(count: int, start: int) -> Iterator[tuple[int, int]]:
     """(index, label) of `count` faces in AffectNet's proportions."""
     labels: Sequence[int] = train_labels(count)

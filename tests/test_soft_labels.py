@@ -96,7 +96,7 @@ def test_a_training_on_votes_that_agree_is_the_hard_one(faces: ShardSet, tmp_pat
 
 
 def test_sets_without_votes_are_refused(faces: ShardSet) -> None:
-    with pytest.raises(ValueError, match="loss.classification=soft needs votes or soft labels"):
+    with pytest.raises(ValueError, match="classification=soft needs votes or soft labels"):
         check_soft_labels(faces.split("train"), faces.root)
     with pytest.raises(ValueError, match="only task=expression takes soft"):
         load_config("demo-backbone", ["loss.classification=soft"])

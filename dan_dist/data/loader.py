@@ -208,8 +208,8 @@ def check_soft_labels(split: Split, root: Path) -> None:
     """Refuses, as a ValueError, a split without votes or shares of classes in its index."""
     if soft_of(split.index) is None:
         raise ValueError(
-            f"{root}: loss.classification=soft needs votes or soft labels of every image, as ferplus "
-            "and AffectNet+ have them; the index has none"
+            f"{root}: loss.classification=soft needs votes or soft labels of every image, as "
+            "ferplus and AffectNet+ have them; the index has none"
         )
 
 
