@@ -22,7 +22,7 @@ from dan_dist.data.decoded import (
     decode_to_memory,
     open_file,
 )
-from dan_dist.data.loader import Loader, evaluation_loader
+from dan_dist.data.loader import Loader, check_soft_labels, evaluation_loader
 from dan_dist.data.mixture import Part, describe_sets, join, set_of, shares_of
 from dan_dist.data.order import TrainOrder
 from dan_dist.data.reader import Reader
@@ -144,6 +144,8 @@ def check_data(config: Config, world: World, shards: ShardSet) -> TrainingData:
         raise ValueError(f"{shards.root}: {len(shards.class_names)} class, at least 2 are needed")
     is_identity, global_batch = config.task == "identity", config.train.global_batch
     train, task, test = open_tasks(shards, config.data, config.train.seed, is_identity=is_identity)
+    if config.loss.classification == "soft":
+        check_soft_labels(train, shards.root)
     if len(train) < global_batch:
         raise ValueError(
             f"{shards.root}: {len(train)} training images, fewer than train.global_batch "
@@ -207,6 +209,7 @@ def build_engine(config: Config, world: World, objective: Objective, *, steps: i
         compile=chosen.compile,
         capture=chosen.capture,
         may_skip=may_skip,
+        soft=config.loss.classification == "soft",
         deterministic=config.train.deterministic,
     )
     if config.engine.name == "deepspeed":
@@ -235,6 +238,7 @@ def open_train_loader(config: Config, world: World, split: Split, *, start: int)
         device=world.device,
         threads=config.data.threads or world.cores,
         start=start,
+        soft=config.loss.classification == "soft",
     )
 
 

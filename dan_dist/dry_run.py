@@ -41,7 +41,7 @@ from shards.format import (
     open_shardset,
     parse_manifest,
 )
-from shards.index import INDEX_DTYPE
+from shards.index import INDEX_DTYPE, with_soft
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class Outline(ShardSet):
         index = np.zeros(sum(counts), INDEX_DTYPE)
         index["label"] = np.repeat(np.arange(len(counts)), counts)
         index["crc32"] = np.arange(len(index))  # different images
+        # Whether the index has soft labels is known when it is copied: here, it may.
+        index = with_soft(index, np.eye(len(counts), dtype=np.float32)[index["label"]])
         return Split(name, self.root, (), index, self.class_names, self.image_size)
 
 

@@ -89,17 +89,27 @@ class EvaluateCommand(EvaluationChoices):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """Predicts what faces express: launch/predict.py CHECKPOINT IMAGE|FOLDER… [--json]
+    """Predicts what faces express: launch/predict.py CHECKPOINT IMAGE|FOLDER|LIST… [--json]
 
     Each image is taken for the crop of one face, as training's are; in a whole photograph, find and
-    cut out the faces first. Prints each image's class and all classes' probabilities.
+    cut out the faces first. Prints each image's class and all classes' probabilities; the files
+    have a row an image in the same order. Code 0: all were read; 1: some were not, which are named;
+    2: a bad command.
     """
 
     checkpoint: Path = argument(CHECKPOINT)
-    images: tuple[Path, ...] = argument("images, or folders of them")
+    images: tuple[Path, ...] = argument(
+        "images, folders of them, text files (.txt) of paths, or - for paths on standard input"
+    )
     classes: str | None = option(CLASSES, None)
     weights: Weights = option(WEIGHTS, "auto")
-    json: bool = option("a line of JSON an image", False)
+    json: bool = option("print a line of JSON an image", False)
+    csv: Path | None = option("file for path, class, error and probabilities", None)
+    parquet: Path | None = option("file for the same", None)
+    features: Path | None = option(
+        "file .npy or .parquet for the pooled features: 512 values an image, of L2 norm 1", None
+    )
+    draw: Path | None = option("folder for the pictures with class and probability", None)
     device: Device = option("where the network computes", "auto")
     precision: Precision = option("auto: that of the training", "auto")
 

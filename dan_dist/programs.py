@@ -188,8 +188,7 @@ def _certify(arguments: list[str], stop: StopRequest) -> int:
 
 def _predict(arguments: list[str], stop: StopRequest) -> int:
     options = cli.parse(PredictOptions, arguments)
-    if options.json:  # which alone goes to the standard output
-        cli.set_log_lines(stream=sys.stderr)
+    cli.set_log_lines(stream=sys.stderr)  # predictions alone go to the standard output
     from dan_dist.inference.predict import main
 
     return cli.FAILED if main(options) else 0

@@ -69,8 +69,10 @@ class Loss(Section):
     )
     lambda_fcn: Weight = Field(default=1.0, description="weight of loss.fcn")
     lambda_afn: Weight = Field(default=1.0, description="weight of loss.afn")
-    classification: Literal["softmax", "arcface"] = Field(
-        default="softmax", description="loss of the classifier; arcface for task identity alone"
+    classification: Literal["softmax", "soft", "arcface"] = Field(
+        default="softmax",
+        description="loss of the classifier: cross-entropy with the label, or with the votes or "
+        "soft labels of the release; arcface for task identity alone",
     )
     arcface_s: Positive = Field(default=64.0, description="arcface: scale of the cosines")
     arcface_m: float = Field(default=0.5, ge=0, lt=1.5, description="arcface: margin in radians")
@@ -270,6 +272,8 @@ class Config(Section):
             raise ValueError("model.weights_classes: only model.weights takes it")
         if self.task == "identity":
             self._only_a_backbone()
+            if self.loss.classification == "soft":
+                raise ValueError("loss.classification: only task=expression takes soft")
         elif self.loss.classification == "arcface":
             raise ValueError("loss.classification: only task=identity takes arcface")
         elif self.data.pairs_file:

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shards.files import write_atomically
+from shards.folders import describe
 from shards.images import decode
 from shards.release import LeftOut
 from shards.releases.sfew import LANDMARKS
-from shards.releases.source import read_file, walk
+from shards.releases.source import Source, read_file, walk
 
 INPUT_SIDE = 640  # pixels to which an image is fitted for detection
 
@@ -76,14 +77,17 @@ def write_landmarks(source: Path, detect: Detector, out: Path) -> tuple[int, int
     """Writes `out` once every image was searched; returns faces found and images without."""
     if not source.is_dir():
         raise FileNotFoundError(f"--source {source} not found")
-    images = list(walk(source, source, LeftOut(source)))
+    left_out = LeftOut(source)
+    images = list(walk(source, Source(source), left_out))
+    if left_out.passed_over:
+        log.warning("passed over: %s", describe(left_out.passed_over))
     if not images:
         raise FileNotFoundError(f"--source {source} holds no files")
     rows, missed = [], 0
     for relative in tqdm(images, desc="detecting faces", unit="img", disable=None):
         try:
-            points = detect(np.asarray(decode(read_file(source, relative)).convert("RGB")))
-        except ValueError as error:
+            points = detect(np.asarray(decode(read_file(Source(source), relative)).convert("RGB")))
+        except (ValueError, OSError) as error:
             log.warning("left out %s: %s", relative, error)
             points = None
         else:

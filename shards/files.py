@@ -6,12 +6,15 @@ import hashlib
 import logging
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
+
+NO_FILE = "no regular file"  # a pipe, a socket, a device, a folder
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,41 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Writes `path` as `replacing` does: it is whole or absent."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def read_regular(path: str | Path, limit: int, *, follow: bool = True, cut: bool = False) -> bytes:
+    """The bytes of a regular file, which are at most `limit`; never waits for a pipe's writer.
+
+    follow: a link at the path's end. cut: of a larger file, its first bytes.
+
+    Raises:
+        ValueError: no regular file, or more bytes; does not name the file.
+        OSError: it cannot be read; names the file.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | (0 if follow else os.O_NOFOLLOW)
+    try:
+        file = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise ValueError(NO_FILE) from error
+        raise
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(NO_FILE)
+        parts, size = [], 0
+        # A file object takes as long again. Files of /proc have a size of 0, others may grow.
+        wanted = limit if cut else min(status.st_size, limit) + 1
+        while (not cut or size < limit) and (part := os.read(file, wanted)):
+            size += len(part)
+            if not cut and max(size, status.st_size) > limit:
+                raise ValueError(f"{max(size, status.st_size)} bytes, at most {limit} are read")
+            parts.append(part)
+        return b"".join(parts)
+    except OSError as error:  # Python's own names no file
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    finally:
+        os.close(file)
 
 
 @contextmanager

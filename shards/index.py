@@ -1,4 +1,7 @@
-"""A split's index: a row for each image, by which every rank finds it, checked as it is read."""
+"""A split's index: a row for each image, by which every rank finds it, checked as it is read.
+
+Where the release has votes or shares of the classes beside each label, a row ends with them.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,6 +18,39 @@ INDEX_DTYPE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")]
 )
 HEADER_BYTES = 4096  # of the file, at most
+SOFT_TOLERANCE = 1e-4  # of the sum of an image's shares
+
+
+def index_dtype(classes: int) -> np.dtype[Any]:
+    """A row with the share of each class, which add up to 1."""
+    return np.dtype([*INDEX_DTYPE.descr, ("soft", "<f4", (classes,))])
+
+
+def most_bytes(samples: int, classes: int) -> int:
+    """The size of an index's file, at most."""
+    return samples * index_dtype(classes).itemsize + HEADER_BYTES
+
+
+def with_soft(rows: NDArray[Any], shares: NDArray[Any]) -> NDArray[Any]:
+    """The rows with shares of classes, (samples, classes), each made to add up to 1."""
+    found = np.empty(len(rows), index_dtype(shares.shape[1]))
+    for name in INDEX_DTYPE.names or ():
+        found[name] = rows[name]
+    found["soft"] = shares / shares.sum(axis=1, keepdims=True)
+    return found
+
+
+def without_soft(rows: NDArray[Any]) -> NDArray[Any]:
+    """The rows alone, in memory."""
+    found = np.empty(len(rows), INDEX_DTYPE)
+    for name in INDEX_DTYPE.names or ():
+        found[name] = rows[name]
+    return found
+
+
+def soft_of(index: NDArray[Any]) -> NDArray[np.float32] | None:
+    """The shares of classes, (samples, classes), where the rows have them."""
+    return index["soft"] if "soft" in (index.dtype.names or ()) else None
 
 
 def read_index(
@@ -29,7 +65,7 @@ def read_index(
         FileNotFoundError: it is missing. ValueError: it is no index, or does not fit the shards.
     """
     check_present(path)
-    content = read_bounded(path, samples * INDEX_DTYPE.itemsize + HEADER_BYTES)
+    content = read_bounded(path, most_bytes(samples, classes))
     try:
         # Not np.load, which opens zip archives too.
         file = BytesIO(content)
@@ -37,15 +73,18 @@ def read_index(
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     except Exception as error:  # the header is parsed as Python text: errors of many kinds
         raise ValueError(f"{path}: not an index: {error}") from error
-    rows = (len(content) - file.tell()) / INDEX_DTYPE.itemsize
-    if dtype != INDEX_DTYPE or shape != (samples,) or rows != samples:
+    rows = (len(content) - file.tell()) / dtype.itemsize if dtype.itemsize else 0
+    is_known = dtype in (INDEX_DTYPE, index_dtype(classes))
+    if not is_known or shape != (samples,) or rows != samples:
         found = f"{rows:g} rows, {shape} of {dtype} by its header"
         raise ValueError(f"{path}: {found}; the manifest lists {samples} samples")
-    index = np.frombuffer(content, INDEX_DTYPE, offset=file.tell())
-    sha256 = hashlib.sha256(content).hexdigest()
-    if not samples:
-        return index, sha256
-    sizes = np.array(sizes_bytes)
+    index = np.frombuffer(content, dtype, offset=file.tell())
+    if samples:
+        _check_rows(path, index, np.array(sizes_bytes), classes)
+    return index, hashlib.sha256(content).hexdigest()
+
+
+def _check_rows(path: Path, index: NDArray[Any], sizes: NDArray[Any], classes: int) -> None:
     for field, limit in (("shard", len(sizes)), ("label", classes)):
         low, high = int(index[field].min()), int(index[field].max())
         if low < 0 or high >= limit:
@@ -55,7 +94,12 @@ def read_index(
     last = sizes[index["shard"]] - size  # a difference cannot overflow, offset + size can
     if size.min() < 1 or offset.min() < 0 or (offset > last).any():
         raise ValueError(f"{path}: an image lies outside its shard")
-    return index, sha256
+    shares = soft_of(index)
+    if shares is None:
+        return
+    is_whole = np.abs(shares.sum(axis=1) - 1) <= SOFT_TOLERANCE  # not a number: is not
+    if not is_whole.all() or shares.min() < 0:
+        raise ValueError(f"{path}: shares of classes that do not add up to 1")
 
 
 def check_present(path: Path) -> None:

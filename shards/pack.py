@@ -1,6 +1,6 @@
 """python -m shards.pack DATASET --source DIR --out DIR: a release, as downloaded, into shards.
 
-DATASET: affectnet, rafdb, sfew, folder, identities or synthetic; `merge` ends a pack in parts.
+DATASET: affectnet, rafdb, sfew, fer2013, ferplus and others (--help); `merge` ends a pack in parts.
 """
 
 import argparse
@@ -17,12 +17,25 @@ from shards.limits import core_count
 from shards.packing.claim import CONTACT_SHEET
 from shards.packing.writer import SHARD_SIZE, merge, pack
 from shards.release import Release
-from shards.releases import affectnet, folder, identities, rafdb, sfew, synthetic
-from shards.releases.source import plain_name
+from shards.releases import (
+    affectnet,
+    caers,
+    expw,
+    fer2013,
+    ferplus,
+    folder,
+    identities,
+    rafdb,
+    sfew,
+    splitting,
+    synthetic,
+)
+from shards.releases.source import FOLLOW, LEADS_OUT, Source, plain_name
 from shards.show import overview, table
 
 MOST_PIXELS = 4096  # of a packed image's side
 MANY = 1_000_000  # images, above which a pack does not look for leaks
+log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,69 +88,84 @@ def _leaks(shards: ShardSet, options: argparse.Namespace) -> list[str]:
 
 def _release(options: argparse.Namespace) -> Release:
     """The data set that the command names, as its module in shards/releases lists it."""
-    match options.dataset:
-        case "affectnet":
-            return affectnet.release(
-                options.source, classes=options.classes, size=options.size, margin=options.margin
-            )
-        case "rafdb":
-            return rafdb.release(options.source)
-        case "sfew":
-            return sfew.release(options.source, landmarks=options.landmarks, size=options.size)
-        case "identities":
-            return identities.release(options.source, options.held_out)
-        case "synthetic" if options.by == "identity":
+    if options.dataset != "synthetic":
+        return _downloaded(options, Source(Path(options.source), options.follow_links))
+    match options.by:
+        case "identity":
             return synthetic.identity_release(
                 options.train, options.val, identities=options.identities,
                 held_out=options.held_out, size=options.size, seed=options.seed,
             )  # fmt: skip
-        case "synthetic":
+        case _:
             return synthetic.release(
                 options.train, options.val, size=options.size, seed=options.seed
             )
+
+
+def _downloaded(options: argparse.Namespace, source: Source) -> Release:
+    """The release in a folder."""
+    match options.dataset:
+        case "affectnet":
+            found = affectnet.release(
+                source, classes=options.classes, size=options.size, margin=options.margin
+            )
+        case "rafdb" | "rafdb-compound":
+            found = rafdb.release(source, compound=options.dataset == "rafdb-compound")
+        case "sfew":
+            found = sfew.release(source, landmarks=options.landmarks, size=options.size)
+        case "fer2013":
+            found = fer2013.release(source)
+        case "ferplus":
+            found = ferplus.release(source)
+        case "expw":
+            found = expw.release(source, margin=options.margin)
+            if options.split is None and options.splits is None:
+                log.warning("ExpW has no splits, all faces are 'train'; --split 0.8 makes two")
+        case "caers":
+            found = caers.release(source, boxes=options.boxes, margin=options.margin)
+        case "identities":
+            found = identities.release(source, options.held_out)
         case _:
-            return folder.release(options.source)
+            found = folder.release(source, skip=options.skip, is_divided=options.split is not None)
+    if getattr(options, "split", None) is not None:
+        found = splitting.divide(found, options.split)
+    if getattr(options, "splits", None) is not None:
+        found = splitting.assign(found, options.splits)
+    if links := found.left_out.counts[LEADS_OUT]:
+        log.warning("%d links lead out of %s; %s", links, source.root, FOLLOW)
+    return found
+
+
+RELEASES = {
+    "affectnet": "AffectNet: the reduced or the full release, or AffectNet+",
+    "rafdb": "RAF-DB's basic set",
+    "rafdb-compound": "RAF-DB's compound set, of eleven mixed expressions",
+    "sfew": "SFEW 2.0, aligned faces or film frames",
+    "fer2013": "FER-2013, the CSV of pixels or folders",
+    "ferplus": "FERPlus: FER-2013's CSV and fer2013new.csv, the votes of ten people",
+    "expw": "ExpW, photographs with label.lst",
+    "caers": "CAER-S, whole frames, with a file of face boxes",
+    "folder": "train/<class>/*, val/<class>/* and further splits",
+    "identities": "<identity>/<image>, as MS-Celeb-1M",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m shards.pack", description=__doc__)
     kinds = parser.add_subparsers(dest="dataset", required=True)
-    sources = {
-        name: kinds.add_parser(name, help=text)
-        for name, text in {
-            "affectnet": "AffectNet, the reduced or the full release",
-            "rafdb": "RAF-DB's basic set",
-            "sfew": "SFEW 2.0, aligned faces or film frames",
-            "folder": "train/<class>/*, val/<class>/* and further splits",
-            "identities": "<identity>/<image>, as MS-Celeb-1M",
-        }.items()
-    }
+    sources = {name: kinds.add_parser(name, help=text) for name, text in RELEASES.items()}
     for command in sources.values():
         command.add_argument("--source", required=True, help="the release's folder")
         command.add_argument(
             "--size", type=_size, default=224, help="pixels, or 'native' (default 224)"
         )
-    sources["affectnet"].add_argument("--classes", type=int, choices=(7, 8), default=8)
-    sources["affectnet"].add_argument(
-        "--margin", type=_fraction, default=0.0,
-        help="around the full release's face boxes, of their size, on each side (default 0)",
-    )  # fmt: skip
-    sources["sfew"].add_argument("--landmarks", help="the file that python -m shards.align wrote")
-    sources["identities"].add_argument(
-        "--held-out", type=int,
-        help="identities kept out of training, for verification (default: a tenth, 20 to 1000)",
-    )  # fmt: skip
+        command.add_argument(
+            "--follow-links", type=Path, metavar="FOLDER",
+            help="follow links that lead into FOLDER too (default: within the source alone)",
+        )  # fmt: skip
+    _add_own_options(sources)
     faces = kinds.add_parser("synthetic", help="drawn faces of eight expressions")
-    faces.add_argument("--by", choices=("expression", "identity"), default="expression",
-                       help="what the classes are (default expression)")  # fmt: skip
-    faces.add_argument("--train", type=int, default=8000, help="training images (default 8000)")
-    faces.add_argument("--val", type=int, default=800, help="validation images (default 800)")
-    faces.add_argument("--size", type=int, default=64, help="pixels (default 64)")
-    faces.add_argument("--seed", type=int, default=0)
-    faces.add_argument("--identities", type=int, default=400,
-                       help="by identity: persons in training (default 400)")  # fmt: skip
-    faces.add_argument("--held-out", type=int, default=40,
-                       help="by identity: other persons, in validation (default 40)")  # fmt: skip
+    _add_drawing(faces)
     merging = kinds.add_parser("merge", help="ends a pack that was made in parts")
     for command in (*sources.values(), faces, merging):
         command.add_argument("--out", required=True, help="the folder for the shards")
@@ -157,6 +185,51 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_own_options(sources: dict[str, argparse.ArgumentParser]) -> None:
+    """The options that some releases alone take."""
+    for name in ("folder", "expw"):
+        sources[name].add_argument(
+            "--split", type=_share, metavar="SHARE",
+            help="where there are no splits: the part of each class for training, by the order of "
+            "the sha256 of files' names; the others are 'val'",
+        )  # fmt: skip
+    for name in sources.keys() - {"identities"}:
+        sources[name].add_argument(
+            "--splits", type=Path, metavar="FILE",
+            help="a published partition in place of the own: lines of <path or key>,<split>",
+        )  # fmt: skip
+    sources["folder"].add_argument(
+        "--skip", action="append", default=[], metavar="NAME",
+        help="pass a side folder over, by its name or its path in the source; may be repeated",
+    )  # fmt: skip
+    sources["affectnet"].add_argument("--classes", type=int, choices=(7, 8), default=8)
+    for name in ("affectnet", "expw", "caers"):
+        sources[name].add_argument(
+            "--margin", type=_fraction, default=0.0,
+            help="around face boxes (of AffectNet's full release), of their size, on each side "
+            "(default 0)",
+        )  # fmt: skip
+    sources["caers"].add_argument("--boxes", help="lines of path,x,y,width,height, a face each")
+    sources["sfew"].add_argument("--landmarks", help="the file that python -m shards.align wrote")
+    sources["identities"].add_argument(
+        "--held-out", type=int,
+        help="identities kept out of training, for verification (default: a tenth, 20 to 1000)",
+    )  # fmt: skip
+
+
+def _add_drawing(faces: argparse.ArgumentParser) -> None:
+    faces.add_argument("--by", choices=("expression", "identity"), default="expression",
+                       help="what the classes are (default expression)")  # fmt: skip
+    faces.add_argument("--train", type=int, default=8000, help="training images (default 8000)")
+    faces.add_argument("--val", type=int, default=800, help="validation images (default 800)")
+    faces.add_argument("--size", type=int, default=64, help="pixels (default 64)")
+    faces.add_argument("--seed", type=int, default=0)
+    faces.add_argument("--identities", type=int, default=400,
+                       help="by identity: persons in training (default 400)")  # fmt: skip
+    faces.add_argument("--held-out", type=int, default=40,
+                       help="by identity: other persons, in validation (default 40)")  # fmt: skip
+
+
 def _size(text: str) -> int | None:
     if text == "native":
         return None
@@ -171,6 +244,13 @@ def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 2:
         raise argparse.ArgumentTypeError(f"expected 0 to 2, got {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected more than 0, at most 1, got {text}")
     return value
 
 

@@ -4,6 +4,7 @@ Each module of shards/releases yields one; shards/packing makes shards of it.
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,17 @@ class Content(NamedTuple):
 
     image: bytes | Image.Image
     meta: Mapping[str, Any] | None = None  # goes into the sample's JSON
+    # Votes or shares of the classes, in label order; of all images of a release, or of none.
+    soft: tuple[float, ...] | None = None
+
+
+def check_soft(values: Sequence[Any], where: str) -> tuple[float, ...]:
+    """Votes or shares of the classes; a ValueError names `where` these are none."""
+    if not all(type(v) in (int, float) and math.isfinite(v) and v >= 0 for v in values):
+        raise ValueError(f"{where}: {list(values)}, expected numbers of 0 or more")
+    if not sum(values) > 0:
+        raise ValueError(f"{where}: {list(values)} sum to nothing")
+    return tuple(map(float, values))
 
 
 @dataclass
@@ -39,6 +51,8 @@ class LeftOut:
     root: Path  # names are kept relative to it: where the source lies changes no byte
     counts: Counter[str] = field(default_factory=Counter)  # reason → images
     names: list[str] = field(default_factory=list)
+    # What nobody would take for an image of the release: in no plan and no manifest.
+    passed_over: Counter[str] = field(default_factory=Counter)
 
     def add(self, reason: str, name: str | Path | None = None, *, images: int = 1) -> None:
         self.counts[reason] += images

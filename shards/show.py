@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from shards.files import write_atomically
 from shards.format import ShardSet, Split, open_shardset
 from shards.images import decode
+from shards.jpeg import lost_data
 from shards.releases.source import plain_name, safe_key
 
 CELL = 112  # pixels of a picture on a sheet, at most
@@ -137,6 +138,8 @@ def _picture(split: Split, sample: int) -> Image.Image:
         file.seek(int(row["offset"]))
         data = file.read(int(row["size"]))
     try:
+        if fault := lost_data(data):  # `decode` completes a JPEG as it comes, a packed one is whole
+            raise ValueError(fault)
         return decode(data)
     except ValueError:
         placeholder = Image.new("RGB", (CELL, CELL), "red")

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from shards.duplicates import describe_duplicates
 from shards.files import sha256_of
 from shards.format import MANIFEST, Shard, ShardSet, check_key, copy_name, open_shardset
-from shards.images import MAX_PIXELS, jpeg_fault, plain_jpeg_size
+from shards.images import MAX_PIXELS
 from shards.index import read_index
+from shards.jpeg import jpeg_fault, plain_jpeg_size
 from shards.leaks import describe_leaks, find_leaks, write_leaks
 from shards.limits import core_count
 from shards.packing.pool import in_processes

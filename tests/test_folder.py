@@ -14,7 +14,7 @@ from shards.format import open_shardset
 from shards.releases import folder
 from shards.releases import source as source_files
 from shards.releases.drawing.face import draw_face
-from shards.releases.source import Keys, read_file
+from shards.releases.source import Keys, Source, read_file
 
 
 def test_links_out_of_the_source_are_not_followed(tmp_path: Path) -> None:
@@ -72,10 +72,10 @@ def test_links_and_paths_out_of_a_source_are_refused(tmp_path: Path) -> None:
     (tmp_path / "source" / "inward").symlink_to("own")
     (tmp_path / "source" / "outward").symlink_to("../secret")
     (tmp_path / "source" / "folder").symlink_to("..")
-    assert read_file(tmp_path / "source", "inward") == b"o"
+    assert read_file(Source(tmp_path / "source"), "inward") == b"o"
     for relative in ("outward", "folder/secret", "../secret", str(tmp_path / "secret")):
         with pytest.raises(ValueError, match="out of the source"):
-            read_file(tmp_path / "source", relative)
+            read_file(Source(tmp_path / "source"), relative)
 
 
 def test_pipes_and_huge_files_of_a_source_are_refused(
@@ -86,7 +86,7 @@ def test_pipes_and_huge_files_of_a_source_are_refused(
     monkeypatch.setattr(source_files, "MAX_BYTES", 999)
     for name, error in (("pipe", "no regular file"), ("huge", "1000 bytes, at most 999")):
         with pytest.raises(ValueError, match=error):
-            read_file(tmp_path, name)
+            read_file(Source(tmp_path), name)
 
 
 @pytest.mark.parametrize("kind", ["affectnet", "rafdb"])

@@ -10,7 +10,8 @@ from PIL import Image
 from trees import encoded, picture
 
 from conftest import damaged_scans
-from shards.images import plain_jpeg_size, to_jpeg
+from shards.images import to_jpeg
+from shards.jpeg import plain_jpeg_size
 
 
 def rotated(image: Image.Image) -> bytes:
@@ -87,7 +88,6 @@ def bad_tiff() -> bytes:
     "data",
     [
         b"",
-        bad_exif(),
         bad_tiff(),
         b"\xff\xd8\xff\xc0\x00\x08\x08\x00\x18\x00\x18\x03\xff\xd9",
         b"GIF89a",

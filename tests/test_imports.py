@@ -36,9 +36,10 @@ SHARDS = [
     ["show"],
     ["packing"],
     ["releases"],
+    ["folders"],
     ["release", "images", "duplicates"],
-    ["format"],
-    ["index"],
+    ["format", "jpeg", "jpeg2000", "kinds", "pixels"],
+    ["index", "orientation"],
     ["files", "limits", "likeness"],
 ]
 ROWS = [[f"dan_dist.{n}" for n in row] for row in DAN_DIST]

@@ -100,7 +100,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path: Path) -> None:
     source = tree(tmp_path / "source", train=2, val=1)
     command = ("folder", "--source", source, "--out")
     line = fails(*command[:2], tmp_path / "no", "--out", tmp_path / "out", cwd=tmp_path)
-    assert f"{tmp_path}/no/train not found" in line
+    assert f"{tmp_path}/no not found" in line
     (source / "val" / "bored").mkdir()
     assert "class 'bored' is not in train/" in fails(*command, tmp_path / "out", cwd=tmp_path)
     shutil.rmtree(source / "val" / "bored")

@@ -79,7 +79,10 @@ def test_predictions_are_those_of_the_evaluation(
     script, folder = LAUNCH / "predict.py", tmp_path / "crops"
     done = run(sys.executable, script, dan_run, folder, "--json", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "each image is taken for the crop of one face\n"
+    assert done.stderr == (
+        "each image is taken for the crop of one face\n"
+        f"passed over in {folder}: 1 no picture (.txt)\n"
+    )
     rows = {Path(row["image"]).name: row for row in map(json.loads, done.stdout.splitlines())}
     assert list(rows)[-4:] == ["broken.png", "cut.jpg", "2.png", "turned.jpg"]
     for name in ("broken.png", "cut.jpg"):
@@ -112,7 +115,7 @@ def test_predictions_as_a_table(
     (tmp_path / "empty").mkdir()
     for path, images, line in (
         (best, tmp_path / "none.jpg", r"none\.jpg: no such file or folder"),
-        (best, tmp_path / "empty", r"empty: no image in it \(\.bmp"),
+        (best, tmp_path / "empty", r"empty: no image in it \(\.avif, \.bmp"),
         (tmp_path / "x.pt", tmp_path / "crops", r"x\.pt: no such checkpoint"),
     ):
         with pytest.raises(FileNotFoundError, match=line):

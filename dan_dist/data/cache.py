@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dan_dist.redaction import redact
 from shards.files import locked, read_bounded, sha256_of, write_atomically
 from shards.format import MANIFEST, MANIFEST_BYTES, ShardSet, copy_name, parse_manifest
-from shards.index import HEADER_BYTES, INDEX_DTYPE
+from shards.index import HEADER_BYTES, most_bytes
 
 T = TypeVar("T")
 
@@ -244,7 +244,8 @@ def _files(shards: ShardSet) -> list[FileEntry]:
     for split, own in shards.shards.items():
         samples = sum(shard.samples for shard in own)
         name, sha256 = shards.index_names[split], shards.index_sha256[split]
-        files.append(FileEntry(name, samples * INDEX_DTYPE.itemsize, sha256))
+        most = most_bytes(samples, len(shards.class_names))
+        files.append(FileEntry(name, most, sha256))
         files += [FileEntry(shard.name, shard.size_bytes, shard.sha256) for shard in own]
     return files
 

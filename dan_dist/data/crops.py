@@ -1,6 +1,11 @@
 """Image files that a person hands over, packed as a split of shards: read as training's are."""
 
-from collections.abc import Iterator, Sequence
+import logging
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -8,13 +13,21 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from shards import folders
+from shards.files import read_regular
 from shards.format import Sample, Split, write_shard
-from shards.images import MAX_PIXELS, decode, to_jpeg
+from shards.images import MAX_BYTES, SUFFIXES, decode, holds_one_value, to_jpeg
 from shards.index import INDEX_DTYPE
+from shards.pixels import is_flat
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2"}
-MAX_BYTES = 4 * MAX_PIXELS  # of one file
 AHEAD = 64  # images that are prepared before they are written
+STDIN = "-"
+LIST_SUFFIX = ".txt"
+MAX_LIST_BYTES = 1 << 30  # of a list of paths
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/.*")  # pathlib keeps one slash of two
+
+log = logging.getLogger(__name__)
 
 
 class PackedImages(NamedTuple):
@@ -34,60 +47,118 @@ class PackedImages(NamedTuple):
         return {path: fault for path, fault in self.given if fault}
 
 
-def find_images(given: Sequence[Path]) -> list[Path]:
-    """The files that are named, and all images in the folders that are, by name.
+class Prepared(NamedTuple):
+    """An image, ready to be packed."""
 
-    A path that does not exist, or a folder without images, is a FileNotFoundError.
+    jpeg: bytes
+    fault: str = ""  # why it could not be read
+    is_flat: bool = False  # all its pixels have one value
+
+
+def find_images(given: Sequence[Path]) -> list[Path]:
+    """The files that are named, in lists too, and all pictures in the folders that are, by name.
+
+    A list is `-`, the standard input, or a text file: a path a line, from the working folder. The
+    log counts what is passed over. What a list names and is not there is found when it is read.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, a folder without pictures, an empty list.
+        ValueError: an address.
     """
     found: list[Path] = []
     for path in given:
-        if path.is_dir():
-            files = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            inside = [p for p in files if p.is_file() or p.is_symlink()]  # a broken link is named
-            if not inside:
-                raise FileNotFoundError(f"{path}: no image in it ({', '.join(sorted(SUFFIXES))})")
-            found += sorted(inside)
-        elif path.is_file():
+        if str(path) == STDIN:
+            found += _listed(sys.stdin.buffer.read(MAX_LIST_BYTES).splitlines())
+        elif path.suffix.lower() == LIST_SUFFIX and path.is_file():
+            found += _listed(read_regular(path, MAX_LIST_BYTES).splitlines())
+        elif path.is_dir():
+            if not (inside := _below(path)):
+                endings = ", ".join(sorted(SUFFIXES))
+                raise FileNotFoundError(f"{path}: no image in it ({endings})")
+            found += inside
+        elif path.exists() or path.is_symlink():
             found.append(path)
+        elif _ADDRESS.fullmatch(str(path)):
+            raise ValueError(f"{path}: an address; download the file first")
         else:
             raise FileNotFoundError(f"{path}: no such file or folder")
+    if not found:
+        raise FileNotFoundError(f"{', '.join(map(str, given))}: no path in it")
     return found
 
 
-def pack_images(paths: Sequence[Path], folder: Path, *, size: int, threads: int) -> PackedImages:
-    """Writes images into a shard in `folder` as the packer would, `size` pixels wide and high."""
+def _listed(lines: Iterable[bytes]) -> Iterator[Path]:
+    for line in filter(bytes.strip, lines):
+        path = Path(os.fsdecode(line))
+        yield from _below(path) if path.is_dir() else [path]
+
+
+def _below(folder: Path) -> list[Path]:
+    """The pictures of a folder and all below it; links to files are followed wherever they lead."""
+    passed_over: Counter[str] = Counter()
+    root = folder.resolve()
+
+    def entries(inner: Path) -> folders.Entries:
+        found = []
+        for entry in folders.entries(inner, passed_over):
+            leads_out = entry.is_symlink() and entry.is_dir() and not (
+                Path(entry.path).resolve().is_relative_to(root)
+            )  # fmt: skip
+            if leads_out:
+                log.warning("left out %s: a link to a folder elsewhere", entry.path)
+            else:
+                found.append(entry)
+        return found
+
+    found = list(folders.walk(folder, entries, passed_over, once=True))
+    if passed_over:
+        log.info("passed over in %s: %s", folder, folders.describe(passed_over))
+    return found
+
+
+def pack_images(
+    paths: Sequence[Path], folder: Path, *, size: int, threads: int,
+    progress: Callable[[], object] | None = None,
+) -> PackedImages:  # fmt: skip
+    """Writes images into a shard in `folder` as the packer would, `size` pixels wide and high.
+
+    progress: called after each image; None shows a bar, of many images.
+    """
     given: list[tuple[Path, str]] = []
 
-    def samples() -> Iterator[Sample]:
-        for path, (jpeg, fault) in zip(paths, _prepared(paths, size, threads), strict=True):
-            given.append((path, fault))
-            if not fault:
-                yield Sample(f"{len(given):09d}", jpeg, 0)
+    def samples(done: Callable[[], object]) -> Iterator[Sample]:
+        for path, image in zip(paths, _prepared(paths, size, threads), strict=True):
+            done()
+            given.append((path, image.fault))
+            if image.is_flat:
+                log.warning("%s: all its pixels have one value", path)
+            if not image.fault:
+                yield Sample(f"{len(given):09d}", image.jpeg, 0)
 
-    shard, index = write_shard(folder / "crops.tar", samples())
+    with tqdm(
+        desc="reading", total=len(paths), disable=bool(progress) or len(paths) <= AHEAD
+    ) as bar:
+        shard, index = write_shard(folder / "crops.tar", samples(progress or bar.update))
     index = index if shard.samples else np.empty(0, INDEX_DTYPE)
     return PackedImages(Split("crops", folder, (shard,), index, (), size), given)
 
 
-def _prepared(paths: Sequence[Path], size: int, threads: int) -> Iterator[tuple[bytes, str]]:
-    """Each image's JPEG bytes, or its fault, in order; a bounded number in memory."""
-    hidden = len(paths) <= AHEAD
-    with ThreadPoolExecutor(threads) as pool, tqdm(paths, "reading", disable=hidden) as bar:
+def _prepared(paths: Sequence[Path], size: int, threads: int) -> Iterator[Prepared]:
+    """Each image, in order; a bounded number in memory."""
+    with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(paths), AHEAD):
-            for prepared in pool.map(lambda p: _prepare(p, size), paths[start : start + AHEAD]):
-                bar.update()
-                yield prepared
+            yield from pool.map(lambda p: _prepare(p, size), paths[start : start + AHEAD])
 
 
-def _prepare(path: Path, size: int) -> tuple[bytes, str]:
+def _prepare(path: Path, size: int) -> Prepared:
     try:
-        if (length := path.stat().st_size) > MAX_BYTES:
-            return b"", f"{length} bytes, at most {MAX_BYTES} are read"
-        jpeg, is_original = to_jpeg(path.read_bytes(), size)
-        if is_original:
-            decode(jpeg)  # bytes that are kept as they are have not been decoded yet
-        return jpeg, ""
+        jpeg, is_original = to_jpeg(read_regular(path, MAX_BYTES), size)
+        if is_original:  # its bytes have not been decoded yet
+            return Prepared(jpeg, is_flat=is_flat(decode(jpeg)))
+        return Prepared(jpeg, is_flat=holds_one_value(jpeg))
     except OSError as error:
-        return b"", error.strerror or str(error)
+        if _ADDRESS.fullmatch(str(path)):
+            return Prepared(b"", "an address; download the file first")
+        return Prepared(b"", error.strerror or str(error))
     except ValueError as error:
-        return b"", str(error)
+        return Prepared(b"", str(error))

@@ -9,11 +9,13 @@ nothing to fast-forward on resume.
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.utils.dlpack
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dan_dist.data.augment import Augment, placements
@@ -22,6 +24,7 @@ from dan_dist.data.order import EvaluationOrder, Request, TrainOrder
 from dan_dist.data.reader import READERS, Reader, decoding_fault
 from dan_dist.data.sampler import rank_columns
 from shards.format import Split
+from shards.index import soft_of
 
 STEPS_AHEAD = 4  # steps whose bytes are fetched in advance, before DALI's own queue
 ADVISED_AHEAD = 12  # steps that the kernel is advised of: many cold reads are then under way
@@ -32,14 +35,26 @@ class Batch(NamedTuple):
     """One rank's columns of a global batch."""
 
     images: Tensor  # (n, 3, S, S) float32, normalised, channels_last
-    labels: Tensor  # (n,) int64; −1 where an evaluation step is padded
+    # (n,) int64, −1 where an evaluation step is padded; or of soft labels (n, 1 + classes) float32,
+    # the class and then the share of each class
+    labels: Tensor
     ids: Tensor  # (n,) int64 on the CPU: sample numbers in the split's index
+
+
+class Made(NamedTuple):
+    """A batch before its labels are on the device."""
+
+    images: Tensor
+    labels: Tensor  # as the batch's
+    ids: Tensor
+    replaced: int  # images that stand in for damaged ones
 
 
 class Loader:
     """Endless batches of one rank from global step `start` on.
 
-    `wait_s` adds up the time that `next` spent waiting; `replaced` is the number of images of the
+    `wait_s` adds up the time that `next` spent waiting; `soft`: labels come with the shares of
+    classes that the index has. `replaced` is the number of images of the
     last batch that stand in for damaged ones. In evaluation (`augment` None) pixels are
     decoded, resized where the shards' size differs, and normalised, nothing else.
     """
@@ -54,25 +69,26 @@ class Loader:
         device: torch.device,
         threads: int,
         start: int = 0,
+        soft: bool = False,
     ) -> None:
         self.reader, self.order, self.augment = reader, order, augment
         self.image_size, self.resize = image_size, reader.split.image_size != image_size
-        self.device, self.threads = device, threads
+        self.device, self.threads, self.soft = device, threads, soft
         self.step, self.wait_s, self.replaced = start, 0.0, 0
         self._making = start  # the step whose batch is made next
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
         self._maker = ThreadPoolExecutor(1, "batches", initializer=self._enter_thread)
-        self._next: Future[tuple[Tensor, Tensor, int]] | None = None
+        self._next: Future[Made] | None = None
         self._build()
 
     def __next__(self) -> Batch:
         began = time.perf_counter()
-        images, numbers, replaced = (self._next or self._maker.submit(self._make)).result()
+        made = (self._next or self._maker.submit(self._make)).result()
         self._next = self._maker.submit(self._make)
-        labels = numbers[:, 0].to(self.device, non_blocking=True)
-        self.step, self.replaced = self.step + 1, replaced
+        labels = made.labels.to(self.device, non_blocking=True)
+        self.step, self.replaced = self.step + 1, made.replaced
         self.wait_s += time.perf_counter() - began
-        return Batch(images, labels, numbers[:, 1])
+        return Batch(made.images, labels, made.ids)
 
     def __enter__(self) -> "Loader":
         return self
@@ -93,8 +109,7 @@ class Loader:
         if self.device.type == "cuda":  # else a thread's is the first GPU
             torch.cuda.set_device(self.device)
 
-    def _make(self) -> tuple[Tensor, Tensor, int]:
-        """The next images, their labels and ids, and how many stand in for damaged ones."""
+    def _make(self) -> Made:
         while True:
             try:
                 images, numbers = self._pipeline.run()
@@ -102,15 +117,21 @@ class Loader:
             except RuntimeError as error:
                 self._set_aside_undecodable(error)
         pixels = torch.utils.dlpack.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-        replaced = self._replaced.pop(self._making)
+        replaced, shares = self._replaced.pop(self._making), self._shares.pop(self._making, None)
         self._making += 1
-        return pixels, torch.utils.dlpack.from_dlpack(numbers.as_tensor()), replaced
+        columns = torch.utils.dlpack.from_dlpack(numbers.as_tensor())
+        labels, ids = columns[:, 0], columns[:, 1]
+        if shares is not None:
+            labels = torch.cat([labels[:, None].float(), torch.from_numpy(shares)], dim=1)
+            labels = labels.pin_memory() if self.device.type == "cuda" else labels
+        return Made(pixels, labels, ids, replaced)
 
     def _build(self) -> None:
         """A pipeline whose iteration 0 is the step that is made next."""
         self._first = self._making
         self._requests: dict[int, Request] = {}
         self._replaced: dict[int, int] = {}
+        self._shares: dict[int, NDArray[np.float32]] = {}
         self._fetched: dict[int, Callable[[], object]] = {}
         self._pipeline = self.pipeline(self.feed)
 
@@ -148,9 +169,17 @@ class Loader:
         labels[request.ids < 0] = -1
         numbers = np.stack([labels, request.ids], axis=1)
         self._replaced[step] = sum(i in self.reader.bad for i in request.ids.tolist())
+        if self.soft:
+            self._shares[step] = self._soft_labels(request.ids.tolist())
         if self.augment is None or request.uniforms is None:
             return images, numbers
         return images, numbers, *placements(request.uniforms, self.augment, self.image_size)
+
+    def _soft_labels(self, samples: list[int]) -> NDArray[np.float32]:
+        """The shares of classes of each sample, or of the one that stands in for it."""
+        used = [self.reader.find(k)[0] if k in self.reader.bad else k for k in samples]
+        shares: NDArray[np.float32] = self.reader.split.index["soft"][used]
+        return shares
 
     def _ids(self, step: int) -> list[int]:
         ids: list[int] = np.maximum(self._requests[step].ids, 0).tolist()
@@ -173,6 +202,15 @@ class Loader:
             self.reader.report(sample, fault)
         del self._pipeline
         self._build()
+
+
+def check_soft_labels(split: Split, root: Path) -> None:
+    """Refuses, as a ValueError, a split without votes or shares of classes in its index."""
+    if soft_of(split.index) is None:
+        raise ValueError(
+            f"{root}: loss.classification=soft needs votes or soft labels of every image, as "
+            "ferplus and AffectNet+ have them; the index has none"
+        )
 
 
 def evaluation_loader(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dan_dist.data import shares
 from dan_dist.data.shares import Shares
 from shards.format import Shard, ShardSet, Split, open_shardset
+from shards.index import soft_of, with_soft, without_soft
 
 
 class Part(NamedTuple):
@@ -50,12 +51,18 @@ class JoinedSet(ShardSet):
     def split(self, name: str) -> JoinedSplit:
         """Opens the split of each set."""
         shards, rows = list[Shard](), []
-        for part in self.parts:
-            own = part.shards.split(name)
-            index = np.array(own.index)  # a copy in memory, as labels and shards change
-            names = _names(part)
-            index["label"] = np.array([self.class_names.index(n) for n in names])[index["label"]]
+        splits = [part.shards.split(name) for part in self.parts]
+        has_soft = all(soft_of(own.index) is not None for own in splits)
+        for part, own in zip(self.parts, splits, strict=True):
+            index = without_soft(own.index)  # a copy in memory, as labels and shards change
+            columns = [self.class_names.index(n) for n in _names(part)]
+            index["label"] = np.array(columns)[index["label"]]
             index["shard"] += len(shards)
+            if has_soft:
+                shares = np.zeros((len(index), len(self.class_names)), np.float32)
+                for column, share in zip(columns, own.index["soft"].T, strict=True):
+                    shares[:, column] += share
+                index = with_soft(index, shares)
             rows.append(index)
             shards += [replace(s, name=str(own.root / s.name), label=None) for s in own.shards]
         return JoinedSplit(

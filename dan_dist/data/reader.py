@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from dan_dist.data.graph import Source, as_batch
 from dan_dist.data.mixture import groups_of, set_of
 from shards.format import Split
+from shards.images import FORMATS
 
 READERS = 4  # threads; they wait for storage, not for a core
 CHUNK = 64  # images a reader thread fetches at a time: fewer, and threads wait for each other
@@ -43,7 +44,7 @@ def readable_key(split: Split, sample: int) -> str:
 def decoding_fault(jpeg: bytes) -> str:
     """Why an image cannot be decoded; empty where it can be."""
     try:
-        Image.open(io.BytesIO(jpeg)).load()
+        Image.open(io.BytesIO(jpeg), formats=FORMATS).load()
     except UnidentifiedImageError:
         return "cannot be decoded: not an image of a known format"
     except (OSError, SyntaxError, ValueError) as reason:  # what Pillow raises for bad data

@@ -100,6 +100,7 @@ class StepOptions:
     compile: bool = False
     capture: bool = False  # as a CUDA graph, by `Engine.warm_up`
     may_skip: bool = False  # a step that is not finite changes nothing, instead of the weights
+    soft: bool = False  # labels come with the share of each class
     deterministic: bool = False  # only algorithms that repeat to the bit on the same GPUs
 
 
@@ -161,7 +162,11 @@ class Engine:
         device, size, scale = self.world.device, image_size, self.scaler.state_dict()
         with self._memory_named(), put_back(self._changed, device):
             images = torch.randn(n, size, size, 3, device=device).permute(0, 3, 1, 2)
-            labels = torch.arange(n, device=device) % self.objective.network.classifier.out_features
+            classes = self.objective.network.classifier.out_features
+            labels = torch.arange(n, device=device) % classes
+            if self.options.soft:
+                shares = torch.eye(classes, device=device)[labels]
+                labels = torch.cat([labels[:, None], shares], dim=1)
             flags = torch.zeros(3, dtype=self.dtype, device=device)
             if not self.options.capture:
                 self._step(images, labels, flags)

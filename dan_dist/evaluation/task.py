@@ -62,6 +62,9 @@ def expressions(shards: ShardSet, train: Split, val: Split) -> Task:
     classes = len(shards.class_names)
     if any(own.start == own.stop for own in bounds_of(val)):  # of any set
         raise ValueError(f"{shards.root}: split '{val.name}' is empty")
+    if len(untrained := np.setdiff1d(np.arange(classes), _present(train))):
+        names = ", ".join(shards.class_names[k] for k in untrained)
+        log.warning("%s: no training images of %s", shards.root, names)
     unknown = np.setdiff1d(_present(val), _present(train))
     if len(unknown):
         raise ValueError(

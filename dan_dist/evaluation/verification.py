@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.format import Split
-from shards.releases.source import lines, safe_key
+from shards.releases.source import Source, lines, safe_key
 
 FOLDS = 10
 FAR = 1e-3  # false accept rate at which the true accept rate is given
@@ -105,7 +105,7 @@ def read_pairs(path: Path, split: Split) -> Pairs:
         raise FileNotFoundError(f"data.pairs_file {path}: no such file")
     numbers = _numbers(split)
     found: list[tuple[int, int, bool]] = []
-    for where, begin, text in lines(path, path.parent):
+    for where, begin, text in lines(path, Source(path.parent)):
         words = [word.strip() for word in text.split("\t" if "\t" in text else None)]
         if begin < 4 and all(word.isdecimal() for word in words):  # a byte order mark may precede
             if words[0] != str(FOLDS):

@@ -124,12 +124,16 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, global_batch: int) -> Loss:
         """images (n,3,S,S), labels (n,) int64: n of the `global_batch` images of one step.
 
+        Soft labels are (n, 1 + classes) float32: the class, then the share of each class.
+
         The loss is the part of the global mean that these images contribute: summed over all ranks
         and micro-batches of a step it is the mean over the global batch, however it was split.
         """
         output = self.network(images)
         dtype = torch.float64 if output.logits.dtype == torch.float64 else torch.float32
-        share = len(labels) / global_batch
+        share, targets = len(labels) / global_batch, labels
+        if labels.dim() == 2:
+            labels, targets = labels[:, 0].long(), labels[:, 1:].to(dtype)
         logits, features = output.logits.to(dtype), output.features.to(dtype)
         zero = logits.new_zeros(())
         # Autocast would run some of these reductions in bfloat16: variances need float32.
@@ -137,7 +141,7 @@ class Objective(nn.Module):
             if self.margin is not None:
                 logits = arcface_logits(logits, labels, self.margin)
             classification = (
-                F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing) * share
+                F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing) * share
             )
             fcn = afn = zero
             if self.fcn == "affinity":

@@ -15,6 +15,8 @@ from dan_dist.options import Precision
 from dan_dist.run.checkpoint import BEST, FORMAT, NETWORK, check, learned, read
 from dan_dist.run.plain import escape
 from dan_dist.schema import MOST_HEADS, MOST_PIXELS
+from shards.files import read_regular
+from shards.kinds import HEAD_BYTES, ONNX, ZIP, begins_as_picture, describe
 
 Which = Literal["auto", "average", "trained"]  # of a checkpoint's weights
 
@@ -115,6 +117,7 @@ def load_trained(
     path = path / BEST if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    check_kind(path)
     content = read(path)
     if content.get("format") != FORMAT:
         if weights == "average":
@@ -132,6 +135,18 @@ def load_trained(
             f"{path} has the classes {join_names(trained.class_names)}, not those of '{classes}'"
         )
     return trained
+
+
+def check_kind(path: Path) -> None:
+    """ValueError: a file that is something else than weights, by its first bytes; says what."""
+    head = read_regular(path, HEAD_BYTES, cut=True)
+    if begins_as_picture(head):
+        raise ValueError(f"{path}: a picture, expected a checkpoint; images are named after it")
+    kind = describe(head, path.name)
+    if kind == ONNX:
+        kind += "; name the checkpoint that it was exported from"
+    if kind and not kind.startswith(ZIP):
+        raise ValueError(f"{path}: expected a checkpoint, this is {kind}")
 
 
 def _ours(path: Path, content: dict[str, Any], weights: Which) -> Trained:

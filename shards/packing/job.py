@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from shards.files import write_atomically
 from shards.format import Sample, Shard, write_shard
-from shards.images import to_jpeg
-from shards.index import INDEX_DTYPE
+from shards.images import holds_one_value, to_jpeg
+from shards.index import INDEX_DTYPE, with_soft
 from shards.release import Item, Read
 
 SUFFIXES = (".tar", ".idx")
@@ -24,9 +24,10 @@ class Record:
     """A finished shard that no manifest lists yet."""
 
     shard: Shard
-    rows: NDArray[Any]  # (samples,) INDEX_DTYPE, shard number 0
+    rows: NDArray[Any]  # (samples,) INDEX_DTYPE or index_dtype, shard number 0
     drops: list[str]  # names and reasons of the images left out
     verbatim: int  # images whose bytes are the original ones
+    flat: list[str]  # keys of images all of whose pixels have one value
 
 
 def write_job(
@@ -34,27 +35,34 @@ def write_job(
 ) -> list[str]:
     """Writes one shard and its record; returns the names and reasons of the images left out."""
     drops: list[str] = []
+    flat: list[str] = []
+    soft: list[tuple[float, ...]] = []
     verbatim = 0
 
     def samples() -> Iterator[Sample]:
         nonlocal verbatim
         for item in items:
             try:
-                image, meta = read(item)
-                jpeg, is_original = to_jpeg(image, size)
+                content = read(item)
+                jpeg, is_original = to_jpeg(content.image, size)
             except ValueError as error:
                 file = item.source if isinstance(item.source, str) else item.source[0]
                 drops.append(f"{split}/{item.key} ({file}): {error}")
                 continue
             verbatim += is_original
-            yield Sample(item.key, jpeg, item.label, meta)
+            if holds_one_value(jpeg):
+                flat.append(f"{split}/{item.key}")
+            if content.soft is not None:
+                soft.append(content.soft)
+            yield Sample(item.key, jpeg, item.label, content.meta)
 
     path = out / f"{name}.tar"
     try:
         shard, rows = write_shard(path, samples())
+        assert len(soft) in (0, len(rows)), "a release has votes of all its images, or of none"
         sizes = {suffix: path.with_suffix(suffix).stat().st_size for suffix in SUFFIXES}
-        record = {"shard": asdict(shard), "rows": rows.tolist(), "drops": drops,
-                  "verbatim": verbatim, "size_bytes": sizes}  # fmt: skip
+        record = {"shard": asdict(shard), "rows": rows.tolist(), "soft": soft, "drops": drops,
+                  "verbatim": verbatim, "flat": flat, "size_bytes": sizes}  # fmt: skip
         write_atomically(path.with_suffix(".done"), json.dumps(record))
     except OSError as error:
         if error.errno is None or error.filename is not None:
@@ -71,7 +79,10 @@ def read_record(out: Path, name: str) -> Record | None:
         sizes = {suffix: (out / f"{name}{suffix}").stat().st_size for suffix in SUFFIXES}
         # An array at once: as Python numbers, the rows of ten million samples fill gigabytes.
         rows = np.array([tuple(row) for row in record["rows"]], INDEX_DTYPE)
-        found = Record(Shard(**record["shard"]), rows, record["drops"], record["verbatim"])
+        if soft := record.get("soft"):  # neither is in records of former versions
+            rows = with_soft(rows, np.array(soft))
+        flat = record.get("flat", [])
+        found = Record(Shard(**record["shard"]), rows, record["drops"], record["verbatim"], flat)
         return found if sizes == record["size_bytes"] else None
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         return None

@@ -14,17 +14,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from shards.folders import describe
 from shards.format import MANIFEST, Manifest, open_shardset, write_index, write_manifest
 from shards.images import JPEG_QUALITY
 from shards.limits import core_count
 from shards.packing.claim import STATE, claim, is_finished, locked_for_packing, remove_partials
-from shards.packing.job import SUFFIXES, read_record, write_job
+from shards.packing.job import SUFFIXES, Record, read_record, write_job
 from shards.packing.plan import Job, Plan, plan_pack, read_plan
 from shards.packing.pool import in_processes
 from shards.release import NAMES_KEPT, Release
 
 SHARD_SIZE = 1000  # images: some 15 MB of 224 px faces
 MAX_UNREADABLE = 0.01  # of the listed images; more stop the pack
+
+NAMES_SHOWN = 5  # of images of a single value
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,8 @@ def pack(
         raise ValueError(f"part {number} of {parts}: expected 1 to {parts}")
     if overwrite and parts > 1:
         raise ValueError("--overwrite and --part: one part would remove what the others wrote")
+    if passed_over := release.left_out.passed_over:
+        log.info("passed over: %s", describe(passed_over))
     plan, jobs = plan_pack(release, size, shard_size)
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -137,10 +142,11 @@ def _remaining(jobs: list[Job], out: Path, limit: int) -> tuple[list[Job], int]:
     """The jobs without a record, and how many images the recorded ones left out.
 
     Where those are more than `limit`, an earlier run stopped for it: their shards are tried again,
-    as the source may have been mended since.
+    as the source may have been mended since. So are shards of which no image was readable.
     """
     records = {job.name: read_record(out, job.name) for job in jobs}
-    dropped = {name: len(record.drops) for name, record in records.items() if record}
+    dropped = {name: len(record.drops) for name, record in records.items()
+               if record and record.shard.samples}  # fmt: skip
     if sum(dropped.values()) > limit:
         dropped = {name: 0 for name, drops in dropped.items() if not drops}
     return [job for job in jobs if job.name not in dropped], sum(dropped.values())
@@ -163,6 +169,40 @@ def _finish(out: Path, plan: Plan) -> Path:
     return out / MANIFEST
 
 
+def _warn_of_flat(plan: Plan, split: str, records: list[Record]) -> None:
+    """Names images of a single value, and classes without others: what was spoilt looks so."""
+    flat = [key for record in records for key in record.flat]
+    if not flat:
+        return
+    images = sum(record.shard.samples for record in records)
+    more = ["…"] if len(flat) > NAMES_SHOWN else []
+    log.warning("WARNING: in %d of %d images of split '%s' all pixels have one value: %s",
+                len(flat), images, split, ", ".join(flat[:NAMES_SHOWN] + more))  # fmt: skip
+    for label, name in enumerate(plan.class_names):
+        own = [record for record in records if record.shard.label == label]
+        if own and all(len(record.flat) == record.shard.samples for record in own):
+            log.warning("WARNING: so have all images of class '%s'", name)
+
+
+def _check_classes(plan: Plan, split: str, shipped: set[str]) -> None:
+    """Refuses a class without training images, all of whose are unreadable; warns in other splits.
+
+    A class's shards are named after it; those of mixed labels are named after the split alone.
+    """
+    names = plan.shards[split]
+    kept = {name.rpartition("-")[0] for name in names if f"{name}.tar" in shipped}
+    for emptied in dict.fromkeys(name.rpartition("-")[0] for name in names):
+        if emptied in kept:
+            continue
+        lost = plan.class_names[int(emptied.rpartition("-")[2])]
+        if split == "train":
+            raise ValueError(
+                f"{plan.dataset}: class '{lost}' has no training images left: none that is listed "
+                "is readable; mend one, or leave the class out"
+            )
+        log.warning("WARNING: class '%s' has no image left in split '%s'", lost, split)
+
+
 def _join(out: Path, plan: Plan, names: list[str]) -> None:
     found = {name: read_record(out, name) for name in names}
     records = {name: record for name, record in found.items() if record}
@@ -179,10 +219,12 @@ def _join(out: Path, plan: Plan, names: list[str]) -> None:
         own = [records[name] for name in own_names if records[name].shard.samples]
         if not own:
             raise ValueError(f"{plan.dataset}: no image of split '{split}' is readable")
+        _check_classes(plan, split, {record.shard.name for record in own})
         for number, record in enumerate(own):
             record.rows["shard"] = number
         rows = np.concatenate([record.rows for record in own])
         shards = [record.shard for record in own]
+        _warn_of_flat(plan, split, own)
         splits[split] = write_index(out, split, shards, rows, len(plan.class_names))
     verbatim = sum(record.verbatim for record in records.values())
     total = sum(split["samples"] for split in splits.values())

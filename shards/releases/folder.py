@@ -1,54 +1,97 @@
 """Any folder tree train/<class>/*, val/<class>/* (test/ and other splits likewise)."""
 
+import unicodedata
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from shards.release import Item, LeftOut, Release
-from shards.releases.source import Keys, entries, plain_name, read, walk
+from shards.releases.layout import contents, inner, visible
+from shards.releases.source import Keys, Source, open_source, plain_name, read
+from shards.releases.trees import Skip, images_of, subfolders
+
+SPLITS = ("train", "val", "test")  # their folders may be written in any case
 
 
-def release(source: str | Path) -> Release:
+def release(
+    source: str | Path | Source, *, skip: Sequence[str] = (), is_divided: bool = False
+) -> Release:
     """The images of a folder tree; classes are train's folder names in alphabetical order.
 
-    Hidden files are passed over; links that lead out of `source`, and files deeper than a class's
-    folder, are left out. A file that is no image is found by its content when it is packed.
+    Names meet in any case and Unicode form. The tree may lie in a folder of its own. Hidden files
+    are passed over; links that lead out of `source`, and files deeper than a class's folder, are
+    left out. A file that is no image is found by its content when it is packed.
+
+    skip: names of folders that are passed over. is_divided: the tree may have no splits, as the
+    caller divides it: all images are then those of "train".
+
+    Raises:
+        FileNotFoundError: no train/, and none is to be made. ValueError: a class that train/ lacks,
+            a name twice, a folder without classes, or a name in `skip` that no folder has.
     """
-    root = Path(source)
-    left_out = LeftOut(root)
-    if not (root / "train").is_dir():
-        raise FileNotFoundError(
-            f"{root / 'train'} not found; expected {root}/train/<class>/<images>"
-        )
-    trees = {
-        split.name: [c.name for c in entries(Path(split.path), root, left_out) if c.is_dir()]
-        for split in entries(root, root, left_out)
-        if split.is_dir()
+    source = open_source(source)
+    left_out, skipped = LeftOut(source.root), Skip(skip)
+    trees = _splits(source, left_out, skipped, is_divided=is_divided)
+    folders = {
+        split: subfolders(inner(home), source, left_out, skipped) for split, home in trees.items()
     }
-    names = tuple(trees.get("train", ()))
-    if not names:
-        raise ValueError(f"{root / 'train'} holds no class folders")
+    if not folders["train"]:
+        raise ValueError(f"{trees['train']} holds no class folders")
+    labels = {name: label for label, name in enumerate(folders["train"])}
     splits: dict[str, list[Item]] = {}
-    for split, classes in trees.items():
-        unknown = sorted(set(classes) - set(names))
-        if unknown:
-            raise ValueError(f"{root / split / unknown[0]}: class '{unknown[0]}' is not in train/")
+    for split, classes in folders.items():
+        if not classes:
+            raise ValueError(
+                f"{trees[split]} holds no class folders; --skip {plain_name(split)} passes it over"
+            )
+        for name in classes.keys() - labels.keys():
+            raise ValueError(
+                f"{classes[name]}: class '{plain_name(classes[name].name)}' is not in train/; "
+                f"--skip {plain_name(split)} passes a side folder over"
+            )
         keys, splits[split] = Keys(), []
-        for name in classes:
-            for image in entries(root / split / name, root, left_out):
-                source = f"{split}/{name}/{image.name}"
-                if image.is_file():
-                    key = keys.make(f"{name}_{Path(image.name).stem}", f"{name}_{image.name}")
-                    splits[split].append(Item(key, names.index(name), source))
-                elif not image.is_dir():
-                    left_out.add("no regular file", root / source)
-                elif deeper := sum(1 for _ in walk(root / source, root, left_out)):
-                    left_out.add("deeper than a class's folder", root / source, images=deeper)
+        for name in filter(classes.__contains__, labels):
+            own = _composed(folders["train"][name].name)
+            for image in images_of(classes[name], source, left_out):
+                key = keys.make(f"{own}_{image.stem}", f"{own}_{image.name}")
+                splits[split].append(Item(key, labels[name], source.relative(image)))
+    skipped.check()
+    names = tuple(plain_name(_composed(home.name)) for home in folders["train"].values())
     splits = {"train": splits.pop("train"), **splits}
-    return Release(
-        "folder",
-        "train/<class>/<images>",
-        tuple(map(plain_name, names)),
-        splits,
-        partial(read, root=root.absolute()),
-        left_out,
-    )
+    reader = partial(read, source=source.absolute())
+    return Release("folder", "train/<class>/<images>", names, splits, reader, left_out)
+
+
+def _splits(source: Source, left_out: LeftOut, skip: Skip, *, is_divided: bool) -> dict[str, Path]:
+    """The folder of each split: of the source, or of the one folder in it that holds train/."""
+    own = subfolders(source.root, source, left_out, skip)
+    if "train" not in own:
+        homes = {home: subfolders(home, source, LeftOut(source.root), skip)
+                 for home in map(inner, own.values())}  # fmt: skip
+        deeper = [home for home, found in homes.items() if "train" in found]
+        if len(deeper) > 1:
+            raise ValueError(f"{deeper[0]} and {deeper[1]} both hold train/; --source is one tree")
+        if not deeper and is_divided:
+            return {"train": _undivided(source, own)}
+        if not deeper:
+            raise FileNotFoundError(_no_train(source, own))
+        own = homes[deeper[0]]
+    return {name if name in SPLITS else home.name: home for name, home in own.items()}
+
+
+def _undivided(source: Source, own: dict[str, Path]) -> Path:
+    """The folder that holds the class folders: the source, or the one folder in it."""
+    only = next(iter(own.values())) if len(own) == 1 else None
+    return only if only and any(entry.is_dir() for entry in visible(only)) else source.root
+
+
+def _no_train(source: Source, own: dict[str, Path]) -> str:
+    home = source.root / "train"
+    text = f"{home} not found; expected {home}/<class>/<images>, {contents(source)}"
+    if len(own) > 1:
+        text += "; where these are classes, --split 0.8 makes splits of them"
+    return text
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)

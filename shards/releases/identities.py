@@ -14,8 +14,17 @@ from typing import overload
 
 import numpy as np
 
+from shards.folders import is_picture
 from shards.release import Item, LeftOut, Release
-from shards.releases.source import entries, plain_name, read, safe_key, walk
+from shards.releases.source import (
+    Source,
+    entries,
+    open_source,
+    plain_name,
+    read,
+    safe_key,
+    walk,
+)
 
 HELD_OUT_SEED = 0
 HELD_OUT_SHARE, HELD_OUT_MOST = 10, 1000  # by default one identity in ten, at most a thousand …
@@ -82,23 +91,24 @@ class Images(Sequence[Item]):
         return Item(key, number, f"{self.identities[label]}/{file}")
 
 
-def release(source: str | Path, held_out: int | None = None) -> Release:
+def release(source: str | Path | Source, held_out: int | None = None) -> Release:
     """All identities, which are the classes: first those of the split "train", then those of "val".
 
     Both stand in the order of their names. held_out: identities of "val"; without any there is no
     such split. None: a tenth of all, at least 20 and at most 1,000; none of fewer than 40.
     """
-    root, images = Path(source), Images()
-    left_out = LeftOut(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} not found; expected {root}/<identity>/<images>")
-    for folder in entries(root, root, left_out):
+    source, images = open_source(source), Images()
+    root, left_out = source.root, LeftOut(source.root)
+    for folder in entries(root, source, left_out):
         if not folder.is_dir():
             continue
-        content = entries(Path(folder.path), root, left_out)
-        files = [entry.name for entry in content if entry.is_file()]
+        content = entries(Path(folder.path), source, left_out)
+        files = [
+            entry.name for entry in content
+            if entry.is_file() and is_picture(entry, left_out.passed_over)
+        ]  # fmt: skip
         for inner in (entry.path for entry in content if entry.is_dir()):
-            if deeper := sum(1 for _ in walk(Path(inner), root, left_out)):
+            if deeper := sum(1 for _ in walk(Path(inner), source, left_out)):
                 left_out.add("deeper than an identity's folder", inner, images=deeper)
         if files:
             images.add(folder.name, files)
@@ -117,5 +127,5 @@ def release(source: str | Path, held_out: int | None = None) -> Release:
         "identities", "<identity>/<images>",
         tuple(map(plain_name, [*train.identities, *val.identities])),
         {"train": train, "val": val} if held_out else {"train": train},
-        partial(read, root=root.absolute()), left_out, mixed=True,
+        partial(read, source=source.absolute()), left_out, mixed=True,
     )  # fmt: skip

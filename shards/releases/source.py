@@ -1,7 +1,8 @@
 """Reading a release as downloaded: files, lists, keys, and counts beside the official ones.
 
-Nothing outside the source folder is read: links and relative paths that lead out of it are refused.
-Messages name files relative to the source, as they may go into the manifest.
+Nothing outside the source folder is read: links and relative paths that lead out of it are refused,
+but for links into a folder that the user names. Messages name files relative to the source, as they
+may go into the manifest.
 """
 
 import errno
@@ -9,74 +10,102 @@ import hashlib
 import logging
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from shards import folders
+from shards.files import read_regular
+from shards.images import MAX_BYTES
 from shards.release import Content, Item, LeftOut
 
 MAX_STEM = 72  # characters of a key; a longer one is cut
-MAX_BYTES = 200_000_000  # of one file: a larger one is no picture of a face
-LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # which file managers leave in folders
+
+LEADS_OUT = "a link that leads out of the source"
+FOLLOW = "--follow-links FOLDER follows links into FOLDER"
 
 log = logging.getLogger(__name__)
 
 
-def entries(folder: Path, root: Path, left_out: LeftOut) -> list[os.DirEntry[str]]:
-    """The entries of a folder, by name, without hidden ones and links that lead out of `root`."""
-    if not _is_inside(str(folder), str(root)):
-        raise ValueError(f"{folder} is a link that leads out of the source")
+@dataclass(frozen=True)
+class Source:
+    """A release's folder; links are followed within it, and into another folder where one is named.
+
+    Raises:
+        FileNotFoundError: a folder that is named is not there.
+    """
+
+    root: Path
+    links: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.links is not None and not self.links.is_dir():
+            raise FileNotFoundError(f"--follow-links {self.links} not found, expected a folder")
+
+    def absolute(self) -> "Source":
+        """The same, whatever a worker's working folder."""
+        return Source(self.root.absolute(), self.links and self.links.absolute())
+
+    def holds(self, path: str | Path) -> bool:
+        """Whether a path, its links followed, lies where this source may be read."""
+        found = _is_inside(str(path), str(self.root))
+        return found or (self.links is not None and _is_inside(str(path), str(self.links)))
+
+    def relative(self, path: str | Path) -> str:
+        """The path of a file, relative to the folder, as items and lists have it."""
+        return Path(path).relative_to(self.root).as_posix()
+
+
+def open_source(source: str | Path | Source) -> Source:
+    """The folder as a source, that there is such a folder being checked.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = source if isinstance(source, Source) else Source(Path(source))
+    if not found.root.is_dir():
+        raise FileNotFoundError(f"{found.root} not found, expected the release's folder")
+    return found
+
+
+def entries(folder: Path, source: Source, left_out: LeftOut) -> list[os.DirEntry[str]]:
+    """The entries of a folder, by name, without hidden ones and links that lead out of `source`."""
+    if not source.holds(folder):
+        raise ValueError(f"{folder} is {LEADS_OUT}; {FOLLOW}")
     found = []
-    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
-        if entry.name.startswith(".") or entry.name.lower() in LITTER:
-            continue
-        if entry.is_symlink() and not _is_inside(entry.path, str(root)):
-            left_out.add("a link that leads out of the source", entry.path)
+    for entry in folders.entries(folder, left_out.passed_over):
+        if entry.is_symlink() and not source.holds(entry.path):
+            left_out.add(LEADS_OUT, entry.path)
             continue
         found.append(entry)
     return found
 
 
-def walk(folder: Path, root: Path, left_out: LeftOut) -> Iterator[str]:
-    """The files of a folder and all below it, as paths relative to `root`."""
-    for entry in entries(folder, root, left_out):
-        path = Path(entry.path)
-        if not entry.is_dir():
-            yield path.relative_to(root).as_posix()
-        elif not folder.resolve().is_relative_to(path.resolve()):  # else a link to where we are
-            yield from walk(path, root, left_out)
+def walk(folder: Path, source: Source, left_out: LeftOut) -> Iterator[str]:
+    """The pictures of a folder and all below it, as paths relative to the source's."""
+    for path in folders.walk(folder, lambda f: entries(f, source, left_out), left_out.passed_over):
+        yield source.relative(path)
 
 
-def read_file(root: Path, relative: str) -> bytes:
+def read_file(source: Source, relative: str) -> bytes:
     """The bytes of a file of the source; ValueError: it lies outside, is no file, or a huge one."""
-    path = f"{root}/{relative}"  # text: pathlib takes as long as the reading
-    if leads_out(relative) or not _is_inside(os.path.dirname(path), str(root)):  # noqa: PTH120
+    path = f"{source.root}/{relative}"  # text: pathlib takes as long as the reading
+    if leads_out(relative) or not source.holds(os.path.dirname(path)):  # noqa: PTH120
         raise ValueError(f"{relative} leads out of the source")
-    flags = os.O_RDONLY | os.O_NONBLOCK  # opening a pipe does not wait for its writer
     try:
-        file = os.open(path, flags | os.O_NOFOLLOW)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        if not _is_inside(path, str(root)):
-            raise ValueError(f"{relative} is a link that leads out of the source") from error
-        file = os.open(path, flags)
-    try:
-        status, parts = os.fstat(file), []
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{relative} is no regular file")
-        if status.st_size > MAX_BYTES:
-            raise ValueError(f"{relative} has {status.st_size} bytes, at most {MAX_BYTES} are read")
-        while part := os.read(file, status.st_size + 1):  # a file object takes as long again
-            parts.append(part)
-        return b"".join(parts)
-    except OSError as error:  # Python's own names no file
-        raise OSError(error.errno, error.strerror, path) from error
-    finally:
-        os.close(file)
+        try:
+            return read_regular(path, MAX_BYTES, follow=False)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            if not source.holds(path):
+                raise ValueError(f"{LEADS_OUT}; {FOLLOW}") from error
+            return read_regular(path, MAX_BYTES)
+    except ValueError as error:
+        raise ValueError(f"{relative}: {error}") from error
 
 
 def leads_out(relative: str) -> bool:
@@ -89,10 +118,10 @@ def _is_inside(path: str, root: str) -> bool:
     return Path(path).resolve().is_relative_to(Path(root).resolve())
 
 
-def lines(path: Path, root: Path) -> Iterator[tuple[str, int, str]]:
+def lines(path: Path, source: Source) -> Iterator[tuple[str, int, str]]:
     """(where it stands, byte at which it begins, text) of each line that is not blank."""
-    if not _is_inside(str(path), str(root)):
-        raise ValueError(f"{path} is a link that leads out of the source")
+    if not source.holds(path):
+        raise ValueError(f"{path} is {LEADS_OUT}; {FOLLOW}")
     with path.open("rb") as file:
         at = len(b"\xef\xbb\xbf") if file.read(3) == b"\xef\xbb\xbf" else 0  # a byte order mark
         file.seek(at)
@@ -119,9 +148,9 @@ def plain_name(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
-def read(item: Item, root: Path) -> Content:
+def read(item: Item, source: Source) -> Content:
     """The bytes of the file that an item names, for releases that keep nothing beside an image."""
-    return Content(read_file(root, item.source))
+    return Content(read_file(source, item.source))
 
 
 class Keys:
@@ -166,3 +195,13 @@ def check_counts(
             dataset, split, f"{'class':>12} {'found':>9} {'official':>9} {'differ':>9}",
             "\n".join(table),
         )  # fmt: skip
+
+
+def check_total(
+    dataset: str, splits: Mapping[str, Sequence[Item]], official: Mapping[str, int]
+) -> None:
+    """Warns where splits differ from official totals, of sets whose classes nobody has counted."""
+    for split, expected in official.items():
+        if (found := len(splits.get(split, ()))) != expected:
+            log.warning("WARNING: this is not all of %s: %d images in %s, officially %d", dataset,
+                        found, split, expected)  # fmt: skip

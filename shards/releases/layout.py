@@ -1,0 +1,93 @@
+"""Finding the parts of a release, however its archives were unpacked and copied.
+
+A part is found by its name, in any case and Unicode form, at the top or up to DEPTH folders down.
+"""
+
+import fnmatch
+import itertools
+import os
+import unicodedata
+from collections import deque
+from collections.abc import Iterator, Sequence
+from filecmp import cmp
+from pathlib import Path
+
+from shards.folders import LITTER
+from shards.releases.source import Source
+
+DEPTH = 5  # levels that are searched: an archive's own three, and one folder too deep
+NAMES_SHOWN = 8
+ARCHIVES = (".zip", ".rar", ".tar", ".gz", ".tgz", ".7z", ".001")
+
+Found = dict[str, list[Path]]
+
+
+def fold(name: str) -> str:
+    """A name as the same name in another case or Unicode form is folded too."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def visible(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """The entries of a folder in no order, without hidden ones and litter: to look at names."""
+    with os.scandir(folder) as found:
+        for entry in found:
+            if not entry.name.startswith(".") and entry.name.lower() not in LITTER:
+                yield entry
+
+
+def find_parts(source: Source, patterns: Sequence[str]) -> Found:
+    """Where the entries are that match each of the folded patterns, the least deep first.
+
+    What is found is not searched itself: a folder of a million images is looked at by its name.
+    """
+    found: Found = {pattern: [] for pattern in patterns}
+    waiting = deque([(source.root, 1)])
+    while waiting:
+        folder, depth = waiting.popleft()
+        for entry in sorted(visible(folder), key=lambda e: e.name):
+            name = fold(entry.name)
+            own = next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
+            if own is not None:
+                found[own].append(Path(entry.path))
+            elif depth < DEPTH and entry.is_dir() and not entry.is_symlink():
+                waiting.append((Path(entry.path), depth + 1))
+    return found
+
+
+def only(found: Sequence[Path]) -> Path | None:
+    """The one place where a part is, if any, within folders of its own name; of equal files, one.
+
+    Raises:
+        ValueError: there are two: which of them is meant cannot be known.
+    """
+    if any(not path.is_file() or not cmp(found[0], path, shallow=False) for path in found[1:]):
+        raise ValueError(f"{found[0]} and {found[1]}: two of one name; give --source the folder "
+                         "that holds the one that is meant")  # fmt: skip
+    return inner(found[0]) if found else None
+
+
+def inner(folder: Path) -> Path:
+    """A folder, or the one of the same name that an unpacked archive has made within it."""
+    while deeper := [p for p in _few(folder) if fold(p.name) == fold(folder.name) and p.is_dir()]:
+        folder = deeper[0]
+    return folder
+
+
+def _few(folder: Path) -> list[Path]:
+    """The entries of a folder that holds one or two, as one with an unpacked folder does."""
+    if folder.is_symlink() or not folder.is_dir():  # a link may lead out of the source
+        return []
+    with os.scandir(folder) as found:
+        own = (entry for entry in found if not entry.name.startswith("."))
+        few = [Path(entry.path) for entry in itertools.islice(own, 3)]
+    return few if len(few) < 3 else []
+
+
+def contents(source: Source) -> str:
+    """What is in a source, as the end of an error that did not find what it expected there."""
+    entries = sorted(visible(source.root), key=lambda e: e.name)
+    names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries]
+    archives = [name for name in names if name.lower().endswith(ARCHIVES)]
+    shown = ", ".join(names[:NAMES_SHOWN]) + (" …" if len(names) > NAMES_SHOWN else "")
+    text = f"it holds {shown}" if names else "it is empty"
+    return f"{text}; unpack {archives[0]}" if archives else text
