@@ -5,6 +5,7 @@ Nothing heavy is imported before a program's command line has been read.
 
 import difflib
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
@@ -27,7 +28,7 @@ OPTIONS = ("--config", "--dry-run", "--ranks", "--help")
 TRAIN = """Trains DAN: torchrun launch/train.py [CONFIG] [section.key=value …]
 
 CONFIG is a YAML file, or the name of a shipped one:
-{shipped}.
+{shipped}
 Without it: demo, which draws its own faces. `python launch/train.py` is world size 1. SIGTERM,
 SIGUSR1 or Ctrl-C end the run after a checkpoint; the same command goes on.
 
@@ -144,6 +145,7 @@ def _train(arguments: list[str], stop: StopRequest) -> int:
     command = read_train_command(arguments)
     if command.help:
         shipped = ", ".join(sorted(path.stem for path in shipped_folder().glob("*.yaml")))
+        shipped = textwrap.fill(f"{shipped}.", 100, break_on_hyphens=False)
         print(TRAIN.format(shipped=shipped, keys=describe()))
         return 0
     config = load_config(command.config, command.overrides)
