@@ -29,7 +29,7 @@ OPTIONS = ("--config", "--dry-run", "--ranks", "--help")
 TRAIN = """Trains DAN: torchrun launch/train.py [CONFIG] [section.key=value …]
 
 CONFIG is a YAML file, or the name of a shipped one:
-{shipped}.
+{shipped}
 Without it: demo, which draws its own faces. `python launch/train.py` is world size 1. SIGTERM,
 SIGUSR1 or Ctrl-C end the run after a checkpoint; the same command goes on.
 
@@ -143,8 +143,8 @@ def _unknown_option(option: str, value: str) -> str:
 def _train(arguments: list[str], stop: StopRequest) -> int:
     command = read_train_command(arguments)
     if command.help:
-        names = sorted(path.stem for path in shipped_folder().glob("*.yaml"))
-        shipped = textwrap.fill(", ".join(names), 99, break_on_hyphens=False)
+        shipped = ", ".join(sorted(path.stem for path in shipped_folder().glob("*.yaml")))
+        shipped = textwrap.fill(f"{shipped}.", 100, break_on_hyphens=False)
         print(TRAIN.format(shipped=shipped, keys=describe()))
         return 0
     if command.dry_run:

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_data import take, training
 from trees import packed, tree
 
 from conftest import largest_difference, single, weights
 from dan_dist.build import join_sets
 from dan_dist.config import load_config
-from dan_dist.data.loader import check_soft_labels
+from dan_dist.data.augment import Augment
+from dan_dist.data.loader import Loader, check_soft_labels
+from dan_dist.data.order import TrainOrder
+from dan_dist.data.reader import Reader
+from dan_dist.data.sampler import rank_columns
 from dan_dist.model.dan import DAN
 from dan_dist.model.losses import Objective
 from shards.format import ShardSet, open_shardset
@@ -69,12 +72,17 @@ def test_a_batch_has_the_votes_of_its_images_and_of_substitutes(
     shards = with_votes(faces, tmp_path / "votes", votes)
     split = shards.split("train")
     shares = (votes / votes.sum(axis=1, keepdims=True)).astype(np.float32)
-    loader = training(split, max_bad=2)
-    loader.soft = True
+    order = TrainOrder(split, rank_columns(12, 0, 1), global_batch=12, seed=3, balanced=True)
+    loader = Loader(
+        Reader(split, 2), order, image_size=32, augment=Augment(0.5, 0, 0, (1, 1), 0, 0),
+        device=torch.device("cpu"), threads=1, soft=True,
+    )  # fmt: skip
     loader.reader.report(0, "made up")
     first = np.flatnonzero(split.index["label"] == split.index["label"][0])[1]
     seen = 0
-    for batch in take(loader, 12):
+    batches = [next(loader) for _ in range(12)]
+    loader.close()
+    for batch in batches:
         used = [first if k == 0 else k for k in batch.ids.tolist()]
         seen += 0 in batch.ids.tolist()
         assert batch.labels[:, 0].tolist() == split.index["label"][batch.ids.numpy()].tolist()
