@@ -25,6 +25,7 @@ DEPENDENCIES = [
     "scipy>=1.13",
     "tqdm>=4.66",
     "psutil>=6",
+    "nvidia-ml-py>=12",  # the GPUs' load, which MLflow reads by it
     "fsspec",
 ]
 

@@ -39,6 +39,7 @@ class RunSummary(NamedTuple):
     right: NDArray[np.bool_] | None  # (what was judged,): which the last evaluation had right
     fingerprint: str  # of the data
     curves: dict[str, list[tuple[int, float]]]  # metric → (step, value), in order
+    tags: dict[str, str]  # of the run in MLflow
     minutes: float  # of training, all its attempts together
     judged: str  # "validation images", or "pairs" of them
 
@@ -53,7 +54,9 @@ def read_summary(run: AblationRun, config: Config) -> RunSummary:
     found = json.loads(outcome.read_text()) if outcome.is_file() else {}
     status, reason = found.get("status", "missing"), found.get("reason", "")
     judged = "pairs" if config.task == "identity" else "validation images"
-    empty = RunSummary(run, status, reason, read_sent(folder)[1], {}, {}, None, "", {}, 0.0, judged)
+    empty = RunSummary(
+        run, status, reason, read_sent(folder)[1], {}, {}, None, "", {}, {}, 0.0, judged
+    )
     newest = newest_checkpoint(folder)
     if newest is None:
         return empty if status != "finished" else empty._replace(status="missing")
@@ -71,6 +74,7 @@ def read_summary(run: AblationRun, config: Config) -> RunSummary:
         right=None if right is None else right.numpy(),
         fingerprint=content["fingerprint"],
         curves=_curves(records),
+        tags=_tags(records),
         minutes=_minutes(records),
     )
 
@@ -140,6 +144,15 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, f
             for key, value in record["values"].items():
                 curves.setdefault(key, []).append((record["step"], value))
     return curves
+
+
+def _tags(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The tags of a run, as its last start has set them."""
+    tags: dict[str, str] = {}
+    for record in records:
+        if record["kind"] == "status":
+            tags |= record["tags"]
+    return tags
 
 
 def _minutes(records: Sequence[Mapping[str, Any]]) -> float:
