@@ -44,6 +44,10 @@ def test_words_become_a_grid() -> None:
     assert grid.parse(["heads"])[1][0].points["0"] == [
         "model.heads=0", "loss.fcn=none", "loss.afn=none",
     ]  # fmt: skip
+    points = grid.parse(["heads=0,4"])[1][0].points
+    assert points["0"][1:] == ["loss.fcn=none", "loss.afn=none"] and points["4"] == [
+        "model.heads=4"
+    ]
     assert grid.parse(["optim.name=adam,sgd", "schedule.name=step,exponential"])[0] == (
         "optim.name-schedule.name"
     )
@@ -71,6 +75,7 @@ def test_runs_have_names_seeds_and_a_parent_that_stays(tiny: Write, tmp_path: Pa
         (["head"], "'head': expected heads, fcn-loss, afn-loss"),
         (["model.heads=1,1"], "stands there twice"),
         (["model.heads=1,"], "is empty"),
+        (["heads=1,9"], "9 is not of heads: 0, 1, 2"),
         (["heads", "model.heads=1,2"], r"'heads' and 'model\.heads' both set model\.heads"),
         (["heads", "loss.fcn=none,center"], r"both set loss\.fcn"),
         (["model.haeds=1,2"], r"unknown key 'model\.haeds'; did you mean 'model\.heads'\?"),
@@ -95,16 +100,18 @@ def test_a_folder_holds_one_ablation(tmp_path: Path) -> None:
         grid.ablation_id(tmp_path, "heads")
 
 
+COST = {"network.parameters": "10", "network.gflops": "0.5"}
+
+
 def summary(heads: str, seed: int, right: list[bool], accuracy: float) -> RunSummary:
     run = AblationRun(f"heads-{heads}-seed-{seed}", {"heads": heads}, seed, [])
     metrics = {"accuracy": accuracy, "mean_recall": accuracy / 2}
     curves = {
-        "model/parameters": [(0, 10.0)], "model/gflops": [(0, 0.5)],
         "train/images_per_s": [(20, 100.0), (40, 300.0), (60, 200.0)],
         "train/loss": [(20, 2.0), (40, 1.0)], "val/accuracy": [(40, accuracy)],
     }  # fmt: skip
     return RunSummary(run, "finished", "", f"id-{heads}-{seed}", metrics, {**metrics, "epoch": 3},
-                  np.array(right), "data", curves, 1.5, "validation images")  # fmt: skip
+                  np.array(right), "data", curves, COST, 1.5, "validation images")  # fmt: skip
 
 
 def test_a_comparison_by_hand(tmp_path: Path) -> None:
@@ -122,7 +129,13 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
     (pair,) = comparison.pairs(summaries)
     assert (pair.only_first, pair.only_second, pair.seed) == (1, 6, 0)
     assert pair.difference == pytest.approx(-50) and pair.p == pytest.approx(0.125)
-    text = comparison.compare("heads", summaries, tmp_path / "out")
+    compared = comparison.compare("heads", summaries, tmp_path / "out")
+    text, rows = compared.text, compared.rows
+    assert rows[0]["parameters"] == 10 and rows[0]["gflops"] == 0.5
+    assert compared.answer.words() == (
+        "best: heads 4, 90.00 % (one seed); next: heads 1, 50.00 ± 14.14 %; "
+        "McNemar's p: 0.12: may be chance"
+    )
     assert "| 1 | 2 of 2 | 50.00 ± 14.14 |" in text and "| 4 | 1 of 1 | 90.00 |" in text
     assert "heads-8-seed-0: failed: out of memory" in text
     assert "| heads 1 | -50.00 | 6 | 1 | 0.12 |" in text
@@ -235,14 +248,16 @@ def test_two_at_once_on_one_server_do_not_mix_and_a_browser_compares(
         assert re.search(r"val_split-none-seed-0: failed: .*no split 'none'", complained)
         parents, children = runs_of(server.uri)
         families = {
-            parents[parent].info.run_name.rsplit("-", 1)[0]: {
+            parents[parent].data.tags["ablation"]: {
                 r.info.run_name for r in children if r.data.tags["mlflow.parentRunId"] == parent
             }
             for parent in parents
         }
         names = {"heads-0-seed-0", "heads-1-seed-0"}
         assert families == {"heads": names, "val_split": {"val_split-val-seed-0"}}
-        status = {r.info.run_name.rsplit("-", 1)[0]: r.info.status for r in parents.values()}
+        status = {r.data.tags["ablation"]: r.info.status for r in parents.values()}
+        named = {r.info.run_name for r in parents.values()}
+        assert named == {"heads 0, 1 (1 seed)", "val_split val, none (1 seed)"}
         assert status == {"heads": "FINISHED", "val_split": "FAILED"}
         if CHROMIUM:
             page = printed.rsplit("compare in MLflow: ", 1)[1].split()[0]

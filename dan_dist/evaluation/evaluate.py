@@ -1,9 +1,10 @@
 """The story of an evaluation: checkpoint, shards, a pass over one split, figures, JSON, MLflow."""
 
+import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,14 +27,19 @@ from dan_dist.model.classes import columns_of, join_names
 from dan_dist.model.dan import Output, features, probabilities
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import EvaluateOptions
+from dan_dist.run.results import result_folder
 from dan_dist.tracking.figures import save
-from dan_dist.tracking.tracker import RunRecord, record_run
+from dan_dist.tracking.inputs import ModelInput, dataset_inputs
+from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
 from shards.files import write_atomically
 from shards.format import ShardSet, Split, open_shardset
 
 log = logging.getLogger(__name__)
 
 REPORT = "evaluation.json"
+# What a report is of; another of the same replaces it.
+OF = ("checkpoint", "step", "weights", "dataset", "release", "fingerprint", "split", "pairs_sha256")
+CONTEXTS = {"train": "train", "val": "val"}  # MLflow's word for a split; any other is a test
 
 
 class Inputs(NamedTuple):
@@ -57,6 +63,8 @@ def main(options: EvaluateOptions, *, timeout_s: float = 60.0) -> dict[str, Any]
                 options.checkpoint, options.classes, task=None, weights=options.weights
             )
         )
+        if not options.no_tracking:
+            world.run_once(lambda: check_recorded(options.experiment or trained.experiment))
         cached = world.run_once(lambda: localise(options.data, options.cache), per_node=True)
         shards = world.run_on_all(lambda: open_shardset(cached))
         open_inputs = open_pairs if trained.task == "identity" else open_classes
@@ -71,11 +79,14 @@ def main(options: EvaluateOptions, *, timeout_s: float = 60.0) -> dict[str, Any]
             "fingerprint": shards.fingerprint,
             "split": inputs.split.name,
             "images": len(inputs.split),
+            "weights": options.weights,
             **details.values,
             **inputs.facts,
         }
         if world.is_main:
-            save_report(report, details, trained, options)
+            used = dataset_inputs(shards, {CONTEXTS.get(inputs.split.name, "test"): inputs.split},
+                                  options.data)  # fmt: skip
+            save_report(report, details, trained, options, used)
         return report
 
 
@@ -127,7 +138,11 @@ def open_pairs(shards: ShardSet, trained: Trained, options: EvaluateOptions) -> 
     if known := persons.intersection(trained.class_names):
         log.warning("%d of %d persons have names that training knows as well: %s", len(known),
                     len(persons), join_names(sorted(known)))  # fmt: skip
-    facts = {"pairs_file": options.pairs_file and Path(options.pairs_file).name}
+    listed = hashlib.sha256(np.stack(pairs).tobytes()).hexdigest()
+    facts = {
+        "pairs_file": options.pairs_file and Path(options.pairs_file).name,
+        "pairs_sha256": listed,
+    }
     judge = partial(judge_pairs, pairs=pairs, title=_title(shards, split))
     return Inputs(own, features, judge, facts)
 
@@ -137,35 +152,42 @@ def _title(shards: ShardSet, split: Split) -> str:
 
 
 def save_report(
-    report: dict[str, Any], details: Details, trained: Trained, options: EvaluateOptions
-) -> None:
+    report: dict[str, Any], details: Details, trained: Trained, options: EvaluateOptions,
+    used: Sequence[Mapping[str, Any]],
+) -> None:  # fmt: skip
     """Draws the figures, writes the JSON file, records both in MLflow, logs the numbers."""
     # Names from a manifest may hold anything, slashes too.
     own = re.sub(r"[^\w.-]", "_", f"{trained.path.stem}-{report['dataset']}-{report['split']}")
-    output = options.output or trained.path.parent / own
+    output = result_folder(
+        options.output or trained.path.parent / own, REPORT,
+        {key: report[key] for key in OF if key in report},
+    )  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     for figure in details.figures:
         save(figure.draw(*figure.values), output / figure.name)
     write_atomically(output / REPORT, json.dumps(report, indent=1) + "\n")
     if not options.no_tracking:
-        track(output, report, details, trained, options.experiment)
+        track(output, report, details, trained, options.experiment, used)
     for line in details.lines:
         log.info("%s", line)
     log.info("figures and %s: %s", REPORT, output)
 
 
 def track(
-    output: Path, report: dict[str, Any], details: Details, trained: Trained, experiment: str | None
-) -> None:
+    output: Path, report: dict[str, Any], details: Details, trained: Trained,
+    experiment: str | None, used: Sequence[Mapping[str, Any]],
+) -> None:  # fmt: skip
     """A run of its own in MLflow, which names the training's."""
-    where = f"{report['dataset']}-{report['split']}"
+    where = f"{report['dataset']} ({report['release']}), split {report['split']}"
     record = RunRecord(
         experiment=experiment or trained.experiment,
-        name=f"evaluate {trained.name} on {where}",
+        name=f"evaluate {trained.name}, {trained.path.stem}, on {where}",
         params={key: report[key] for key in ("checkpoint", "dataset", "release", "split")},
         tags={"kind": "evaluation", "trained_by": trained.run_id or "unknown",
               "fingerprint": report["fingerprint"]},
         config=trained.config,
+        datasets=used,
+        model=ModelInput(trained.run_id, trained.step) if trained.run_id else None,
     )  # fmt: skip
     metrics = {f"eval/{name}": value for name, value in details.metrics.items()}
     artifacts = (REPORT, *(figure.name for figure in details.figures))

@@ -3,6 +3,7 @@
 MLflow runs this file where a logged model is loaded or served; nothing else imports it.
 """
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from dan_dist.model.weights import load_trained
 from shards.images import decode, to_jpeg
 
 BATCH = 64
+EXPECTED = (
+    'expected a column "image" of image files as bytes, in JSON as base64: '
+    '{"dataframe_records": [{"image": "…"}]}'
+)
 
 
 class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -35,6 +40,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         Raises:
             ValueError: an image cannot be read; names it by its number.
         """
+        if not isinstance(model_input, pd.DataFrame) or "image" not in model_input:
+            raise ValueError(EXPECTED)
         images, rows = list(model_input["image"]), []
         for start in range(0, len(images), BATCH):
             pixels = [self._pixels(k, images[k])
@@ -48,8 +55,13 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def _pixels(self, number: int, image: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
         """(3, S, S) as the packer and the loader would give the network."""
+        if isinstance(image, str):  # as JSON has it; of some requests MLflow decodes it
+            try:
+                image = base64.b64decode(image, validate=True)
+            except ValueError as error:
+                raise ValueError(f"image {number}: text that is no base64; {EXPECTED}") from error
         if not isinstance(image, bytes):
-            raise ValueError(f"image {number}: a {type(image).__name__}, expected bytes")
+            raise ValueError(f"image {number}: a {type(image).__name__}; {EXPECTED}")
         try:
             jpeg, _ = to_jpeg(image, self.trained.image_size)
             values = (np.asarray(decode(jpeg)) / 255.0 - MEAN) / STD

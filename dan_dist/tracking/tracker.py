@@ -22,9 +22,9 @@ from dan_dist.tracking.inputs import ModelInput
 from dan_dist.tracking.journal import Journal, LeftOut, remove_journal
 from dan_dist.tracking.names import check_written
 from dan_dist.tracking.provenance import provenance
-from dan_dist.tracking.sender import Sender, waiting
+from dan_dist.tracking.sender import Sender, ask, waiting
 from dan_dist.tracking.sqlite import database
-from dan_dist.tracking.store import page, run_page, store
+from dan_dist.tracking.store import check_takes, connect, page, run_page, store
 
 log = logging.getLogger(__name__)
 
@@ -223,6 +223,18 @@ class MlflowTracker(NullTracker):
         if not self._uri.startswith("http"):
             log.info("to look at it: %s", page(self._uri))
         log.info("look at the run: %s", run_page(self._uri, number, run_id))
+
+
+def check_recorded(experiment: str) -> None:
+    """Looks whether a run of that experiment will be recorded, before anything is computed.
+
+    Raises:
+        ValueError: it will not be, now or later; a server that is away may take it.
+    """
+    uri = store()[0]
+    path = database(uri)
+    if path is None or (path.is_file() and path.stat().st_size):  # else it is made
+        ask(lambda: check_takes(connect(uri), experiment), CHECK_S)
 
 
 def record_run(
