@@ -246,8 +246,9 @@ class Monitor:
 
 def validation_values(result: EvaluationResult) -> dict[str, float]:
     """An evaluation's metrics by MLflow's names, the accuracy first."""
-    values = {f"val/{name}": value for name, value in result.metrics.items()}
-    return values if result.loss is None else {**values, "val/loss": result.loss}
+    first = {"val/accuracy": result.metrics["accuracy"]}
+    loss = {} if result.loss is None else {"val/loss": result.loss}
+    return first | loss | {f"val/{name}": value for name, value in result.metrics.items()}
 
 
 @contextmanager

@@ -55,10 +55,10 @@ class Pace:
         owns_s = self._owns_s / max(1, self._timed)
         return {
             "train/wait_share_max": float(self._waits_s.max()) / elapsed_s,
-            "ranks/own_s_least": float(owns_s.min()),
-            "ranks/own_s_mean": float(owns_s.mean()),
-            "ranks/own_s_most": float(owns_s.max()),
-            "ranks/slowest": float(owns_s.argmax()),
+            "train/own_s_least": float(owns_s.min()),
+            "train/own_s_mean": float(owns_s.mean()),
+            "train/own_s_most": float(owns_s.max()),
+            "train/slowest_rank": float(owns_s.argmax()),
         }
 
     def late_ranks(self) -> list[tuple[int, float, int]]:

@@ -45,9 +45,7 @@ def test_words_become_a_grid() -> None:
         "model.heads=0", "loss.fcn=none", "loss.afn=none",
     ]  # fmt: skip
     points = grid.parse(["heads=0,4"])[1][0].points
-    assert points["0"][1:] == ["loss.fcn=none", "loss.afn=none"] and points["4"] == [
-        "model.heads=4"
-    ]
+    assert points == {k: grid.PRESETS["heads"][k] for k in ("0", "4")}
     assert grid.parse(["optim.name=adam,sgd", "schedule.name=step,exponential"])[0] == (
         "optim.name-schedule.name"
     )

@@ -147,9 +147,8 @@ def test_an_evaluation_is_at_the_model_and_at_its_data(
     values = {m.key: m for m in model.metrics}
     assert values["eval/accuracy"].value == report["accuracy"]
     assert values["eval/accuracy"].dataset_name == "synthetic/train"
-    assert api.search_runs(
-        [number], "dataset.name = 'synthetic/train' and tags.kind = 'evaluation'"
-    )
+    query = "dataset.name = 'synthetic/train' and tags.kind = 'evaluation'"
+    assert len(api.search_runs([number], query)) == 1
     assert command(["register", str(run), "faces"]) == 0
     assert api.get_model_version_by_alias("faces", "champion").version == "1"
     with pytest.raises(ValueError, match="holds no run"):

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from dan_dist.ablation.runs import RunSummary
 
 CHANCE = 0.05  # a p above may be chance
+SECTION = "answer"  # of the charts
+CURVES = ("val/accuracy", "val/loss", "train/accuracy")
 
 
 class Pair(NamedTuple):
@@ -117,7 +119,15 @@ def note(answer: Answer, rows: Sequence[Mapping[str, Any]], axes: Sequence[str])
 
 def grouped_view() -> dict[str, Any]:
     """MLflow's charts of an ablation's runs as they open: seeds are grouped by their setting."""
+    charts = [_chart("BAR", "val/accuracy"), *(_chart("LINE", metric) for metric in CURVES)]
     return {
+        "compareRunCharts": charts,
+        "isAccordionReordered": True,  # sections in this order, not by their names
+        "runsHiddenMode": "SHOW_ALL",
+        "compareRunSections": [
+            {"uuid": SECTION, "name": "Which setting is best", "display": True,
+             "isReordered": False, "deleted": False}
+        ],
         "searchFilter": "tags.`mlflow.parentRunId` = '{run_id}'",
         "orderByKey": "metrics.`val/accuracy`",
         "orderByAsc": False,
@@ -127,6 +137,17 @@ def grouped_view() -> dict[str, Any]:
         },
         "selectedColumns": ["tags.`setting`", "metrics.`val/accuracy`", "metrics.`val/loss`",
                             "metrics.`train/accuracy`", "params.`model.heads`"],
+    }  # fmt: skip
+
+
+def _chart(kind: str, metric: str) -> dict[str, Any]:
+    """A chart as MLflow's pages describe it."""
+    return {
+        "uuid": f"{kind}-{metric}", "type": kind, "metricKey": metric,
+        "selectedMetricKeys": [metric], "metricSectionId": SECTION, "deleted": False,
+        "isGenerated": False, "runsCountToCompare": 100, "lineSmoothness": 0,
+        "scaleType": "linear", "xAxisScaleType": "linear", "xAxisKey": "step",
+        "selectedXAxisMetricKey": "", "yAxisKey": "metric", "yAxisExpressions": [], "range": {},
     }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ def provenance() -> dict[str, str]:
     """The tags of a run that name its origin; what is not known is left out."""
     return {
         "mlflow.user": _user(),
-        "mlflow.source.name": sys.argv[0] or UNKNOWN,
+        "mlflow.source.name": _program(),
         "mlflow.source.type": "LOCAL",
         **checkout(),
         **libraries(),
@@ -64,6 +64,14 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+def _program() -> str:
+    """What was started: a script, or a module and its command."""
+    path = Path(sys.argv[0])
+    if path.name == "__main__.py":
+        return " ".join(["-m", path.parent.name, *sys.argv[1:2]])
+    return sys.argv[0] or UNKNOWN
 
 
 def _user() -> str:
