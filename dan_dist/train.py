@@ -117,7 +117,7 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
         world.run_on_all(
             lambda: open_tracker(config, world, data.shards, data.train, data.task, state)
         ) as tracker,
-        sample_system(config, world, tracker),
+        world.run_on_all(lambda: sample_system(config, world, tracker)),
         claim_folder(config, world, plan.start),
         open_train_loader(config, world, data.train, start=plan.start) as batches,
         open_val_loader(config, world, data.task.val) as validation,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dan_dist.data.mixture import JoinedSet
+from dan_dist.tracking.faults import is_refusal
 from dan_dist.tracking.names import fit_value
 from shards.format import ShardSet, Split
 
@@ -101,11 +102,11 @@ def find_model(client: Any, model: Any) -> str | None:
     own = ModelInput(*model)
     try:
         experiment = client.get_run(own.run_id).info.experiment_id
+        found = client.search_logged_models([experiment], f"source_run_id = '{own.run_id}'")
     except Exception as error:
-        if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
-            return None  # trained elsewhere
+        if is_refusal(error):  # it was trained elsewhere, or this server knows no models
+            return None
         raise
-    found = client.search_logged_models([experiment], f"source_run_id = '{own.run_id}'")
     return next((m.model_id for m in found if m.params.get("step") == str(own.step)), None)
 
 

@@ -19,7 +19,7 @@ from dan_dist.tracking.tracker import NullTracker
 
 log = logging.getLogger(__name__)
 
-INTERVAL_S = 10.0
+INTERVAL, INTERVAL_S = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", 10.0
 
 
 class SystemMetrics:
@@ -27,14 +27,16 @@ class SystemMetrics:
 
     MLflow's own variables name the node (MLFLOW_SYSTEM_METRICS_NODE_ID) and set the seconds
     between samples (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL).
+
+    Raises:
+        ValueError: that is no number of seconds.
     """
 
     def __init__(self, tracker: NullTracker, world: World) -> None:
         self._tracker, self._store, self._is_main = tracker, world.store, world.is_main
         self._monitors = _monitors(on_gpu=world.device.type == "cuda")
         self._node = os.environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or socket.gethostname()
-        interval = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL")
-        self._interval_s = float(interval) if interval else INTERVAL_S
+        self._interval_s = _interval_s()
         self._number = 0  # of this node's samples
         self._place = ""  # of this node's sample in the store
         self._recorded: dict[str, int] = {}  # place → the sample's number
@@ -90,6 +92,17 @@ class SystemMetrics:
             if count > self._recorded.get(place, 0):
                 self._recorded[place] = count
                 self._tracker.system(values)
+
+
+def _interval_s() -> float:
+    text = os.environ.get(INTERVAL) or str(INTERVAL_S)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise ValueError(f"{INTERVAL} is {text!r} in the environment, expected seconds above 0")
+    return seconds
 
 
 def _monitors(*, on_gpu: bool) -> list[Any]:
