@@ -121,6 +121,7 @@ class Monitor:
         self._timed_steps += 1
         if self._profiler.step():
             self._restart_clock()
+            self._last_s = math.inf
         self._bar.update()
         if step == 1:
             names = self._loader.reader.split.class_names
@@ -168,6 +169,7 @@ class Monitor:
         """
         log.info("at the start: %s", format_metrics(result.metrics))
         self._tracker.metrics(validation_values(result), 0)
+        self._restart_clock()
 
     def _name_late_ranks(self) -> None:
         """A line for each rank that held the others up through the epoch."""
@@ -200,13 +202,13 @@ class Monitor:
 
     def saved(self) -> None:
         """A checkpoint is under way: the clock to the next one, and of the throughput, restarts."""
-        self.save, self._saved_s = False, time.monotonic()
+        self.save, self._saved_s, self._last_s = False, time.monotonic(), math.inf
         self._restart_clock()
 
     def _restart_clock(self) -> None:
         """Evaluation and saving stay out of the throughput."""
         self._began_s, self._waited_s = time.perf_counter(), self._loader.wait_s
-        self._timed_steps, self._last_s = 0, math.inf
+        self._timed_steps = 0
         self._pace.restart()
 
     def _log(self, step: int) -> None:
@@ -227,14 +229,14 @@ class Monitor:
             self._plan.epoch(step), self._plan.epochs, step, *means, lr, rate, 100 * wait, most,
         )  # fmt: skip
         values = {f"train/{name}": value for name, value in zip(PARTS, means, strict=True)}
+        if self._timed_steps:  # else all of the interval was traced
+            values |= {"train/images_per_s": rate, "train/wait_share": wait}
+            values |= ranks if self._world.size > 1 else {}
         others = {
-            "train/images_per_s": rate,
-            "train/wait_share": wait,
             "train/lr": lr,
             "train/epoch": step / self._plan.steps_per_epoch,
             "train/gradient_norm": norm,
             "train/replaced_images": self._state.replaced,
-            **ranks,
         }
         if accuracies := self._state.accuracies:  # not in a checkpoint of an earlier version
             others["train/accuracy"] = sum(accuracies) / len(accuracies)
