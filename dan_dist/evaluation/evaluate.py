@@ -29,7 +29,7 @@ from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import EvaluateOptions
 from dan_dist.run.results import result_folder
 from dan_dist.tracking.figures import save
-from dan_dist.tracking.inputs import ModelInput, dataset_inputs
+from dan_dist.tracking.inputs import dataset_inputs, model_of
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
 from shards.files import write_atomically
 from shards.format import ShardSet, Split, open_shardset
@@ -179,15 +179,16 @@ def track(
 ) -> None:  # fmt: skip
     """A run of its own in MLflow, which names the training's."""
     where = f"{report['dataset']} ({report['release']}), split {report['split']}"
+    model = model_of(trained)
     record = RunRecord(
         experiment=experiment or trained.experiment,
         name=f"evaluate {trained.name}, {trained.path.stem}, on {where}",
         params={key: report[key] for key in ("checkpoint", "dataset", "release", "split")},
-        tags={"kind": "evaluation", "trained_by": trained.run_id or "unknown",
+        tags={"kind": "evaluation", "trained_by": model.run_id if model else "unknown",
               "fingerprint": report["fingerprint"]},
         config=trained.config,
         datasets=used,
-        model=ModelInput(trained.run_id, trained.step) if trained.run_id else None,
+        model=model,
     )  # fmt: skip
     metrics = {f"eval/{name}": value for name, value in details.metrics.items()}
     artifacts = (REPORT, *(figure.name for figure in details.figures))

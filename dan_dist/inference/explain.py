@@ -24,7 +24,7 @@ from dan_dist.model.weights import load_trained
 from dan_dist.options import ExplainOptions
 from dan_dist.run.results import result_folder
 from dan_dist.tracking.figures import save
-from dan_dist.tracking.inputs import ModelInput
+from dan_dist.tracking.inputs import model_of
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
 from shards.files import write_atomically
 
@@ -151,15 +151,15 @@ def track(
         numbers = {"head_overlap": own.overlap, "class_separation": own.separation}
         known = {key: value for key, value in numbers.items() if not math.isnan(value)}
         metrics |= {f"explain/{key}{ending}": value for key, value in known.items()}
-    trained = first.trained
+    trained, model = first.trained, model_of(first.trained)
     record = RunRecord(
         experiment=experiment or trained.experiment,
         name=f"explain {trained.name}, {trained.path.stem}, on {inputs.where}",
         params=params,
-        tags={"kind": "explanation", "trained_by": trained.run_id or "unknown",
+        tags={"kind": "explanation", "trained_by": model.run_id if model else "unknown",
               "fingerprint": report["fingerprint"] or "unknown"},
         config=trained.config,
-        model=ModelInput(trained.run_id, trained.step) if trained.run_id else None,
+        model=model,
     )  # fmt: skip
     drawn = [name for name in (*ATTENTION, FEATURES) if (output / name).is_file()]
     record_run(output, record, metrics=metrics, step=trained.step, artifacts=(REPORT, *drawn))

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dan_dist.data.mixture import JoinedSet
+from dan_dist.model.weights import Trained
 from dan_dist.tracking.faults import is_refusal
+from dan_dist.tracking.journal import read_sent
 from dan_dist.tracking.names import fit_value
 from shards.format import ShardSet, Split
 
@@ -90,6 +92,15 @@ def log_inputs(client: Any, run_id: str, record: Mapping[str, Any]) -> None:
         known = client.get_run(run_id).inputs
         if model not in [m.model_id for m in (known.model_inputs if known else [])]:
             client.log_inputs(run_id, models=[LoggedModelInput(model)])
+
+
+def model_of(trained: Trained) -> ModelInput | None:
+    """The model that the training of a checkpoint logs of it, where MLflow has that training.
+
+    A checkpoint that is older than MLflow's answer does not name its run: its folder does.
+    """
+    run_id = trained.run_id or read_sent(trained.path.parent).run_id
+    return None if run_id is None else ModelInput(run_id, trained.step)
 
 
 def find_model(client: Any, model: Any) -> str | None:

@@ -4,6 +4,7 @@ MLflow runs this file where a logged model is loaded or served; nothing else imp
 """
 
 import base64
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from dan_dist.data.augment import MEAN, STD
 from dan_dist.model.arithmetic import choose_arithmetic
@@ -23,6 +26,13 @@ EXPECTED = (
     'expected a column "image" of image files as bytes, in JSON as base64: '
     '{"dataframe_records": [{"image": "…"}]}'
 )
+
+
+class ImageError(MlflowException, ValueError):  # type: ignore[misc]
+    """What was sent is no table of images; MLflow's server hands this line on, and no other's."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, error_code=BAD_REQUEST)
 
 
 class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -38,10 +48,10 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """One row an image, in the order of the input.
 
         Raises:
-            ValueError: an image cannot be read; names it by its number.
+            ImageError: an image cannot be read; names it by its number.
         """
         if not isinstance(model_input, pd.DataFrame) or "image" not in model_input:
-            raise ValueError(EXPECTED)
+            raise ImageError(EXPECTED)
         images, rows = list(model_input["image"]), []
         for start in range(0, len(images), BATCH):
             pixels = [self._pixels(k, images[k])
@@ -55,18 +65,18 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def _pixels(self, number: int, image: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
         """(3, S, S) as the packer and the loader would give the network."""
-        if isinstance(image, str):  # as JSON has it; of some requests MLflow decodes it
-            try:
-                image = base64.b64decode(image, validate=True)
-            except ValueError as error:
-                raise ValueError(f"image {number}: text that is no base64; {EXPECTED}") from error
-        if not isinstance(image, bytes):
-            raise ValueError(f"image {number}: a {type(image).__name__}; {EXPECTED}")
+        if not isinstance(image, str | bytes):
+            raise ImageError(f"image {number}: a {type(image).__name__}; {EXPECTED}")
+        # Base64 is what JSON holds; MLflow decodes it in some forms of a request, in others not.
+        # No image file is of its letters alone.
+        with suppress(ValueError):
+            image = base64.b64decode(image, validate=True) or image
+        content = image.encode() if isinstance(image, str) else bytes(image)
         try:
-            jpeg, _ = to_jpeg(image, self.trained.image_size)
+            jpeg, _ = to_jpeg(content, self.trained.image_size)
             values = (np.asarray(decode(jpeg)) / 255.0 - MEAN) / STD
         except ValueError as error:
-            raise ValueError(f"image {number}: {error}") from error
+            raise ImageError(f"image {number}: {error}; {EXPECTED}") from error
         return values.astype(np.float32).transpose(2, 0, 1)
 
 
