@@ -265,4 +265,4 @@ def test_what_a_served_model_takes(
         refused = str(ask("no image").response)
     except Exception as error:
         refused = str(error)
-    assert "image" in refused and "base64" in refused, refused
+    assert "image" in refused and ("base64" in refused or "padding" in refused), refused

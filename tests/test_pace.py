@@ -37,7 +37,8 @@ def test_a_rank_is_late_by_a_fifth_of_a_step(owns: list[float], late: list[int])
         pace.add([0.0] * 3 + owns, 1.0)
     assert [rank for rank, _, _ in pace.late_ranks()] == late
     found = pace.metrics(3.0)
-    assert found["train/own_s_least"] == min(owns) and found["train/own_s_most"] == max(owns)
+    assert found["train/own_s_least"] == pytest.approx(min(owns))
+    assert found["train/own_s_most"] == pytest.approx(max(owns))
     assert found["train/own_s_mean"] == pytest.approx(np.mean(owns))
     assert found["train/slowest_rank"] == owns.index(max(owns))
     assert not pace.late_ranks()  # another epoch
@@ -60,11 +61,10 @@ def train_slowly(program: str, words: list[str]) -> None:
     read = Loader.__next__
 
     def slow(loader: Loader) -> Batch:
-        began = time.perf_counter()
-        batch = read(loader)
+        batch, slept = read(loader), time.perf_counter()
         if loader.augment is not None:
-            time.sleep(0.2)
-            loader.wait_s += time.perf_counter() - began
+            time.sleep(0.4)
+            loader.wait_s += time.perf_counter() - slept
         return batch
 
     if os.environ["RANK"] == "1":
@@ -75,14 +75,15 @@ def train_slowly(program: str, words: list[str]) -> None:
 def test_a_slow_reader_is_named_with_its_node(tiny: Write, tmp_path: Path, store: str) -> None:
     inside = functools.partial(train_slowly)
     words = [tiny("run"), "tracking.enabled=true", "train.log_every=5", "train.epochs=1"]
+    words += ["train.global_batch=16"]  # an epoch of five steps
     done = launch("train", 2, *words, cwd=tmp_path, inside=inside)
     assert done.returncode == 0, done.stderr
     (line,) = re.findall(r"rank 1 on \S+ holds the others up: 0\.\d+ s a step", done.stdout)
     assert "rank 0 on" not in done.stdout and "(rank 1: " in done.stdout, line
     records = map(json.loads, (tmp_path / "run" / "journal.jsonl").read_text().splitlines())
     last = [r["values"] for r in records if "train/loss" in r.get("values", ())][-1]
-    assert last["train/wait_share_max"] > 0.5 > last["train/wait_share"]
+    assert last["train/wait_share_max"] > 0.2 and last["train/wait_share"] < 0.2
     assert (
         last["train/slowest_rank"] == 1
-        and last["train/own_s_most"] > 0.2 > last["train/own_s_least"]
+        and last["train/own_s_most"] > 0.4 > last["train/own_s_least"]
     )

@@ -32,6 +32,7 @@ class Answer(NamedTuple):
     next: str | None  # None where nothing else has finished
     next_accuracy: float
     next_deviation: float
+    next_seeds: int
     ps: tuple[float, ...]  # of each seed that both have finished
     better_in: int  # of these seeds
 
@@ -41,9 +42,8 @@ class Answer(NamedTuple):
         line = f"best: {self.best}, {_percent(self.accuracy, self.deviation, self.seeds)} {seeds}"
         if self.next is None:
             return f"{line}; no other setting has finished"
-        line += (
-            f"; next: {self.next}, {_percent(self.next_accuracy, self.next_deviation, self.seeds)}"
-        )
+        beside = _percent(self.next_accuracy, self.next_deviation, self.next_seeds)
+        line += f"; next: {self.next}, {beside}"
         if not self.ps:
             return f"{line}; no seed is shared, by whose images the two could be tested"
         ps = ", ".join(f"{p:.2g}" for p in self.ps)
@@ -73,12 +73,13 @@ def find_answer(
     name = setting_of(best, axes)
     own = best["last_accuracy"], best["last_accuracy_deviation"], best["finished"]
     if not others:
-        return Answer(name, *own, None, 0.0, 0.0, (), 0)
+        return Answer(name, *own, None, 0.0, 0.0, 0, (), 0)
     second = setting_of(others[0], axes)
     pairs = [p for p in found if {p.first, p.second} == {name, second}]
     leads = [p.difference if p.first == name else -p.difference for p in pairs]
     return Answer(
         name, *own, second, others[0]["last_accuracy"], others[0]["last_accuracy_deviation"],
+        others[0]["finished"],
         tuple(p.p for p in pairs), sum(lead > 0 for lead in leads),
     )  # fmt: skip
 
