@@ -126,9 +126,11 @@ class Engine:
                 found = self._step(batch.images, batch.labels, own)
             else:
                 found = self.graph(batch.images, batch.labels, own)
-        losses, accuracy, asked, ranks = found.sums.split([4, 1, 3, 2 * self.world.size])
+        sums = found.sums
         own_s = (self._reached_s or began_s) - began_s  # a captured step is not looked into
-        return StepResult(losses, asked, found.grad_norm, accuracy[0], ranks, found.skipped, own_s)
+        return StepResult(
+            sums[:4], sums[5:8], found.grad_norm, sums[4], sums[8:], found.skipped, own_s
+        )
 
     def _slots(self, flags: StepFlags) -> Tensor:
         """What one rank adds to the sum over ranks: its flags, and its times in its own places."""

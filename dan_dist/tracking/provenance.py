@@ -67,11 +67,9 @@ def _version(package: str) -> str:
 
 
 def _program() -> str:
-    """What was started: a script, or a module and its command."""
+    """What was started: a script, or a module."""
     path = Path(sys.argv[0])
-    if path.name == "__main__.py":
-        return " ".join(["-m", path.parent.name, *sys.argv[1:2]])
-    return sys.argv[0] or UNKNOWN
+    return f"-m {path.parent.name}" if path.name == "__main__.py" else sys.argv[0] or UNKNOWN
 
 
 def _user() -> str:

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from dan_dist.data.augment import MEAN, STD
 from dan_dist.model.arithmetic import choose_arithmetic
@@ -32,7 +31,8 @@ class ImageError(MlflowException, ValueError):  # type: ignore[misc]
     """What was sent is no table of images; MLflow's server hands this line on, and no other's."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, error_code=BAD_REQUEST)
+        super().__init__(message)
+        self.error_code = "BAD_REQUEST"
 
 
 class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
