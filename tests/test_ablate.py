@@ -261,6 +261,8 @@ def test_two_at_once_on_one_server_do_not_mix_and_a_browser_compares(
             page = printed.rsplit("compare in MLflow: ", 1)[1].split()[0]
             shown = dump(page, tmp_path)
             assert all(name in shown for name in names), shown[:2000]
+            own = printed.rsplit("the ablation in MLflow: ", 1)[1].split()[0]
+            assert printed.splitlines()[-1] in dump(own, tmp_path)  # the answer in words
     finally:
         server.stop()
 
