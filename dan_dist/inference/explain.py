@@ -105,9 +105,9 @@ def describe(explanations: Sequence[Explanation], inputs: Inputs) -> dict[str, A
 
 
 def seen(explanations: Sequence[Explanation], inputs: Inputs) -> str:
-    """A digest of the networks and the images: a look at other ones is another result."""
-    networks = [[str(e.trained.path), e.trained.step] for e in explanations]
-    digest = hashlib.sha256(json.dumps([networks, inputs.faces.names, inputs.origin]).encode())
+    """A digest of the first network and the images: a look at other ones is another result."""
+    own = [explanations[0].trained.path.name, explanations[0].trained.step]
+    digest = hashlib.sha256(json.dumps([own, inputs.faces.names, inputs.origin]).encode())
     for split in filter(None, (inputs.faces.split, inputs.labelled)):
         digest.update(split.index.tobytes())
     return digest.hexdigest()

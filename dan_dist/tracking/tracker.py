@@ -111,7 +111,8 @@ class MlflowTracker(NullTracker):
         self._begin(record, run_id, adopted, uri)
         tags = {**record.tags, **provenance()}
         self._journal.append("status", status="RUNNING", tags=tags, time_ms=_now_ms())
-        inputs = redact_tree({"datasets": [*record.datasets], "model": record.model})
+        model = None if record.model is None else [*record.model]
+        inputs = redact_tree({"datasets": [*record.datasets], "model": model})
         if (record.datasets or record.model) and inputs != self._journal.inputs:
             self._journal.append("inputs", **inputs)
         if rollback_to is not None:
