@@ -6,6 +6,11 @@ from typing import Any, NamedTuple
 from dan_dist.ablation.runs import RunSummary
 
 CHANCE = 0.05  # a p above may be chance
+# of the description's table: the choice is made by validation images, the test stands beside it
+COLUMNS = {
+    "last_accuracy": "accuracy, last epoch", "best_accuracy": "best epoch",
+    "test_accuracy": "test",
+}  # fmt: skip
 SECTION = "answer"  # of the charts
 CURVES = ("val/accuracy", "val/loss", "train/accuracy")
 
@@ -101,17 +106,16 @@ def title(summaries: Sequence[RunSummary]) -> str:
 
 def note(answer: Answer, rows: Sequence[Mapping[str, Any]], axes: Sequence[str]) -> str:
     """The description of the ablation's run: answer, figure, and a table that is not wide."""
+    columns = {key: text for key, text in COLUMNS.items() if any(key in row for row in rows)}
     lines = [
         f"**{answer.words()}**", "", "![Accuracy of each setting]({image})", "",
-        "| setting | accuracy, last epoch | best epoch | runs |", "|---|---|---|---|",
+        f"| setting | {' | '.join(columns.values())} | runs |", f"|---|{'---|' * len(columns)}---|",
     ]  # fmt: skip
     for row in sorted(rows, key=lambda row: -row.get("last_accuracy", -1.0)):
-        cells = ["–", "–"]
-        if row["finished"]:
-            cells = [
-                _percent(row[key], row[f"{key}_deviation"], row["finished"])
-                for key in ("last_accuracy", "best_accuracy")
-            ]
+        cells = [
+            _percent(row[key], row[f"{key}_deviation"], row["finished"]) if key in row else "–"
+            for key in columns
+        ]
         runs = f"{row['finished']} of {row['runs']}"
         lines.append(f"| {setting_of(row, axes)} | {' | '.join(cells)} | {runs} |")
     lines += ["", "In full: the artifacts comparison.md, comparison.csv, pairs.csv."]
