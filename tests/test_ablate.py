@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 from conftest import LAUNCH, REPOSITORY, run
 from dan_dist import programs
 from dan_dist.ablation import comparison, grid
+from dan_dist.ablation.answer import Answer
 from dan_dist.ablation.grid import AblationRun
 from dan_dist.ablation.runs import RunSummary
 from dan_dist.config import load_config
@@ -140,6 +141,23 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"comparison.md", "comparison.csv", "comparison.json", "pairs.csv",
                      "accuracy.png", "curves.png"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ps", "better_in", "verdict"),
+    [
+        ((0.01, 0.02), 2, "more than chance on these images, in each seed"),
+        ((0.01, 0.02), 1, "may be chance, as not every seed shows it"),
+        ((0.01, 0.2), 2, "may be chance, as not every seed shows it"),
+        ((0.01,), 1, "more than chance on these images; other seeds may differ"),
+        ((0.3,), 1, "may be chance"),
+    ],
+)
+def test_the_answer_in_words(ps: tuple[float, ...], better_in: int, verdict: str) -> None:
+    answer = Answer("heads 4", 80.0, 1.0, 2, "heads 1", 70.0, 2.0, 2, ps, better_in)
+    line = "best: heads 4, 80.00 ± 1.00 % over 2 seeds; next: heads 1, 70.00 ± 2.00 %; McNemar's p"
+    assert answer.words().startswith(line) and answer.words().endswith(f": {verdict}")
+    assert answer.metrics()["best/accuracy"] == 0.8 and answer.metrics()["best/p_max"] == max(ps)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 6), (5, 5), (40, 21), (300, 420)])
