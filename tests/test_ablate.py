@@ -240,7 +240,13 @@ def test_stopped_and_killed_it_ends_with_each_run_once(
     assert {r.info.status for r in [*children, run]} == {"FINISHED"}
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent}
     assert {r.data.tags["setting"] for r in children} == {"heads 0", "heads 1", "heads 2"}
-    assert "Ablation: heads" in run.data.tags["mlflow.note.content"]
+    note, answer = (run.data.tags[key] for key in ("mlflow.note.content", "answer"))
+    assert answer in note and "| heads 2 |" in note and f"run_uuid={parent})" in note
+    assert run.info.run_name == "heads 0, 1, 2 (1 seed)" and printed.splitlines()[-1] == answer
+    assert f"/runs/{parent}?workflowType=machine_learning" in printed
+    assert run.data.tags["best_setting"] in {"heads 0", "heads 1", "heads 2"}
+    best = max(child.data.metrics["val/accuracy"] for child in children)
+    assert run.data.metrics["best/accuracy"] == pytest.approx(best)
     artifacts = {a.path for a in mlflow.MlflowClient(uri).list_artifacts(parent)}
     assert artifacts >= {"comparison.md", "comparison.csv", "accuracy.png", "curves.png"}
     # Other settings belong into another folder; nothing is trained.
