@@ -27,6 +27,7 @@ DEPENDENCIES = [
     "imagehash>=4.3",
     "tqdm>=4.66",
     "psutil>=6",
+    "nvidia-ml-py>=12",  # the GPUs' load, which MLflow reads by it
     "fsspec",
 ]
 

@@ -1,8 +1,7 @@
-"""The parts of a training, made from its configuration: data, engine, loaders, tracker, writer."""
+"""The parts of a training, made from its configuration: data, engine, loaders, writer."""
 
 import hashlib
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +10,7 @@ from typing import Any
 
 import torch
 
-from dan_dist import __version__
-from dan_dist.config import Augmentation, Config, Synthetic, flatten
+from dan_dist.config import Augmentation, Config, Synthetic
 from dan_dist.data.augment import Augment
 from dan_dist.data.cache import is_remote, localise
 from dan_dist.data.decoded import (
@@ -27,7 +25,6 @@ from dan_dist.data.mixture import Part, describe_sets, join, set_of, shares_of
 from dan_dist.data.order import TrainOrder
 from dan_dist.data.reader import Reader
 from dan_dist.data.sampler import rank_columns
-from dan_dist.data.splits import selected_on
 from dan_dist.distributed.world import World
 from dan_dist.engine.compile import choose_compilation, describe
 from dan_dist.engine.ddp import Engine, StepOptions
@@ -36,13 +33,11 @@ from dan_dist.engine.precision import resolve_precision
 from dan_dist.evaluation.task import Task, open_tasks
 from dan_dist.model.backbone import load_backbone
 from dan_dist.model.classes import check_names, join_names
-from dan_dist.model.dan import DAN, cost
+from dan_dist.model.dan import DAN
 from dan_dist.model.losses import Margin, Objective
 from dan_dist.model.weights import load_weights
 from dan_dist.redaction import redact, redact_tree
-from dan_dist.run.folder import CheckpointWriter, check_writable, damaged_since
-from dan_dist.run.state import TrainState
-from dan_dist.tracking.tracker import MlflowTracker, NullTracker, RunRecord
+from dan_dist.run.folder import CheckpointWriter, check_writable
 from shards import demo
 from shards.format import ShardSet, Split, open_shardset
 from shards.release import Release
@@ -64,6 +59,12 @@ class TrainingData:
     def class_names(self) -> tuple[str, ...]:
         """The network's classes, in label order."""
         return self.shards.class_names[: self.task.classes]
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The images, by what they are used for."""
+        found = {"train": self.train, "val": self.task.val}
+        return found if self.test is None else {**found, "test": self.test.val}
 
     def describe(self, config: Config) -> dict[str, Any]:
         """What a checkpoint holds of its origin, as plain values."""
@@ -308,42 +309,3 @@ def open_writer(config: Config, world: World) -> CheckpointWriter:
         stop_on_error=config.train.checkpoint_errors == "stop",
         is_active=world.is_main,
     )
-
-
-def open_tracker(
-    config: Config, world: World, data: TrainingData, state: TrainState
-) -> NullTracker:
-    """MLflow on rank 0; elsewhere, and where it is switched off, a tracker that records nothing."""
-    if not world.is_main or not config.tracking.enabled:
-        return NullTracker()
-    folder, shards = Path(config.train.output), data.shards
-    tracker = MlflowTracker(
-        folder,
-        RunRecord(
-            experiment=config.tracking.experiment,
-            name=config.tracking.run_name or folder.name,
-            parent=config.tracking.parent,
-            adopted=None if config.tracking.parent else os.environ.get("MLFLOW_RUN_ID") or None,
-            step=state.step,
-            params=flatten(config.model_dump()),
-            config=config.model_dump(),
-            tags={
-                **config.tracking.tags,
-                "dataset": shards.dataset,
-                "release": shards.release,
-                "fingerprint": shards.fingerprint,
-                "version": __version__,
-                "world_size": str(world.size),
-                "device": world.device.type,
-                "precision": resolve_precision(config.train.precision, world.device),
-                "selected_on": selected_on(config.data.model_dump()),
-            },
-        ),
-        run_id=state.run_id,
-        # After damage, what was recorded of later steps does not stand
-        rollback_to=None if damaged_since(folder) is None else state.step,
-    )
-    is_cosine = config.loss.classification == "arcface"
-    heads, size = config.model.heads, config.model.image_size
-    tracker.metrics(cost(data.task.classes, heads, size, cosine=is_cosine), 0)
-    return tracker

@@ -197,6 +197,10 @@ class Train(Section):
         description="steps skipped as their loss or gradient is not finite; one more ends the run",
     )
     log_every: Count = Field(default=20, description="steps between log lines")
+    profile: Count | None = Field(
+        default=None,
+        description="steps of which every node keeps a trace of torch's profiler, for Perfetto",
+    )
     timeout_s: float = Field(
         default=60.0,
         ge=1,
@@ -223,14 +227,24 @@ class EngineChoice(Section):
     )
 
 
+def _experiment() -> str:
+    number = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or (f"id:{number}" if number else "dan_dist")
+
+
+def _samples_system() -> bool:
+    return os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").lower() in ("true", "1")
+
+
 class Tracking(Section):
     """The record in MLflow; MLFLOW_TRACKING_URI names a server."""
 
     enabled: bool = Field(default=True, description="whether the run is recorded")
     experiment: str = Field(
-        default_factory=lambda: os.environ.get("MLFLOW_EXPERIMENT_NAME") or "dan_dist",
+        default_factory=_experiment,
         json_schema_extra={"default": "dan_dist"},
-        description="MLflow's experiment; MLFLOW_EXPERIMENT_NAME is another default",
+        description="MLflow's experiment by its name, or by its number as id:NUMBER; "
+        "MLFLOW_EXPERIMENT_NAME, else MLFLOW_EXPERIMENT_ID, is another default",
     )
     run_name: str | None = Field(
         default=None, description="the run's name; null: that of the folder train.output"
@@ -241,6 +255,12 @@ class Tracking(Section):
     )
     tags: dict[str, str] = Field(
         default={}, description="tags of the run, beside those of data, device and commit"
+    )
+    system_metrics: bool = Field(
+        default_factory=_samples_system,
+        json_schema_extra={"default": False},
+        description="every node's CPU, memory, disk, network and GPUs, sampled every 10 s; "
+        "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=true is another default",
     )
 
 

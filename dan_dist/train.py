@@ -16,7 +16,6 @@ from dan_dist.build import (
     build_objective,
     make_objective,
     open_data,
-    open_tracker,
     open_train_loader,
     open_val_loader,
     open_writer,
@@ -30,6 +29,7 @@ from dan_dist.engine.ddp import Engine
 from dan_dist.engine.resumed import check_state
 from dan_dist.header import log_data, log_place
 from dan_dist.monitor import Monitor, save_evidence
+from dan_dist.record import open_tracker, sample_system
 from dan_dist.room import check_room
 from dan_dist.run.checkpoint import RESUMED, load
 from dan_dist.run.folder import (
@@ -68,7 +68,9 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
     try:
         with (
             ExitStack() as held,
-            session(config.train.device, timeout_s=config.train.timeout_s, on_loss=fail) as joint,
+            session(
+                config.train.device, timeout_s=config.train.timeout_s, on_loss=fail, stacks=folder
+            ) as joint,
         ):
             world, heart = joint
             stop.raise_if_signalled()
@@ -108,7 +110,10 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
     plan = make_plan(config, images=len(data.train), start=state.step)
     engine.warm_up(config.model.image_size)  # before the loader, whose GPU work ends a capture
     with (
-        world.run_on_all(lambda: open_tracker(config, world, data, state)) as tracker,
+        world.run_on_all(
+            lambda: open_tracker(config, world, data.shards, data.splits, data.task.classes, state)
+        ) as tracker,
+        world.run_on_all(lambda: sample_system(config, world, tracker)),
         claim_folder(config, world, plan.start),
         open_train_loader(config, world, data.train, start=plan.start) as batches,
         open_val_loader(config, world, data.task.val) as validation,
@@ -117,6 +122,8 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
         save_evidence(config, world, data.train, state),
     ):
         stop.wait_for_step = True
+        if plan.start == 0:  # the start's own accuracy, chance, is where curves begin
+            monitor.start(data.task.judge(engine.evaluate(validation, data.task.select, heart)))
         for step in range(plan.start, plan.total + 1):  # one more than steps: the end is due there
             due = plan.due(step, evaluated=state.evaluated, asked=monitor.asks)
             if due.save:

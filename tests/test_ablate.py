@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 from conftest import LAUNCH, REPOSITORY, run
 from dan_dist import programs
 from dan_dist.ablation import comparison, grid
+from dan_dist.ablation.answer import Answer
 from dan_dist.ablation.grid import AblationRun
 from dan_dist.ablation.runs import RunSummary
 from dan_dist.config import load_config
@@ -44,6 +45,8 @@ def test_words_become_a_grid() -> None:
     assert grid.parse(["heads"])[1][0].points["0"] == [
         "model.heads=0", "loss.fcn=none", "loss.afn=none",
     ]  # fmt: skip
+    points = grid.parse(["heads=0,4"])[1][0].points
+    assert points == {k: grid.PRESETS["heads"][k] for k in ("0", "4")}
     assert grid.parse(["optim.name=adam,sgd", "schedule.name=step,exponential"])[0] == (
         "optim.name-schedule.name"
     )
@@ -76,6 +79,7 @@ def test_runs_have_names_seeds_and_a_parent_that_stays(tiny: Write, tmp_path: Pa
         (["head"], "'head': expected heads, fcn-loss, afn-loss"),
         (["model.heads=1,1"], "stands there twice"),
         (["model.heads=1,"], "is empty"),
+        (["heads=1,9"], "9 is not of heads: 0, 1, 2"),
         (["heads", "model.heads=1,2"], r"'heads' and 'model\.heads' both set model\.heads"),
         (["heads", "loss.fcn=none,center"], r"both set loss\.fcn"),
         (["model.haeds=1,2"], r"unknown key 'model\.haeds'; did you mean 'model\.heads'\?"),
@@ -105,16 +109,18 @@ def test_a_folder_holds_one_ablation(tmp_path: Path) -> None:
         grid.ablation_id(tmp_path, "heads")
 
 
+COST = {"network.parameters": "10", "network.gflops": "0.5"}
+
+
 def summary(heads: str, seed: int, right: list[bool], accuracy: float) -> RunSummary:
     run = AblationRun(f"heads-{heads}-seed-{seed}", {"heads": heads}, seed, [])
     metrics = {"accuracy": accuracy, "mean_recall": accuracy / 2}
     curves = {
-        "model/parameters": [(0, 10.0)], "model/gflops": [(0, 0.5)],
         "train/images_per_s": [(20, 100.0), (40, 300.0), (60, 200.0)],
         "train/loss": [(20, 2.0), (40, 1.0)], "val/accuracy": [(40, accuracy)],
     }  # fmt: skip
     return RunSummary(run, "finished", "", f"id-{heads}-{seed}", metrics, {**metrics, "epoch": 3},
-                  np.array(right), "data", curves, 1.5, "validation images")  # fmt: skip
+                  np.array(right), "data", curves, COST, 1.5, "validation images")  # fmt: skip
 
 
 def test_a_comparison_by_hand(tmp_path: Path) -> None:
@@ -132,13 +138,36 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
     (pair,) = comparison.pairs(summaries)
     assert (pair.only_first, pair.only_second, pair.seed) == (1, 6, 0)
     assert pair.difference == pytest.approx(-50) and pair.p == pytest.approx(0.125)
-    text = comparison.compare("heads", summaries, tmp_path / "out")
+    compared = comparison.compare("heads", summaries, tmp_path / "out")
+    text, rows = compared.text, compared.rows
+    assert rows[0]["parameters"] == 10 and rows[0]["gflops"] == 0.5
+    assert compared.answer.words() == (
+        "best: heads 4, 90.00 % (one seed); next: heads 1, 50.00 ± 14.14 %; "
+        "McNemar's p: 0.12: may be chance"
+    )
     assert "| 1 | 2 of 2 | 50.00 ± 14.14 |" in text and "| 4 | 1 of 1 | 90.00 |" in text
     assert "heads-8-seed-0: failed: out of memory" in text
     assert "| heads 1 | -50.00 | 6 | 1 | 0.12 |" in text
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"comparison.md", "comparison.csv", "comparison.json", "pairs.csv",
                      "accuracy.png", "curves.png"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ps", "better_in", "verdict"),
+    [
+        ((0.01, 0.02), 2, "more than chance on these images, in each seed"),
+        ((0.01, 0.02), 1, "may be chance, as not every seed shows it"),
+        ((0.01, 0.2), 2, "may be chance, as not every seed shows it"),
+        ((0.01,), 1, "more than chance on these images; other seeds may differ"),
+        ((0.3,), 1, "may be chance"),
+    ],
+)
+def test_the_answer_in_words(ps: tuple[float, ...], better_in: int, verdict: str) -> None:
+    answer = Answer("heads 4", 80.0, 1.0, 2, "heads 1", 70.0, 2.0, 2, ps, better_in)
+    line = "best: heads 4, 80.00 ± 1.00 % over 2 seeds; next: heads 1, 70.00 ± 2.00 %; McNemar's p"
+    assert answer.words().startswith(line) and answer.words().endswith(f": {verdict}")
+    assert answer.metrics()["best/accuracy"] == 0.8 and answer.metrics()["best/p_max"] == max(ps)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 6), (5, 5), (40, 21), (300, 420)])
@@ -221,7 +250,13 @@ def test_stopped_and_killed_it_ends_with_each_run_once(
     assert {r.info.status for r in [*children, run]} == {"FINISHED"}
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent}
     assert {r.data.tags["setting"] for r in children} == {"heads 0", "heads 1", "heads 2"}
-    assert "Ablation: heads" in run.data.tags["mlflow.note.content"]
+    note, answer = (run.data.tags[key] for key in ("mlflow.note.content", "answer"))
+    assert answer in note and "| heads 2 |" in note and f"run_uuid={parent})" in note
+    assert run.info.run_name == "heads 0, 1, 2 (1 seed)" and printed.splitlines()[-1] == answer
+    assert f"/runs/{parent}?workflowType=machine_learning" in printed
+    assert run.data.tags["best_setting"] in {"heads 0", "heads 1", "heads 2"}
+    best = max(child.data.metrics["val/accuracy"] for child in children)
+    assert run.data.metrics["best/accuracy"] == pytest.approx(best)
     artifacts = {a.path for a in mlflow.MlflowClient(uri).list_artifacts(parent)}
     assert artifacts >= {"comparison.md", "comparison.csv", "accuracy.png", "curves.png"}
     # Other settings belong into another folder; nothing is trained.
@@ -245,19 +280,23 @@ def test_two_at_once_on_one_server_do_not_mix_and_a_browser_compares(
         assert re.search(r"val_split-none-seed-0: failed: .*no split 'none'", complained)
         parents, children = runs_of(server.uri)
         families = {
-            parents[parent].info.run_name.rsplit("-", 1)[0]: {
+            parents[parent].data.tags["ablation"]: {
                 r.info.run_name for r in children if r.data.tags["mlflow.parentRunId"] == parent
             }
             for parent in parents
         }
         names = {"heads-0-seed-0", "heads-1-seed-0"}
         assert families == {"heads": names, "val_split": {"val_split-val-seed-0"}}
-        status = {r.info.run_name.rsplit("-", 1)[0]: r.info.status for r in parents.values()}
+        status = {r.data.tags["ablation"]: r.info.status for r in parents.values()}
+        named = {r.info.run_name for r in parents.values()}
+        assert named == {"heads 0, 1 (1 seed)", "val_split val, none (1 seed)"}
         assert status == {"heads": "FINISHED", "val_split": "FAILED"}
         if CHROMIUM:
             page = printed.rsplit("compare in MLflow: ", 1)[1].split()[0]
             shown = dump(page, tmp_path)
             assert all(name in shown for name in names), shown[:2000]
+            own = printed.rsplit("the ablation in MLflow: ", 1)[1].split()[0]
+            assert printed.splitlines()[-1] in dump(own, tmp_path)  # the answer in words
     finally:
         server.stop()
 

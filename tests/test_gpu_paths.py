@@ -196,7 +196,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "empty",
         lambda *a, **k: plain(*a, **{n: v for n, v in k.items() if n != "pin_memory"}),
     )
-    monkeypatch.setattr(FakeTensor, "tolist", lambda self: [0.0] * 8, raising=False)
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: [0.0] * 13, raising=False)
     return found
 
 
@@ -207,7 +207,7 @@ def test_figures_are_read_behind_their_own_step(noted: list[str], monitor: Monit
         for step in (2, 3, 4):
             noted.append(f"launch {step}")
             figures = torch.zeros(8, device=device)
-            result = StepResult(figures[:4], figures[4:7], figures[7])
+            result = StepResult(figures[:4], figures[4:7], figures[7], figures[7], figures[:4])
             monitor.step(step, Batch(figures, figures, figures), result)
     assert noted == [
         "launch 2", "record 1", "launch 3", "wait 1", "record 2", "launch 4", "wait 2", "record 3"

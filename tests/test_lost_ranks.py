@@ -55,11 +55,11 @@ def fail() -> None:
 
 
 def train_with_fault(fault: Callable[[], None], program: str, words: list[str]) -> None:
-    """Trains; on rank 1 the second evaluation has the fault."""
+    """Trains; on rank 1 the second evaluation after that of the start has the fault."""
     read, evaluations = Loader.__next__, itertools.count(1)
 
     def faulty(loader: Loader) -> Batch:
-        if loader.augment is None and next(evaluations) == 2:
+        if loader.augment is None and next(evaluations) == 3:
             fault()
         return read(loader)
 
@@ -91,6 +91,12 @@ def test_a_rank_is_lost_in_evaluation(
     assert "Stopped" not in done.stderr
     found = outcome(tmp_path / "run")
     assert found["status"] == "failed" and found["step"] == 20
+    stacks = {path.name for path in (tmp_path / "run").glob("stacks-rank*.txt")}
+    if fault is hang:
+        assert stacks == {"stacks-rank0.txt", "stacks-rank1.txt"}
+        assert "in hang" in (tmp_path / "run" / "stacks-rank1.txt").read_text()
+    else:
+        assert not stacks
     assert re.search(line, found["reason"]), found
 
 

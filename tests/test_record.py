@@ -1,6 +1,7 @@
 """A run's record in MLflow stays true when the run goes on, and is shown where there is one."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,17 @@ def test_what_changes_when_a_run_goes_on_is_recorded(tiny: Write, tmp_path: Path
 
 
 def test_the_run_is_shown_where_there_is_one(
-    tiny: Write, uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    tiny: Write, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(tracking, "RETRY_S", 0.0)
     options = ["tracking.enabled=true", "train.max_steps=2"]
     single(tiny("run"), *options)
-    assert caplog.text.count(f"look at the run: mlflow ui --backend-store-uri {uri}") == 1
+    assert caplog.text.count(f"to look at it: mlflow ui --backend-store-uri {uri}") == 1
+    page = r"look at the run: http://127\.0\.0\.1:5000/#/experiments/1/runs/(\w+)\?workflowType="
+    found = re.findall(rf"{page}machine_learning$", caplog.text, re.MULTILINE)
+    assert found == [read_sent(tmp_path / "run").run_id]
     caplog.clear()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     single(tiny("away"), *options)

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from conftest import REPOSITORY, run
-from dan_dist.ablation.comparison import address
 from dan_dist.data import cache
 from dan_dist.data.cache import localise
 from dan_dist.redaction import RedactingFormatter, redact, redact_tree
 from dan_dist.run.outcome import write_outcome
 from dan_dist.tracking.journal import Journal
+from dan_dist.tracking.parent import compare_page
 from shards.format import MANIFEST, ShardSet, open_shardset
 
 Write = Callable[[str], Path]
@@ -80,7 +80,7 @@ def test_the_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path)
     journal.append("run", uri=uri, params={"data.shards": f"https://h/s?sig={SECRET}"})
     journal.close()
-    found = "".join(path.read_text() for path in tmp_path.iterdir()) + address(["r"], "1")
+    found = "".join(path.read_text() for path in tmp_path.iterdir()) + compare_page(["r"], "1")
     assert "***@mlflow.example.org" in found
     assert QUOTED not in found and SECRET not in found
 

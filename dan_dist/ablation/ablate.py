@@ -49,11 +49,11 @@ def main(options: AblateOptions, stop: StopRequest) -> int:
     with locked(folder / "comparison.lock", taken, wait=True):  # the last of several sees all
         summaries = [read_summary(run, c) for run, c in zip(runs, configs, strict=True)]
         experiment = configs[0].tracking.experiment
-        compared = comparison.publish_comparison(name, parent, experiment, summaries, folder)
+        lines = comparison.publish_comparison(name, parent, experiment, summaries, folder)
     print(f"tables and figures: {folder / comparison.FOLDER}")
     if not (uri := store()[0]).startswith("http"):
         print(page(uri))
-    print(f"compare in MLflow: {compared}")
+    print("\n".join(lines))
     if stop.signal:
         return PREEMPTED
     return 0 if all(r.status == "finished" for r in summaries) else FAILED

@@ -6,25 +6,22 @@ from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import binom
 
+from dan_dist.ablation.answer import Answer, Pair, find_answer, grouped_view, note, title
 from dan_dist.ablation.figures import accuracy_figure, curves_figure
 from dan_dist.ablation.runs import RunSummary
 from dan_dist.evaluation.records import check_comparable
-from dan_dist.redaction import redact
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.journal import read_sent
-from dan_dist.tracking.store import store
-from dan_dist.tracking.tracker import publish
+from dan_dist.tracking.parent import ParentRecord, compare_page, publish
 
 FOLDER = "comparison"  # of tables and figures, in the ablation's
 TESTED = ("accuracy", "mean_recall", "macro_f1")  # on the test split, where there is one
-LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` serves a store that is a file
 
 Row = dict[str, Any]
 
@@ -48,13 +45,20 @@ def table(summaries: Sequence[RunSummary]) -> list[Row]:
             row["best_epoch"] = statistics.mean(r.best["epoch"] for r in done)
             for name in _others(done):
                 row |= _spread(name, [100 * r.last[name] for r in done])
-            row["parameters"] = int(done[0].curves["model/parameters"][0][1])
-            row["gflops"] = done[0].curves["model/gflops"][0][1]
+            row["parameters"] = int(_cost(done[0], "parameters"))
+            row["gflops"] = _cost(done[0], "gflops")
             rates = [v for r in done for _, v in r.curves.get("train/images_per_s", [])]
             row["images_per_s"] = statistics.median(rates) if rates else None
             row["minutes"] = statistics.mean(r.minutes for r in done)
         rows.append(row)
     return rows
+
+
+def _cost(run: RunSummary, name: str) -> float:
+    """What the run's network costs: a tag; in records of earlier versions, a metric."""
+    if (key := f"model/{name}") in run.curves:
+        return run.curves[key][0][1]
+    return float(run.tags[f"network.{name}"])
 
 
 def _others(done: Sequence[RunSummary]) -> list[str]:
@@ -65,18 +69,6 @@ def _others(done: Sequence[RunSummary]) -> list[str]:
 def _spread(name: str, values: Sequence[float]) -> Row:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return {name: statistics.mean(values), f"{name}_deviation": deviation}
-
-
-class Pair(NamedTuple):
-    """Two settings' predictions on the same images, with the same seed; of all folds together."""
-
-    first: str
-    second: str
-    seed: int
-    difference: float  # accuracy of the first minus the second, in points
-    only_first: int  # images that it alone has right
-    only_second: int
-    p: float  # McNemar's exact test: as unequal or more by chance
 
 
 def pairs(summaries: Sequence[RunSummary]) -> list[Pair]:
@@ -178,10 +170,7 @@ def _spoken(summaries: Sequence[RunSummary], judged: str) -> str:
 
 def _paired_lines(rows: Sequence[Row], axes: list[str], found: Sequence[Pair]) -> list[str]:
     """Each setting beside the best one, whose rows a reader looks at first."""
-    ranked = [row for row in rows if row["finished"]]
-    key = "test_accuracy" if all("test_accuracy" in row for row in ranked) else "last_accuracy"
-    best = max(ranked, key=lambda row: row[key])
-    champion = ", ".join(f"{axis} {best[axis]}" for axis in axes)
+    champion = find_answer(rows, axes, found).best
     lines = [
         f"## Against {champion}, image by image", "",
         _line(["setting", "points more than it", "it alone is right", "setting alone is right",
@@ -199,7 +188,8 @@ def _paired_lines(rows: Sequence[Row], axes: list[str], found: Sequence[Pair]) -
               for key in ("only_first", "only_second")),
             ", ".join(f"{p.p:.2g}" for p in turned),
         ]))  # fmt: skip
-    whose = "the test split's" if key.startswith("test") else "the last epoch's"
+    is_test = all("test_accuracy" in row for row in rows if row["finished"])
+    whose = "the test split's" if is_test else "the last epoch's"
     return [*lines, "", f"McNemar's exact test on {whose} predictions; p is not corrected for the "
             "number of comparisons."]  # fmt: skip
 
@@ -223,14 +213,24 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     pd.DataFrame(rows, dtype=object).to_csv(path, index=False, lineterminator="\r\n")
 
 
-def compare(name: str, summaries: Sequence[RunSummary], folder: Path) -> str:
-    """Writes tables and figures of the finished runs into `folder`; returns the Markdown."""
+class Compared(NamedTuple):
+    """A comparison, as it is written and as it is answered."""
+
+    text: str  # Markdown
+    rows: list[Row]
+    answer: Answer
+
+
+def compare(name: str, summaries: Sequence[RunSummary], folder: Path) -> Compared:
+    """Writes tables and figures of the finished runs into `folder`."""
     done = [r for r in summaries if r.status == "finished"]
     if not done:
         states = ", ".join(f"{r.run.name} {r.status}" for r in summaries)
         raise ValueError(f"no run has finished, there is nothing to compare: {states}")
     rows, found = table(summaries), pairs([r for r in done if r.judged != "pairs"])
     judged = f"{0 if done[0].right is None else len(done[0].right)} {done[0].judged}"
+    axes = list(summaries[0].run.values)
+    answer = find_answer(rows, axes, found)
     text = markdown(name, summaries, rows, found, judged)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.md").write_text(text)
@@ -240,38 +240,45 @@ def compare(name: str, summaries: Sequence[RunSummary], folder: Path) -> str:
              "last": r.last, "best": r.best, "minutes": r.minutes} for r in summaries]  # fmt: skip
     content = {"settings": rows, "runs": runs, "pairs": [pair._asdict() for pair in found]}
     (folder / "comparison.json").write_text(json.dumps(content, indent=1) + "\n")
-    axes = list(summaries[0].run.values)
     save(accuracy_figure(rows, axes, name, judged), folder / "accuracy.png")
     save(curves_figure([(r.run.setting, r.curves) for r in done], name), folder / "curves.png")
-    return text
+    return Compared(text, rows, answer)
 
 
 def publish_comparison(
     name: str, parent: str, experiment: str, summaries: Sequence[RunSummary], folder: Path
-) -> str:
-    """Compares the finished runs, on disk and in MLflow; returns the address of MLflow's page."""
+) -> list[str]:
+    """Compares the finished runs, on disk and in MLflow.
+
+    Returns the last lines for people: where MLflow shows them, and the answer in words.
+    """
     ended = [folder / r.run.name for r in summaries if r.status != "missing"]
     states = {r.status for r in summaries}
     status = "RUNNING" if "missing" in states else "FINISHED"
-    text = compare(name, summaries, folder / FOLDER)
-    print(text)
-    number = publish(
+    compared = compare(name, summaries, folder / FOLDER)
+    print(compared.text)
+    axes = list(summaries[0].run.values)
+    answer = compared.answer
+    pages = publish(
         folder / FOLDER,
-        experiment=experiment,
-        parent=parent,
-        note=text,
-        status="FAILED" if "failed" in states else status,
-        journals=ended,
-    )
-    run_ids = [run_id for own in ended if (run_id := read_sent(own)[1])]
-    return address(run_ids, number)
-
-
-def address(run_ids: Sequence[str], experiment: str) -> str:
-    """The page on which MLflow compares runs; where no server is named, of one started here."""
-    uri, _ = store()
-    server = redact(uri).rstrip("/") if uri.startswith("http") else LOCAL
-    runs, experiments = (
-        quote(json.dumps(v, separators=(",", ":"))) for v in (list(run_ids), [experiment])
-    )
-    return f"{server}/#/compare-runs?runs={runs}&experiments={experiments}"
+        ParentRecord(
+            experiment=experiment,
+            name=parent,
+            title=title(summaries),
+            note=note(answer, compared.rows, axes),
+            status="FAILED" if "failed" in states else status,
+            metrics=answer.metrics(),
+            tags={"kind": "ablation", "ablation": name, "best_setting": answer.best,
+                  "answer": answer.words()},
+            image="accuracy.png",
+            view=grouped_view(),
+        ),
+        ended,
+    )  # fmt: skip
+    run_ids = [run_id for own in ended if (run_id := read_sent(own).run_id)]
+    return [
+        f"the ablation in MLflow: {pages.run}",
+        f"its settings, seeds grouped: {pages.view}",
+        f"compare in MLflow: {compare_page(run_ids, pages.experiment_id)}",
+        answer.words(),
+    ]

@@ -54,7 +54,7 @@ class AblationRun(NamedTuple):
 
 
 def parse(words: Sequence[str]) -> tuple[str, list[Axis], list[str]]:
-    """Name, axes and further overrides of a command line: `heads`, `loss.fcn=none,center`, `k=v`.
+    """Name, axes and further overrides of a command line: `heads`, `heads=1,4`, `k=a,b`, `k=v`.
 
     An unknown word, nothing varied, a key that two axes set, or a value that stands there twice is
     a ValueError.
@@ -73,7 +73,10 @@ def parse(words: Sequence[str]) -> tuple[str, list[Axis], list[str]]:
             values = [value.strip() for value in text.split(",")]
             if "" in values or len(set(values)) < len(values):
                 raise ValueError(f"'{word}': a value is empty or stands there twice")
-            axes.append(Axis(key, {value: [f"{key}={value}"] for value in values}))
+            points = PRESETS.get(key) or {value: [f"{key}={value}"] for value in values}
+            if unknown := [value for value in values if value not in points]:
+                raise ValueError(f"'{word}': {unknown[0]} is not of {key}: {', '.join(points)}")
+            axes.append(Axis(key, {value: points[value] for value in values}))
         else:
             overrides.append(word)
     if not axes:

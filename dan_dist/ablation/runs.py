@@ -47,6 +47,7 @@ class RunSummary(NamedTuple):
     right: NDArray[np.bool_] | None  # (what was judged,): which the last evaluation had right
     fingerprint: str  # of the data
     curves: dict[str, list[tuple[int, float]]]  # metric → (step, value), in order
+    tags: dict[str, str]  # of the run in MLflow
     minutes: float  # of training, all its attempts together
     judged: str  # "validation images", "held-out images", or "pairs" of images
     test: Mapping[str, float] | None = None  # the test split's metrics, where there is one
@@ -66,7 +67,9 @@ def read_summary(run: AblationRun, config: Config) -> RunSummary:
     chosen = selected_on(config.data.model_dump())
     images = "held-out images" if chosen == HELD_OUT else "validation images"
     judged = "pairs" if config.task == "identity" else images
-    empty = RunSummary(run, status, reason, read_sent(folder)[1], {}, {}, None, "", {}, 0.0, judged)
+    empty = RunSummary(
+        run, status, reason, read_sent(folder)[1], {}, {}, None, "", {}, {}, 0.0, judged
+    )
     newest = newest_checkpoint(folder)
     if newest is None:
         return empty if status != "finished" else empty._replace(status="missing")
@@ -90,6 +93,7 @@ def read_summary(run: AblationRun, config: Config) -> RunSummary:
         right=None if right is None else right.numpy(),
         fingerprint=content["fingerprint"],
         curves=_curves(records),
+        tags=_tags(records),
         minutes=_minutes(records),
     )
 
@@ -166,6 +170,15 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, f
             for key, value in record["values"].items():
                 curves.setdefault(key, []).append((record["step"], value))
     return curves
+
+
+def _tags(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The tags of a run, as its last start has set them."""
+    tags: dict[str, str] = {}
+    for record in records:
+        if record["kind"] == "status":
+            tags |= record["tags"]
+    return tags
 
 
 def _minutes(records: Sequence[Mapping[str, Any]]) -> float:

@@ -6,6 +6,7 @@ with the parameters and buffers of `nn.BatchNorm1d/2d`. How many images each ran
 the host (`Shares`), so that no operation's shape depends on what a device has computed.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class Shares:
         self._device, self._dtype = device, dtype
         self._known: dict[tuple[int, ...], Tensor] = {}
         self.images: tuple[int, ...] = ()
+        self.reached_s: float | None = None  # when this rank first waited for others; set anew
 
     def announce(self, images: Sequence[int]) -> None:
         """The number of images of each rank in the next passes."""
@@ -123,6 +125,7 @@ class BatchNorm(_BatchNorm):
         n = shares.total * (input.numel() // (len(input) * input.size(1)))
         if torch.compiler.is_compiling():
             return self._traced(input, n)
+        shares.reached_s = shares.reached_s or time.perf_counter()
         with torch.no_grad():
             mean, var = self._over_ranks(*_statistics(input))
             self._update_running(mean, var, n)

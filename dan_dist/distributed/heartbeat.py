@@ -5,6 +5,7 @@ every rank writes once a second what it is doing into the store that all share, 
 others.
 """
 
+import faulthandler
 import math
 import os
 import socket
@@ -13,8 +14,10 @@ import threading
 import time
 from _thread import interrupt_main
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 from torch.distributed.distributed_c10d import Store
@@ -54,6 +57,7 @@ class Heartbeat:
     """One rank's heartbeat; `beat` is to be called at every step of work done together.
 
     on_loss is called with the line that names a lost rank, on one rank, before the process ends.
+    stacks: the folder in which every rank then leaves what its threads stood at.
     """
 
     def __init__(
@@ -64,9 +68,10 @@ class Heartbeat:
         *,
         timeout_s: float,
         on_loss: Callable[[str], None],
+        stacks: Path | None = None,
     ) -> None:
         self._store, self._rank, self._size = store, rank, size
-        self._timeout_s, self._on_loss = timeout_s, on_loss
+        self._timeout_s, self._on_loss, self._stacks = timeout_s, on_loss, stacks
         self._silent_s = min(SILENT_S, timeout_s / 2)
         self._number = self._progress = 0
         self._state: State = "starts"
@@ -227,6 +232,8 @@ class Heartbeat:
 
     def _give_up(self, culprits: list[int], what: str) -> None:
         """No step for too long: names the rank that the others wait for, and ends this process."""
+        if self._stacks is not None:  # first: the launcher ends the others once one has ended
+            _within(SILENT_S, partial(write_stacks, self._stacks, self._rank))
         others = set(range(self._size)) - set(culprits)
         line = self._name(sorted(culprits), f"{what} for {self._timeout_s:.0f} s")
         self._end(
@@ -247,9 +254,7 @@ class Heartbeat:
         """The main thread may stand in a collective that cannot be interrupted."""
         try:
             if prints and code:
-                word = threading.Thread(target=self._on_loss, args=(line,), daemon=True)
-                word.start()  # its disk, too, may fail or hang
-                word.join(SILENT_S)
+                _within(SILENT_S, partial(self._on_loss, line))
                 print(f"error: {redact(line)}", file=sys.stderr, flush=True)
             elif code:
                 time.sleep(YIELD_S)
@@ -257,21 +262,36 @@ class Heartbeat:
             os._exit(code)
 
 
+def _within(most_s: float, task: Callable[[], object]) -> None:
+    """Does a task that writes, while that ends: a disk, too, may fail or hang."""
+    thread = threading.Thread(target=task, daemon=True)
+    thread.start()
+    thread.join(most_s)
+
+
+def write_stacks(folder: Path, rank: int) -> None:
+    """Leaves what every thread of this process stands at as stacks-rank<r>.txt, where it can."""
+    with suppress(OSError), (folder / f"stacks-rank{rank}.txt").open("w") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+
+
 @contextmanager
 def session(
-    device: str, *, timeout_s: float, on_loss: Callable[[str], None]
+    device: str, *, timeout_s: float, on_loss: Callable[[str], None], stacks: Path | None = None
 ) -> Iterator[tuple[World, Heartbeat]]:
     """The ranks' world and this rank's heartbeat, for work done together; both end with it.
 
     After a failure nothing here waits for the other ranks: its line has yet to be written.
 
-    device, timeout_s, on_loss: see `init_world` and `Heartbeat`.
+    device, timeout_s, on_loss, stacks: see `init_world` and `Heartbeat`.
 
     Raises:
         ConnectionError: a rank was lost, or has failed; names it. Stopped: one got a stop signal.
     """
     world = init_world(device)
-    heart = Heartbeat(world.store, world.rank, world.size, timeout_s=timeout_s, on_loss=on_loss)
+    heart = Heartbeat(
+        world.store, world.rank, world.size, timeout_s=timeout_s, on_loss=on_loss, stacks=stacks
+    )
     try:
         try:
             yield replace(world, check=heart.check), heart

@@ -5,6 +5,7 @@ micro-batches: each part contributes its share of the mean, DDP's averaging is u
 """
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -35,8 +36,9 @@ from dan_dist.engine.optimizer import (
 )
 from dan_dist.engine.passes import micro_steps, pass_images
 from dan_dist.engine.precision import Precision, autocast, weight_dtype
+from dan_dist.engine.rows import evaluate
 from dan_dist.model.arithmetic import choose_arithmetic
-from dan_dist.model.dan import DAN, Output
+from dan_dist.model.dan import Output
 from dan_dist.model.losses import Loss, Objective
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,8 @@ class StepFlags(NamedTuple):
     stop: bool  # end after a checkpoint
     save: bool  # write a checkpoint
     replaced: int  # images of the batch that stand in for damaged ones
+    wait_s: float = 0.0  # that this rank has waited for its batch
+    own_s: float = 0.0  # that, and its computing before it first needed the others
 
 
 class StepResult(NamedTuple):
@@ -56,37 +60,10 @@ class StepResult(NamedTuple):
     losses: Tensor  # (4,) means over the global batch: total, classification, FCN, AFN
     flags: Tensor  # (3,) sums over ranks, in the order of StepFlags
     grad_norm: Tensor  # () of the whole gradient
+    accuracy: Tensor  # () of the images as they were trained on
+    ranks: Tensor  # (2 · ranks,) each rank's wait_s, then each one's own_s
     skipped: bool = False  # the weights were left as they were
-
-
-@torch.no_grad()
-def evaluate(
-    network: DAN,
-    loader: Loader,
-    world: World,
-    *,
-    select: Callable[[Output], Tensor],
-    precision: Precision,
-    heart: Heartbeat,
-) -> NDArray[np.float32]:
-    """(samples, D) float32 of a whole split, in index order, the same on every rank.
-
-    network: in evaluation mode. loader: this rank's part of a pass, at least one step. select: the
-    part of B images' output that is wanted, (B, D) float32.
-    """
-    samples, dtype = len(loader.reader.split), weight_dtype(precision)
-    rows = torch.empty(0)
-    for step in range(loader.order.steps):
-        heart.beat("evaluation", step + 1)
-        batch = next(loader)
-        with autocast(precision, world.device):
-            wanted = select(network(batch.images.to(dtype)))
-        if not step:  # a row more, for padding: then nothing waits for the device to know its place
-            rows = torch.zeros(samples + 1, wanted.size(1), device=world.device)
-        places = batch.ids.where(batch.ids >= 0, samples).to(world.device, non_blocking=True)
-        rows[places] = wanted
-    found: NDArray[np.float32] = world.sum(rows[:samples]).cpu().numpy()
-    return found
+    own_s: float = 0.0  # of this rank, computing before it first needed the others
 
 
 @dataclass(frozen=True)
@@ -117,6 +94,7 @@ class Engine:
         choose_arithmetic(options.precision, deterministic=options.deterministic)
         objective.to(world.device, self.dtype)
         self.shares: Shares | None = None
+        self._reached_s: float | None = None  # when this step first needed the other ranks
         if options.sync_bn and world.size > 1:
             self.shares = Shares(world.device, self.dtype)
             convert_batch_norm(objective, self.shares)
@@ -141,14 +119,27 @@ class Engine:
             ValueError: the GPU's memory does not suffice; names train.micro_batch.
         """
         set_lr(self.optimizer, self.groups, lr)
-        own = torch.tensor(flags, dtype=self.dtype)
+        own, began_s = self._slots(flags), time.perf_counter()
+        self._reached_s = None
         with self._memory_named():
             if self.graph is None:
                 own = own.to(self.world.device, non_blocking=True)
                 found = self._step(batch.images, batch.labels, own)
             else:
                 found = self.graph(batch.images, batch.labels, own)
-        return StepResult(found.sums[:4], found.sums[4:], found.grad_norm, found.skipped)
+        sums = found.sums
+        own_s = (self._reached_s or began_s) - began_s  # a captured step is not looked into
+        return StepResult(
+            sums[:4], sums[5:8], found.grad_norm, sums[4], sums[8:], found.skipped, own_s
+        )
+
+    def _slots(self, flags: StepFlags) -> Tensor:
+        """What one rank adds to the sum over ranks: its flags, and its times in its own places."""
+        size, rank = self.world.size, self.world.rank
+        slots = torch.zeros(3 + 2 * size, dtype=self.dtype)
+        slots[:3] = torch.tensor(flags[:3], dtype=self.dtype)
+        slots[3 + rank], slots[3 + size + rank] = flags.wait_s, flags.own_s
+        return slots
 
     def warm_up(self, image_size: int, recorder: Recorder | None = None) -> None:
         """Compiles and captures the step, where that was chosen; what is trained stays as it is.
@@ -167,7 +158,7 @@ class Engine:
             if self.options.soft:
                 shares = torch.eye(classes, device=device)[labels]
                 labels = torch.cat([labels[:, None], shares], dim=1)
-            flags = torch.zeros(3, dtype=self.dtype, device=device)
+            flags = self._slots(StepFlags(False, False, 0)).to(device)
             if not self.options.capture:
                 self._step(images, labels, flags)
             else:
@@ -256,7 +247,7 @@ class Engine:
         if self.is_frozen:
             self.objective.network.backbone.eval()
         self._zero_grad()
-        parts = torch.zeros(4, dtype=self.dtype, device=self.world.device)
+        parts = torch.zeros(5, dtype=self.dtype, device=self.world.device)
         passes = zip(
             images.tensor_split(self.micro_steps), labels.tensor_split(self.micro_steps),
             self.pass_images, strict=True,
@@ -265,7 +256,8 @@ class Engine:
             if self.shares is not None:
                 self.shares.announce(shares)
             loss = self._forward_backward(x, y, last=i == self.micro_steps - 1)
-            parts += loss.parts
+            right = (loss.logits.argmax(dim=1) == y).sum() / self.options.global_batch
+            parts += torch.cat([loss.parts, right[None]])
         sums = self.world.sum(torch.cat([parts, flags]))
         norm, skipped = self._update(sums[0])
         if skipped:  # the forward pass has changed BatchNorm's running statistics
@@ -328,6 +320,8 @@ class Engine:
 
     def _forward(self, images: Tensor, labels: Tensor) -> Loss:
         cache = not self.options.capture
+        if self.shares is not None:
+            self.shares.reached_s = None
         with autocast(self.options.precision, self.world.device, cache=cache):
             try:
                 loss: Loss = self.model(images.to(self.dtype), labels, self.options.global_batch)
@@ -335,6 +329,9 @@ class Engine:
                 log.warning("train.compile: not possible here (%s); going on without", type(error))
                 forget_compiled(self.objective)
                 loss = self.model(images.to(self.dtype), labels, self.options.global_batch)
+        if self._reached_s is None:
+            met_s = self.shares.reached_s if self.shares is not None else None
+            self._reached_s = met_s or time.perf_counter()
         return loss
 
     def _memory_named(self) -> AbstractContextManager[None]:

@@ -19,7 +19,7 @@ WARM_STEPS = 11  # DDP's buckets and the allocator's blocks have then found thei
 class Figures(NamedTuple):
     """What a step gives, on the device."""
 
-    sums: Tensor  # (7,) over ranks: the parts of the loss, then the flags
+    sums: Tensor  # (8 + 2 · ranks,) over ranks: the loss in parts, accuracy, flags, ranks' times
     grad_norm: Tensor  # ()
     skipped: bool = False
 

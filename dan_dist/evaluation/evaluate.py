@@ -1,9 +1,10 @@
 """The story of an evaluation: checkpoint, shards, a pass over one split, figures, JSON, MLflow."""
 
+import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,14 +38,19 @@ from dan_dist.model.classes import columns_of, join_names, meet
 from dan_dist.model.dan import Output, features, probabilities, probabilities_among
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import EvaluateOptions
+from dan_dist.run.results import result_folder
 from dan_dist.tracking.figures import save
-from dan_dist.tracking.tracker import RunRecord, record_run
+from dan_dist.tracking.inputs import dataset_inputs, model_of
+from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
 from shards.files import write_atomically
 from shards.format import ShardSet, Split, open_shardset
 
 log = logging.getLogger(__name__)
 
 REPORT = "evaluation.json"
+# What a report is of; another of the same replaces it.
+OF = ("checkpoint", "step", "weights", "dataset", "release", "fingerprint", "split", "pairs_sha256")
+CONTEXTS = {"train": "train", "val": "val"}  # MLflow's word for a split; any other is a test
 
 
 class Inputs(NamedTuple):
@@ -65,7 +71,10 @@ def main(options: EvaluateOptions, *, timeout_s: float = 60.0) -> dict[str, Any]
         ValueError, OSError: bad input, in one line, before anything is computed.
     """
     with session(options.device, timeout_s=timeout_s, on_loss=lambda line: None) as (world, heart):
-        trained, shards = open_network(options, world), open_set(options, world)
+        trained = open_network(options, world)
+        if not options.no_tracking:
+            world.run_once(lambda: check_recorded(options.experiment or trained.experiment))
+        shards = open_set(options, world)
         inputs = world.run_on_all(lambda: open_inputs(shards, trained, options))
         world.check_equal(f"{shards.root}: the images' fingerprint", shards.fingerprint)
         return evaluate(trained, shards, inputs, options, world, heart)
@@ -111,6 +120,7 @@ def evaluate(
         "fingerprint": shards.fingerprint,
         "split": inputs.split.name,
         "images": len(inputs.split),
+        "weights": options.weights,
         "selected_on": trained.selected_on,
         **details.values,
         **inputs.facts,
@@ -124,7 +134,9 @@ def evaluate(
             write_groups(output / GROUPS, report["groups"])
         save_report(report, details, output)
         if not options.no_tracking:
-            track(output, report, details, trained, options.experiment)
+            used = dataset_inputs(shards, {CONTEXTS.get(inputs.split.name, "test"): inputs.split},
+                                  options.data)  # fmt: skip
+            track(output, report, details, trained, options.experiment, used)
         for line in details.lines:
             log.info("%s", line)
         log.info("selected_on: %s; figures and %s: %s", trained.selected_on, REPORT, output)
@@ -237,7 +249,11 @@ def open_pairs(shards: ShardSet, trained: Trained, options: EvaluateOptions) -> 
     if known := persons.intersection(trained.class_names):
         log.warning("%d of %d persons have names that training knows as well: %s", len(known),
                     len(persons), join_names(sorted(known)))  # fmt: skip
-    facts = {"pairs_file": options.pairs_file and Path(options.pairs_file).name}
+    listed = hashlib.sha256(np.stack(pairs).tobytes()).hexdigest()
+    facts = {
+        "pairs_file": options.pairs_file and Path(options.pairs_file).name,
+        "pairs_sha256": listed,
+    }
     judge = partial(judge_pairs, pairs=pairs, title=_title(shards, split))
     return Inputs(own, features, None, judge, facts)
 
@@ -250,7 +266,10 @@ def output_folder(report: dict[str, Any], trained: Trained, options: EvaluateOpt
     """The folder of a report, made where need be."""
     # Names from a manifest may hold anything, slashes too.
     own = re.sub(r"[^\w.-]", "_", f"{trained.path.stem}-{report['dataset']}-{report['split']}")
-    output = options.output or trained.path.parent / own
+    output = result_folder(
+        options.output or trained.path.parent / own, REPORT,
+        {key: report[key] for key in OF if key in report},
+    )  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     return output
 
@@ -263,17 +282,21 @@ def save_report(report: dict[str, Any], details: Details, output: Path) -> None:
 
 
 def track(
-    output: Path, report: dict[str, Any], details: Details, trained: Trained, experiment: str | None
-) -> None:
+    output: Path, report: dict[str, Any], details: Details, trained: Trained,
+    experiment: str | None, used: Sequence[Mapping[str, Any]],
+) -> None:  # fmt: skip
     """A run of its own in MLflow, which names the training's."""
-    where = f"{report['dataset']}-{report['split']}"
+    where = f"{report['dataset']} ({report['release']}), split {report['split']}"
+    model = model_of(trained)
     record = RunRecord(
         experiment=experiment or trained.experiment,
-        name=f"evaluate {trained.name} on {where}",
+        name=f"evaluate {trained.name}, {trained.path.stem}, on {where}",
         params={key: report[key] for key in ("checkpoint", "dataset", "release", "split")},
-        tags={"kind": "evaluation", "trained_by": trained.run_id or "unknown",
+        tags={"kind": "evaluation", "trained_by": model.run_id if model else "unknown",
               "fingerprint": report["fingerprint"], "selected_on": report["selected_on"]},
         config=trained.config,
+        datasets=used,
+        model=model,
     )  # fmt: skip
     metrics = {f"eval/{name}": value for name, value in details.metrics.items()}
     artifacts = [REPORT, *(figure.name for figure in details.figures)]

@@ -30,6 +30,7 @@ from dan_dist.evaluation.metrics import (
     calibrate,
     class_scores,
     confusion,
+    cross_entropy,
     format_metrics,
     summarise,
 )
@@ -67,6 +68,7 @@ class EvaluationResult:
     right: NDArray[np.bool_]  # of each image, or pair
     figure: LazyFigure  # the one that a training draws of its best
     details: Callable[[], Details]  # computed when called
+    loss: float | None = None  # cross-entropy, where classes are judged
 
 
 class Mistake(NamedTuple):
@@ -88,6 +90,7 @@ def judge_classes(rows: Rows, split: Split, title: str = "Validation") -> Evalua
         rows.argmax(axis=1) == labels,
         figure,
         partial(_class_details, rows, split, title, matrix, figure),
+        cross_entropy(rows, labels),
     )
 
 

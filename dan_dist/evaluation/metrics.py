@@ -18,6 +18,12 @@ def confusion(probabilities: Probabilities, labels: Labels) -> NDArray[np.int64]
     return np.bincount(cells, minlength=classes * classes).reshape(classes, classes)
 
 
+def cross_entropy(probabilities: Probabilities, labels: Labels) -> float:
+    """The mean of -log p of the true class, in nats; a p of 0 counts as float32's least."""
+    own = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    return float(-np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean())
+
+
 def summarise(matrix: NDArray[np.int64], class_names: tuple[str, ...]) -> dict[str, float]:
     """Accuracy, mean recall and macro-F1 over the classes that have images, each such recall."""
     scores = {n: s for n, s in class_scores(matrix, class_names).items() if s["images"]}

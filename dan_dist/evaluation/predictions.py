@@ -10,8 +10,8 @@ from torch import Tensor
 from dan_dist.data.loader import Loader, evaluation_loader
 from dan_dist.distributed.heartbeat import Heartbeat
 from dan_dist.distributed.world import World
-from dan_dist.engine.ddp import evaluate
 from dan_dist.engine.precision import PrecisionChoice, resolve_precision, weight_dtype
+from dan_dist.engine.rows import evaluate
 from dan_dist.model.arithmetic import choose_arithmetic
 from dan_dist.model.dan import Output, probabilities
 from dan_dist.model.weights import Trained

@@ -4,6 +4,7 @@ Grad-CAM++ (Chattopadhyay et al., arXiv 1710.11063) shows where heads look, as i
 paper; t-SNE shows how features lie, as in its figure 3.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -20,13 +21,16 @@ from dan_dist.inference.inputs import Inputs, open_inputs
 from dan_dist.inference.metrics import project
 from dan_dist.model.weights import load_trained
 from dan_dist.options import ExplainOptions
+from dan_dist.run.results import result_folder
 from dan_dist.tracking.figures import save
-from dan_dist.tracking.tracker import RunRecord, record_run
+from dan_dist.tracking.inputs import model_of
+from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
 from shards.files import scratch_folder, write_atomically
 
 log = logging.getLogger(__name__)
 
 REPORT = "explanation.json"
+OF = ("seen_sha256",)  # what a report is of; another of the same replaces it
 ATTENTION = ("attention.png", "attention-against.png")  # of each network
 FEATURES = "features.png"
 MOST_FACES = 100  # rows of the figure of maps
@@ -49,12 +53,16 @@ def main(options: ExplainOptions) -> dict[str, Any]:
             raise ValueError(f"{world.size} ranks: explain runs as one")
         given = [p for p in (options.checkpoint, options.against) if p is not None]
         networks = [load_trained(p, options.classes, weights=options.weights) for p in given]
+        if not options.no_tracking:
+            check_recorded(options.experiment or networks[0].experiment)
         inputs = open_inputs(options, networks, folder, world.cores)
         explanations = [examine(trained, inputs, options.count, world) for trained in networks]
     report = describe(explanations, inputs)
     path = networks[0].path
     name = re.sub(r"[^\w.-]", "_", f"{path.stem}-explained-{inputs.where}")
-    output = options.output or path.parent / name
+    output = result_folder(
+        options.output or path.parent / name, REPORT, {key: report[key] for key in OF}
+    )
     write(output, report, explanations, inputs)
     if not options.no_tracking:
         track(output, report, explanations, inputs, options.experiment)
@@ -91,7 +99,17 @@ def describe(explanations: Sequence[Explanation], inputs: Inputs) -> dict[str, A
         "feature_images": len(inputs.labelled) if inputs.labelled else 0,
         "unread": {str(path): fault for path, fault in inputs.faces.faults.items()},
         "against": others[0] if others else None,
+        "seen_sha256": seen(explanations, inputs),
     }
+
+
+def seen(explanations: Sequence[Explanation], inputs: Inputs) -> str:
+    """A digest of the first network and the images: a look at other ones is another result."""
+    own = [explanations[0].trained.path.name, explanations[0].trained.step]
+    digest = hashlib.sha256(json.dumps([own, inputs.faces.names, inputs.origin]).encode())
+    for split in filter(None, (inputs.faces.split, inputs.labelled)):
+        digest.update(split.index.tobytes())
+    return digest.hexdigest()
 
 
 def write(
@@ -132,14 +150,15 @@ def track(
         numbers = {"head_overlap": own.overlap, "class_separation": own.separation}
         known = {key: value for key, value in numbers.items() if not math.isnan(value)}
         metrics |= {f"explain/{key}{ending}": value for key, value in known.items()}
-    trained = first.trained
+    trained, model = first.trained, model_of(first.trained)
     record = RunRecord(
         experiment=experiment or trained.experiment,
-        name=f"explain {trained.name} on {inputs.where}",
+        name=f"explain {trained.name}, {trained.path.stem}, on {inputs.where}",
         params=params,
-        tags={"kind": "explanation", "trained_by": trained.run_id or "unknown",
+        tags={"kind": "explanation", "trained_by": model.run_id if model else "unknown",
               "fingerprint": report["fingerprint"] or "unknown"},
         config=trained.config,
+        model=model,
     )  # fmt: skip
     drawn = [name for name in (*ATTENTION, FEATURES) if (output / name).is_file()]
     record_run(output, record, metrics=metrics, step=trained.step, artifacts=(REPORT, *drawn))

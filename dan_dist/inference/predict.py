@@ -22,6 +22,7 @@ from dan_dist.inference.outputs import FEATURES, Files, Row, Write, writing
 from dan_dist.model.dan import Output, features, probabilities
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import PredictOptions
+from shards.files import scratch_folder
 
 CHUNK = 1024  # images at a time: what memory and the temporary folder hold of any number
 FEW = 64  # images without a progress bar

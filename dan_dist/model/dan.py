@@ -153,8 +153,11 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def cost(classes: int, heads: int, image_size: int, *, cosine: bool = False) -> dict[str, float]:
-    """The network's parameters, and the GFLOPs of one image's forward pass (2 a multiply-add)."""
+def cost(classes: int, heads: int, image_size: int, *, cosine: bool = False) -> dict[str, str]:
+    """The network's parameters, and the GFLOPs of one image's forward pass (2 a multiply-add).
+
+    As tags of a run: they are no metrics of a step, and follow from its parameters.
+    """
     with torch.device("meta"):  # shapes alone, no memory; and no autocast, which cosines ask for
         network = DAN(classes, heads).eval()
         image = torch.empty(1, 3, image_size, image_size)
@@ -162,4 +165,5 @@ def cost(classes: int, heads: int, image_size: int, *, cosine: bool = False) -> 
         network(image)
     bias = classes if cosine else 0  # a classifier of cosines has none
     parameters = sum(p.numel() for p in network.parameters()) - bias
-    return {"model/parameters": parameters, "model/gflops": counter.get_total_flops() / 1e9}
+    gflops = counter.get_total_flops() / 1e9
+    return {"network.parameters": str(parameters), "network.gflops": f"{gflops:.6g}"}

@@ -24,7 +24,7 @@ FREE_KEYS = (
     "data.classes", "data.decoded", "data.test_split", "data.protocol", "train.epochs",
     "train.max_steps", "train.patience", "train.device", "train.compile", "train.deterministic",
     "train.output", "train.resume", "train.keep_checkpoints", "train.checkpoint_",
-    "train.log_every", "train.timeout_s", "tracking.", "engine.", "model.backbone",
+    "train.log_every", "train.timeout_s", "train.profile", "tracking.", "engine.", "model.backbone",
     "model.weights",
 )  # fmt: skip
 

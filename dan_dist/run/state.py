@@ -27,6 +27,7 @@ class TrainState:
     # losses and gradient norm of each step since the last log line: log lines do not depend on
     # interruptions
     figures: list[list[float]] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)  # of the training images, likewise
     run_id: str | None = None  # MLflow's
 
     @classmethod

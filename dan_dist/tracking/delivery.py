@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dan_dist.tracking.faults import ClosedError, RefusedError, is_refusal, reason_of
+from dan_dist.tracking.inputs import find_model, linked, log_inputs
 from dan_dist.tracking.journal import Journal, Lane
 from dan_dist.tracking.logged_model import log_model
 from dan_dist.tracking.names import PARAM_LETTERS, TAG_LETTERS, fit, fit_value, originals
@@ -101,6 +102,9 @@ class Delivery:
                 self._changes(run_id, record)
             case "run" | "config":
                 client.log_dict(run_id, record["config"], "config.yaml")
+            case "inputs":
+                assert run_id is not None
+                log_inputs(client, run_id, record)
             case "metrics":
                 assert run_id is not None
                 self._metrics(run_id, record)
@@ -122,6 +126,8 @@ class Delivery:
 
     def _status(self, run_id: str, record: Mapping[str, Any]) -> None:
         """The status first: it is taken whatever becomes of a tag."""
+        if self._journal.experiment_id is None:  # a run that an earlier version has begun
+            self._journal.experiment_id = self.client.get_run(run_id).info.experiment_id
         if record["status"] == "RUNNING":
             self.client.update_run(run_id, "RUNNING")
         else:
@@ -133,8 +139,17 @@ class Delivery:
 
         time_ms, step, values = record["time_ms"], record["step"], record["values"]
         self._keep_names(run_id, values)
-        rows = [(key, Metric(fit(key), value, time_ms, step)) for key, value in values.items()]
+        link = self._link(run_id)
+        rows = [
+            (key, Metric(fit(key), value, time_ms, step, **link)) for key, value in values.items()
+        ]
         _send("metric", rows, lambda few: self.client.log_batch(run_id, metrics=few))
+
+    def _link(self, run_id: str) -> dict[str, str]:
+        """The model and the data set that an evaluation's metrics are of; of a training, none."""
+        inputs = self._journal.inputs
+        model = find_model(self.client, inputs.get("model"))
+        return {} if model is None else {"model_id": model, "run_id": run_id, **linked(inputs)}
 
     def _parameters(self, run_id: str, values: Mapping[str, str]) -> None:
         from mlflow.entities import Param
@@ -165,7 +180,7 @@ class Delivery:
     def _open(self, record: Mapping[str, Any]) -> str:
         """The run of this journal: the one with its tag, the one it goes on with, or a new one."""
         if adopted := record.get("adopted"):
-            active_run(self.client, adopted)
+            self._journal.experiment_id = active_run(self.client, adopted).info.experiment_id
             self.client.set_tag(adopted, _JOURNAL_TAG, self._journal.id)
             return str(adopted)
         local, artifacts = store()  # not the journal's: that may come from elsewhere
@@ -175,14 +190,19 @@ class Delivery:
         )
         if former := record.get("run_id"):
             with suppress(ClosedError):  # in another store, or deleted
-                return str(active_run(self.client, former).info.run_id)
+                found = active_run(self.client, former).info
+                self._journal.experiment_id = found.experiment_id
+                return str(found.run_id)
+        self._journal.experiment_id = number
         own = f"tags.`{_JOURNAL_TAG}` = '{self._journal.id}'"
         runs = self.client.search_runs([number], own, order_by=["attributes.start_time ASC"])
         if runs:
             return str(runs[0].info.run_id)
         tags = {_JOURNAL_TAG: self._journal.id}
         if record["parent"]:
-            tags["mlflow.parentRunId"] = parent_run(self.client, number, record["parent"])
+            tags["mlflow.parentRunId"] = parent_run(
+                self.client, number, record["parent"], record.get("parent_title")
+            )
         name = fit_value(record["name"], 250)
         run = self.client.create_run(number, record["time_ms"], tags, name)
         return str(run.info.run_id)

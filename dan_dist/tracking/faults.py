@@ -18,7 +18,7 @@ MISSING = (
     "Not Found",
     "Method Not Allowed",
 )  # FastAPI's words, around which MLflow loses the status
-_STATUS = re.compile(r"error code (\d{3})\b")
+_STATUS = re.compile(r"error code (\d{3})\b|too many (\d{3}) error responses")
 _PAGE = re.compile(r"[.\s]*Response body: '\s*<.*")  # HTML, which explains nothing
 _HINTS = {
     404: "this server lacks it; newer ones may have it",
@@ -57,7 +57,7 @@ def status_of(error: Exception) -> int | None:
     if (status := getattr(response, "status_code", None)) is not None:
         return int(status)
     found = _STATUS.search(str(error))
-    return int(found[1]) if found else None
+    return int(found[1] or found[2]) if found else None
 
 
 def reason_of(error: Exception) -> str:

@@ -66,6 +66,7 @@ class Sent(NamedTuple):
     settled: dict[Lane, int]  # how many of each lane were delivered or left out
     run_id: str | None  # MLflow's
     left_out: list[LeftOut]
+    experiment_id: str | None = None  # MLflow's, of the run
 
 
 class Journal:
@@ -83,10 +84,12 @@ class Journal:
         self._lock.enter_context(locked(folder / NAME, f"{folder} is in use by another process"))
         self._file: FileIO = (folder / NAME).open("ab+", buffering=0)
         self.changed, self._saving = threading.Condition(), threading.Lock()
+        self._writing = threading.RLock()  # records come from the run, and from who samples
         self.last_step: dict[str, int] = {}  # metric → the last step it was noted for
         self._records: dict[int, Record] = {}  # by number: those that wait or were left out
         self._count = 0
         self._configurations: list[Record] = []  # the run as it was begun, and each change
+        self.inputs: Record = {}  # the last record of what the run is computed on
         self._lanes: dict[Lane, deque[int]] = {lane: deque() for lane in LANES}
         self.unwritten: list[Record] = []
         self._full = False
@@ -99,7 +102,7 @@ class Journal:
             self._add(record)
         self.opened = len(records) > 1  # a run was begun in it
         self.uri: str = self.begun["uri"] if self.begun else ""  # without secrets
-        settled, self.run_id, self.left_out = read_sent(folder)
+        settled, self.run_id, self.left_out, self.experiment_id = read_sent(folder)
         self._settled: dict[Lane, int] = dict.fromkeys(LANES, 0)
         for lane, count in settled.items():
             for _ in range(min(count, len(self._lanes[lane]))):  # the journal may be a shorter one
@@ -147,8 +150,14 @@ class Journal:
 
     def append(self, kind: str, **content: Any) -> None:
         """Writes a record, without secrets, to the disk and hands it to whoever sends them."""
-        self.unwritten.append(redact_tree({"kind": kind, **content}))
-        self.write()
+        with self._writing:
+            self.append_later(kind, **content)
+            self.write()
+
+    def append_later(self, kind: str, **content: Any) -> None:
+        """Keeps a record until the next one is written: its writer does not wait for the disk."""
+        with self._writing:
+            self.unwritten.append(redact_tree({"kind": kind, **content}))
 
     def write(self) -> None:
         """Writes what is not on the disk yet, or nothing of it."""
@@ -205,7 +214,8 @@ class Journal:
         """
         with self._saving:  # lanes are settled by threads of their own
             with self.changed:
-                sent = Sent(dict(self._settled), self.run_id, list(self.left_out))
+                left_out = list(self.left_out)
+                sent = Sent(dict(self._settled), self.run_id, left_out, self.experiment_id)
             content = {**sent._asdict(), "left_out": [item._asdict() for item in sent.left_out]}
             write_atomically(self.folder / SENT, json.dumps(content))
 
@@ -221,6 +231,8 @@ class Journal:
         self._count += 1
         if record["kind"] in ("run", "config"):
             self._configurations.append(record)
+        if record["kind"] == "inputs":
+            self.inputs = {key: record[key] for key in ("datasets", "model")}
         if record["kind"] == "metrics":
             for key in record["values"]:
                 self.last_step[key] = max(record["step"], self.last_step.get(key, -1))
@@ -271,7 +283,7 @@ def read_sent(folder: Path) -> Sent:
         records = _parse(folder / NAME)[0][1:] if (folder / NAME).is_file() else []
         done = [lane for record in records[: content["delivered"]] for lane in lanes_of(record)]
         settled = {lane: done.count(lane) for lane in LANES}
-    return Sent(settled, content["run_id"], left_out)
+    return Sent(settled, content["run_id"], left_out, content.get("experiment_id"))
 
 
 def remove_journal(folder: Path) -> None:

@@ -12,7 +12,7 @@ from shards.images import encode
 
 PACKAGE = Path(__file__).resolve().parent.parent  # dan_dist
 NAME = "dan"
-COPIED = ("val/accuracy", "val/mean_recall")  # metrics by which models are compared
+COPIED = ("val/accuracy", "val/loss", "val/mean_recall")  # metrics by which models are compared
 # What dan_dist/served.py and what it imports need; it brings no code but the two packages.
 NEEDED = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "simplejpeg", "pydantic",
           "pyyaml")  # fmt: skip
@@ -93,11 +93,18 @@ def _copy_metrics(client: Any, run_id: str, model_id: str, step: int) -> None:
     """What the run measured at the model's step, as the model's; MLflow keeps one of two equal."""
     from mlflow.entities import Metric
 
+    inputs = client.get_run(run_id).inputs
+    judged = {
+        tag.value: {"dataset_name": own.dataset.name, "dataset_digest": own.dataset.digest}
+        for own in (inputs.dataset_inputs if inputs else [])
+        for tag in own.tags
+        if tag.key == "mlflow.data.context"
+    }.get("val", {})
     found = [m for key in COPIED for m in client.get_metric_history(run_id, key) if m.step == step]
     client.log_batch(
         run_id,
         metrics=[
-            Metric(m.key, m.value, m.timestamp, m.step, model_id=model_id, run_id=run_id)
+            Metric(m.key, m.value, m.timestamp, m.step, model_id=model_id, run_id=run_id, **judged)
             for m in found
             if m.model_id is None
         ],

@@ -3,23 +3,48 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from dan_dist.redaction import redact
 from dan_dist.tracking.delivery import Delivery, PartlyRefusedError
-from dan_dist.tracking.faults import ClosedError, is_refusal, reason_of
+from dan_dist.tracking.faults import ClosedError, is_refusal, reason_of, status_of
 from dan_dist.tracking.journal import LANES, Journal, Lane, LeftOut, lanes_of
 from dan_dist.tracking.store import import_mlflow
 
 log = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 30.0
+TRIES = 6  # in half a minute, of a record that a server fails at
 _FAILED: dict[Lane, str] = {
     "records": "failed, its journal grows",
     "artifacts": "does not take the run's artifacts, which wait",
     "models": "does not take the run's model, which waits",
 }
+
+
+def ask(look: Callable[[], object], within_s: float) -> None:
+    """Looks for so long whether MLflow will take a run; a store that is away is no error.
+
+    Raises:
+        ValueError: it will not, now or later.
+    """
+    closed: list[ClosedError] = []
+
+    def run() -> None:
+        try:
+            look()
+        except ClosedError as error:
+            closed.append(error)
+        except Exception as error:  # as MLflow's errors are; the lanes will try again
+            log.debug("MLflow: %s", error)
+
+    thread = threading.Thread(target=run, name="tracking check", daemon=True)
+    thread.start()
+    thread.join(within_s)
+    if closed:
+        raise ValueError(str(closed[0])) from closed[0]
 
 
 class Sender:
@@ -38,6 +63,7 @@ class Sender:
         self._ending, self._give_up_s = threading.Event(), 0.0
         self._ended: set[Lane] = set()
         self._named: set[str] = set()  # what the log has named as left out
+        self._failed: list[tuple[int, Lane]] = []  # left out, as the server fails at them
         self._threads = [
             threading.Thread(target=self._run, args=(lane,), name=f"tracking {lane}", daemon=True)
             for lane in LANES
@@ -49,21 +75,7 @@ class Sender:
         Raises:
             ValueError: it will not, now or later.
         """
-        closed: list[ClosedError] = []
-
-        def look() -> None:
-            try:
-                self.delivery.check(experiment, adopted)
-            except ClosedError as error:
-                closed.append(error)
-            except Exception as error:  # as MLflow's errors are; the lanes will try again
-                log.debug("MLflow at %s: %s", self._shown, error)
-
-        thread = threading.Thread(target=look, name="tracking check", daemon=True)
-        thread.start()
-        thread.join(within_s)
-        if closed:
-            raise ValueError(str(closed[0])) from closed[0]
+        ask(lambda: self.delivery.check(experiment, adopted), within_s)
 
     def start(self) -> None:
         """Starts the lanes."""
@@ -109,13 +121,14 @@ class Sender:
     def _run(self, lane: Lane) -> None:
         try:
             self._send(lane)
+            self._retry_failed(lane)
         finally:
             with self._journal.changed:
                 self._ended.add(lane)
                 self._journal.changed.notify_all()
 
     def _send(self, lane: Lane) -> None:
-        delay_s, is_failing = FIRST_RETRY_S, False
+        delay_s, is_failing, tries = FIRST_RETRY_S, False, 0
         while found := self._next(lane):
             try:
                 self._journal.settle(lane, *self._deliver(*found, lane))
@@ -125,7 +138,11 @@ class Sender:
             except Exception as error:  # whatever mlflow and its HTTP stack raise
                 if not is_failing:
                     log.warning("MLflow at %s %s: %s", self._shown, _FAILED[lane], reason_of(error))
-                is_failing = True
+                is_failing, tries = True, tries + 1
+                if self._is_poison(found[1], error, tries):
+                    self._set_aside(*found, lane, error)
+                    is_failing, delay_s, tries = False, FIRST_RETRY_S, 0
+                    continue
                 if self._ending.wait(delay_s):
                     if time.monotonic() > self._give_up_s:
                         return
@@ -134,7 +151,33 @@ class Sender:
                 continue
             if is_failing:
                 log.warning("MLflow at %s is back", self._shown)
-            is_failing, delay_s = False, FIRST_RETRY_S
+            is_failing, delay_s, tries = False, FIRST_RETRY_S, 0
+
+    def _is_poison(self, record: Mapping[str, Any], error: Exception, tries: int) -> bool:
+        """Whether a server that fails at a record, time after time, takes others of its run."""
+        if tries < TRIES or status_of(error) != 500 or self._journal.run_id is None:
+            return False
+        try:
+            self.delivery.check_refusal(record, error)
+        except Exception:  # it fails at all that it is asked
+            return False
+        return True
+
+    def _set_aside(
+        self, number: int, record: Mapping[str, Any], lane: Lane, error: Exception
+    ) -> None:
+        """Leaves out a record that a server always fails at; it is tried once more at the end."""
+        what, reason = describe(record, lane), reason_of(error)
+        log.warning("MLflow at %s fails at %s: %s; going on", self._shown, what, reason)
+        self._failed.append((number, lane))
+        self._journal.settle(lane, LeftOut(number, lane, what, reason))
+
+    def _retry_failed(self, lane: Lane) -> None:
+        """Once more what the server failed at: it may have been mended meanwhile."""
+        for number, own in [pair for pair in self._failed if pair[1] == lane]:
+            record = self._journal.record(number)
+            with suppress(Exception):  # it stays left out, for `replay`
+                self._journal.retry(number, own, *self._deliver(number, record, own))
 
     def _next(self, lane: Lane) -> tuple[int, dict[str, Any]] | None:
         """The record to be sent next in a lane; None once none can come."""

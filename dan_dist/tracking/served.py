@@ -3,6 +3,8 @@
 MLflow runs this file where a logged model is loaded or served; nothing else imports it.
 """
 
+import base64
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import mlflow.pyfunc
 import numpy as np
 import pandas as pd
 import torch
+from mlflow.exceptions import MlflowException
 
 from dan_dist.data.augment import MEAN, STD
 from dan_dist.model.arithmetic import choose_arithmetic
@@ -19,6 +22,18 @@ from dan_dist.run.plain import refuse_not_finite
 from shards.images import decode, to_jpeg
 
 BATCH = 64
+EXPECTED = (
+    'expected a column "image" of image files as bytes, in JSON as base64: '
+    '{"dataframe_records": [{"image": "…"}]}'
+)
+
+
+class ImageError(MlflowException, ValueError):  # type: ignore[misc]
+    """What was sent is no table of images; MLflow's server hands this line on, and no other's."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.error_code = "BAD_REQUEST"
 
 
 class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -34,8 +49,10 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """One row an image, in the order of the input.
 
         Raises:
-            ValueError: an image cannot be read; names it by its number.
+            ImageError: an image cannot be read; names it by its number.
         """
+        if not isinstance(model_input, pd.DataFrame) or "image" not in model_input:
+            raise ImageError(EXPECTED)
         images, rows = list(model_input["image"]), []
         for start in range(0, len(images), BATCH):
             pixels = [self._pixels(k, images[k])
@@ -51,13 +68,18 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def _pixels(self, number: int, image: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
         """(3, S, S) as the packer and the loader would give the network."""
-        if not isinstance(image, bytes):
-            raise ValueError(f"image {number}: a {type(image).__name__}, expected bytes")
+        if not isinstance(image, str | bytes):
+            raise ImageError(f"image {number}: a {type(image).__name__}; {EXPECTED}")
+        # Base64 is what JSON holds; MLflow decodes it in some forms of a request, in others not.
+        # No image file is of its letters alone.
+        with suppress(ValueError):
+            image = base64.b64decode(image, validate=True) or image
+        content = image.encode() if isinstance(image, str) else bytes(image)
         try:
-            jpeg, _ = to_jpeg(image, self.trained.image_size)
+            jpeg, _ = to_jpeg(content, self.trained.image_size)
             values = (np.asarray(decode(jpeg)) / 255.0 - MEAN) / STD
         except ValueError as error:
-            raise ValueError(f"image {number}: {error}") from error
+            raise ImageError(f"image {number}: {error}; {EXPECTED}") from error
         return values.astype(np.float32).transpose(2, 0, 1)
 
 

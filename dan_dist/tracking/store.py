@@ -20,6 +20,9 @@ _DEFAULTS = {
 }
 _STORE = "mlflow.db"
 _PARENT_TAG = "dan_dist.parent"
+LOCAL = "http://127.0.0.1:5000"  # where `mlflow ui` serves a store that is a file
+KIND_OF_WORK = "workflowType=machine_learning"
+BY_NUMBER = "id:"  # before an experiment's number, in place of its name
 PARENT_S = 30  # within which who claimed to make a parent has made it, if it lives
 
 
@@ -37,6 +40,19 @@ def page(uri: str) -> str:
     """Where people look at a store, without secrets: a server's address or a command."""
     shown = redact(uri)
     return shown if shown.startswith("http") else f"mlflow ui --backend-store-uri {shown}"
+
+
+def run_page(uri: str, experiment_id: str, run_id: str) -> str:
+    """The address of a run's page, on a server that is started here where none is named.
+
+    Without the kind of work, MLflow 3 would open its pages for language models.
+    """
+    return f"{server_of(uri)}/#/experiments/{experiment_id}/runs/{run_id}?{KIND_OF_WORK}"
+
+
+def server_of(uri: str) -> str:
+    """The address of a store's pages, without secrets; a file's are served here."""
+    return redact(uri).rstrip("/") if uri.startswith("http") else LOCAL
 
 
 def connect(uri: str) -> Any:
@@ -68,18 +84,36 @@ def _connect(uri: str) -> Any:
 
 
 def experiment_number(client: Any, name: str, artifacts: str | None) -> str:
-    """The number of the experiment of that name, made if need be.
+    """The number of the experiment of that name, made if need be; or of one by its number.
 
     Raises:
-        ClosedError: it was deleted.
+        ClosedError: it was deleted, or there is none of that number.
     """
     from mlflow.exceptions import MlflowException
 
+    if name.startswith(BY_NUMBER):
+        return _numbered(client, name)
     found = client.get_experiment_by_name(name)
     if found is None:
         with suppress(MlflowException):  # another makes it at this moment
             client.create_experiment(name, artifact_location=artifacts)
         found = client.get_experiment_by_name(name)
+    check_active(found)
+    return str(found.experiment_id)
+
+
+def _numbered(client: Any, name: str) -> str:
+    """The number in `id:NUMBER`, where there is such an experiment."""
+    number = name.removeprefix(BY_NUMBER)
+    try:
+        found = client.get_experiment(number)
+    except Exception as error:
+        if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+            raise ClosedError(
+                f"MLflow has no experiment {number}, which tracking.experiment or "
+                "MLFLOW_EXPERIMENT_ID names"
+            ) from error
+        raise
     check_active(found)
     return str(found.experiment_id)
 
@@ -101,6 +135,9 @@ def check_takes(client: Any, experiment: str, run_id: str | None = None) -> None
     """
     if run_id is not None:
         active_run(client, run_id)
+        return
+    if experiment.startswith(BY_NUMBER):
+        _numbered(client, experiment)
         return
     try:
         found = client.get_experiment_by_name(experiment)
@@ -132,8 +169,10 @@ def active_run(client: Any, run_id: str) -> Any:
     return run
 
 
-def parent_run(client: Any, number: str, name: str) -> str:
+def parent_run(client: Any, number: str, name: str, title: str | None = None) -> str:
     """The run that holds others, made once however many ask for it at the same moment.
+
+    title: what people see of it; by default its name.
 
     MLflow has no two experiments of one name: who can make one called so makes the run.
     """
@@ -149,7 +188,7 @@ def parent_run(client: Any, number: str, name: str) -> str:
         except MlflowException:  # another makes it at this moment
             if attempt < PARENT_S - 1:
                 time.sleep(1)
-    run = client.create_run(number, tags={_PARENT_TAG: name}, run_name=name)
+    run = client.create_run(number, tags={_PARENT_TAG: name}, run_name=title or name)
     client.set_terminated(run.info.run_id)
     return str(run.info.run_id)
 

@@ -8,7 +8,6 @@ server, and records that a server missed arrive when it is back, or by
 
 import logging
 import os
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +17,14 @@ from typing import Any, Self
 from matplotlib.figure import Figure
 
 from dan_dist.redaction import redact, redact_tree
-from dan_dist.tracking.faults import reason_of
 from dan_dist.tracking.figures import save
+from dan_dist.tracking.inputs import ModelInput
 from dan_dist.tracking.journal import Journal, LeftOut, remove_journal
 from dan_dist.tracking.names import check_written
-from dan_dist.tracking.sender import Sender, waiting
+from dan_dist.tracking.provenance import provenance
+from dan_dist.tracking.sender import Sender, ask, waiting
 from dan_dist.tracking.sqlite import database
-from dan_dist.tracking.store import connect, experiment_number, page, parent_run, store
+from dan_dist.tracking.store import check_takes, connect, page, run_page, store
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,9 @@ class RunRecord:
     config: Mapping[str, Any]  # the artifact config.yaml
     tags: Mapping[str, str] = field(default_factory=dict)
     parent: str | None = None  # the name of a run that holds this one and others
+    parent_title: str | None = None  # what people see of it; by default its name
+    datasets: Sequence[Mapping[str, Any]] = ()  # see `inputs.dataset_inputs`
+    model: ModelInput | None = None  # what an evaluation judges
     adopted: str | None = None  # the id of a run that somebody else has made for this one
     step: int = 0  # after which the run goes on
 
@@ -52,7 +55,6 @@ class NullTracker:
     """Records nothing: for all ranks but the first, and where tracking is off."""
 
     run_id: str | None = None  # MLflow's, for the checkpoint
-    where = ""  # the address of the store, for people
 
     def __enter__(self) -> Self:
         return self
@@ -60,6 +62,8 @@ class NullTracker:
     def __exit__(self, *_: object) -> None: ...
 
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def system(self, values: Mapping[str, float]) -> None: ...
 
     def figure(self, name: str, draw: Callable[..., Figure], *values: Any) -> None: ...
 
@@ -92,6 +96,8 @@ class MlflowTracker(NullTracker):
     ) -> None:
         check_written(record.experiment, record.tags)
         self._journal, self._folder = Journal(folder), folder
+        sampled = [s for key, s in self._journal.last_step.items() if key.startswith("system/")]
+        self._samples = max(sampled, default=0)
         self._status = "FAILED"
         self._model: Path | None = None
         uri, _ = store()
@@ -103,11 +109,15 @@ class MlflowTracker(NullTracker):
             self._journal.close()
             raise
         self._begin(record, run_id, adopted, uri)
-        tags = {**record.tags, "commit": commit()}
+        tags = {**record.tags, **provenance()}
         self._journal.append("status", status="RUNNING", tags=tags, time_ms=_now_ms())
+        model = None if record.model is None else [*record.model]
+        inputs = redact_tree({"datasets": [*record.datasets], "model": model})
+        if (record.datasets or record.model) and inputs != self._journal.inputs:
+            self._journal.append("inputs", **inputs)
         if rollback_to is not None:
             self._journal.append("rollback", step=rollback_to)
-        self.where = page(uri)
+        self._uri = uri
         self._sender.start()
 
     def _begin(self, record: RunRecord, run_id: str | None, adopted: str | None, uri: str) -> None:
@@ -117,8 +127,8 @@ class MlflowTracker(NullTracker):
         if not self._journal.opened:
             self._journal.append(
                 "run", experiment=record.experiment, name=record.name, parent=record.parent,
-                uri=uri, time_ms=_now_ms(), config=config, run_id=run_id, adopted=adopted,
-                params=params,
+                parent_title=record.parent_title, uri=uri, time_ms=_now_ms(), config=config,
+                run_id=run_id, adopted=adopted, params=params,
             )  # fmt: skip
         elif former is not None and config != former.config:
             changed = {k: v for k, v in params.items() if former.params.get(k) != v}
@@ -145,6 +155,13 @@ class MlflowTracker(NullTracker):
         """Records `values` at the given optimiser step, unless they were recorded for it before."""
         if new := self._journal.new_metrics(values, step):
             self._journal.append("metrics", values=new, step=step, time_ms=_now_ms())
+
+    def system(self, values: Mapping[str, float]) -> None:
+        """Records a sample of a node's load, with the next record; may be called by any thread."""
+        self._samples += 1
+        self._journal.append_later(
+            "metrics", values=dict(values), step=self._samples, time_ms=_now_ms()
+        )
 
     def figure(self, name: str, draw: Callable[..., Figure], *values: Any) -> None:
         """Records the figure `draw(*values)` as the artifact `name`."""
@@ -196,9 +213,29 @@ class MlflowTracker(NullTracker):
                 "left out of MLflow, which refused it, in all: %d; to see it and try again: "
                 "python -m dan_dist.tracking replay %s", count, self._folder,
             )  # fmt: skip
-        if finished and self.run_id is not None and self._sender.closed is None:
-            log.info("look at the run: %s", self.where)
+        self._show()
         self._journal.close()
+
+    def _show(self) -> None:
+        """The last lines of a run: where people look at it."""
+        number, run_id = self._journal.experiment_id, self.run_id
+        if number is None or run_id is None or self._sender.closed is not None:
+            return
+        if not self._uri.startswith("http"):
+            log.info("to look at it: %s", page(self._uri))
+        log.info("look at the run: %s", run_page(self._uri, number, run_id))
+
+
+def check_recorded(experiment: str) -> None:
+    """Looks whether a run of that experiment will be recorded, before anything is computed.
+
+    Raises:
+        ValueError: it will not be, now or later; a server that is away may take it.
+    """
+    uri = store()[0]
+    path = database(uri)
+    if path is None or (path.is_file() and path.stat().st_size):  # else it is made
+        ask(lambda: check_takes(connect(uri), experiment), CHECK_S)
 
 
 def record_run(
@@ -225,54 +262,6 @@ def record_run(
         for name in artifacts:
             tracker.artifact(folder / name, "")
         tracker.conclude("FINISHED")
-
-
-def publish(
-    folder: Path,
-    *,
-    experiment: str,
-    parent: str,
-    note: str,
-    status: str,
-    journals: Sequence[Path],
-) -> str:
-    """Puts the files of a folder into the run that holds others, made if need be.
-
-    note: Markdown, which MLflow shows as the run's description. status: RUNNING, FINISHED or
-    FAILED. journals: folders of the runs that it holds; what MLflow has missed of them is sent
-    first. Returns the experiment's number.
-
-    Raises:
-        OSError: MLflow cannot be reached.
-    """
-    uri, artifacts = store()
-    try:
-        client = connect(uri)
-        for journal in journals:
-            _send_rest(journal, uri)
-        number = experiment_number(client, experiment, artifacts)
-        run_id = parent_run(client, number, parent)
-        client.set_tag(run_id, "mlflow.note.content", note)
-        if status == "RUNNING":
-            client.update_run(run_id, status)
-        else:
-            client.set_terminated(run_id, status)
-        for path in sorted(folder.iterdir()):
-            client.log_artifact(run_id, str(path))
-    except Exception as error:  # mlflow's errors share no base but Exception
-        where = f"MLflow at {redact(uri)}"
-        raise OSError(f"{where}: {reason_of(error)}; the comparison is in {folder}") from error
-    return number
-
-
-def _send_rest(folder: Path, uri: str) -> None:
-    """Sends what MLflow has missed of a run; one that it does not take keeps no other from it."""
-    try:
-        replay(folder, uri)
-    except (FileNotFoundError, BlockingIOError):
-        return  # it failed before it began, or its own training sends it
-    except Exception as error:  # mlflow's errors share no base but Exception
-        log.warning("not all of %s has reached MLflow: %s", folder, reason_of(error))
 
 
 def _now_ms() -> int:
@@ -314,14 +303,3 @@ def record_failure(folder: Path) -> None:
         journal = Journal(folder)
         journal.append("status", status="FAILED", tags={}, time_ms=_now_ms())
         journal.close()
-
-
-def commit() -> str:
-    """The git commit of this code, or "unknown" outside a checkout of it."""
-    file = Path(__file__)  # an installed copy may lie in somebody else's checkout, untracked
-    command = ["git", "-C", str(file.parent), "rev-parse", "HEAD", f"HEAD:./{file.name}"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return done.stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -1,0 +1,268 @@
+"""What MLflow's users look for: accuracy first, data sets, origin, load, links, true names."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.distributed import HashStore
+from tracking_server import STORE, TrackingServer, serve
+
+from conftest import copied, single
+from dan_dist.config import load_config
+from dan_dist.distributed.world import World
+from dan_dist.evaluation import evaluate
+from dan_dist.options import EvaluateOptions
+from dan_dist.run import checkpoint
+from dan_dist.run.results import result_folder
+from dan_dist.tracking import sender
+from dan_dist.tracking import tracker as tracking
+from dan_dist.tracking.__main__ import main as command
+from dan_dist.tracking.journal import read_sent
+from dan_dist.tracking.store import connect
+from dan_dist.tracking.system_metrics import SystemMetrics
+from dan_dist.tracking.tracker import MlflowTracker, NullTracker, RunRecord, replay
+from shards.format import ShardSet
+
+Write = Callable[[str], Path]
+RECORD = RunRecord(experiment="e", name="n", params={}, config={})
+
+
+@pytest.fixture
+def server(
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[TrackingServer]:
+    monkeypatch.setattr(tracking, "RETRY_S", 0.0)
+    (tmp_path / "server").mkdir()
+    shutil.copy(empty_store, tmp_path / "server" / STORE)
+    with serve(tmp_path / "server") as found:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", found.url)
+        yield found
+
+
+def client() -> Any:
+    return connect(os.environ["MLFLOW_TRACKING_URI"])
+
+
+def test_accuracy_first_and_runs_found_by_data_and_code(
+    tiny: Write, faces: ShardSet, tmp_path: Path, server: TrackingServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The server takes no inputs at first: they arrive later, once."""
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    server.faults["log-inputs"] = (503, "busy")
+    single(tiny("run"), "tracking.enabled=true", "train.max_steps=2", "train.profile=1")
+    server.faults.clear()
+    replay(tmp_path / "run")
+    api, run_id = client(), read_sent(tmp_path / "run").run_id
+    run = api.get_run(run_id)
+    keys = [key for key in run.data.metrics if not key.startswith("system/")]
+    assert keys[0] == "val/accuracy" and not [key for key in keys if key.startswith("model/")]
+    assert [m.step for m in api.get_metric_history(run_id, "val/accuracy")] == [0, 2]
+    assert run.data.metrics["val/loss"] > 0 and 0 <= run.data.metrics["train/accuracy"] <= 1
+    assert run.data.metrics["train/accuracy"] * 8 % 1 == 0  # the mean of one step of 8 images
+    assert any(key.startswith("system/") for key in run.data.metrics)
+    assert not [key for key in run.data.params if key.startswith(("tracking.", "train.output"))]
+    tags = run.data.tags
+    assert int(tags["network.parameters"]) > 11e6 and tags["output"] == str(tmp_path / "run")
+    assert tags["mlflow.source.git.commit"] == tags["commit"] and len(tags["commit"]) == 40
+    assert {"mlflow.user", "mlflow.source.name", "mlflow.source.git.branch"} <= tags.keys()
+    assert tags["mlflow.source.git.dirty"] in ("true", "false")
+    assert tags["version.torch"] == torch.__version__ and tags["version.dali"]
+
+    digest, number = faces.fingerprint[:32], run.info.experiment_id
+    for query in ("name = 'synthetic/train'", f"digest = '{digest}'", "context = 'val'"):
+        (found,) = api.search_runs([number], f"dataset.{query}")
+        assert found.info.run_id == run_id
+    inputs = run.inputs.dataset_inputs
+    by_context = {t.value: i for i in inputs for t in i.tags if t.key == "mlflow.data.context"}
+    assert len(inputs) == 2 and by_context.keys() == {"train", "val"}
+    assert {t.value for t in by_context["val"].tags} >= {faces.fingerprint, faces.release}
+    profile = json.loads(by_context["train"].dataset.profile)
+    assert profile["num_rows"] == 80 and sum(profile["images"].values()) == 80
+
+
+def test_a_trace_of_some_steps_is_an_artifact(tiny: Write, tmp_path: Path, store: str) -> None:
+    single(tiny("run"), "tracking.enabled=true", "train.max_steps=6", "train.profile=2")
+    (path,) = (tmp_path / "run" / "profile").glob("*.json.gz")
+    trace = pd.read_json(path, typ="series")["traceEvents"]
+    steps = {event["name"] for event in trace if event.get("name", "").startswith("ProfilerStep")}
+    assert len(steps) == 2
+    run_id = read_sent(tmp_path / "run").run_id
+    (artifact,) = client().list_artifacts(run_id, "profile")
+    assert artifact.path == f"profile/{path.name}"
+
+
+def test_the_load_of_two_nodes_is_in_one_run_once(
+    tmp_path: Path, server: TrackingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is away meanwhile; a store that fails costs samples alone."""
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    shared, device = HashStore(), torch.device("cpu")
+    worlds = [World(rank, 0, 2, 1, device, shared) for rank in range(2)]
+    server.faults["api"] = (503, "busy")
+    with MlflowTracker(tmp_path / "run", RECORD) as tracker:
+        monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_NODE_ID", "node-a")
+        main = SystemMetrics(tracker, worlds[0])
+        monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_NODE_ID", "node-b")
+        other = SystemMetrics(NullTracker(), worlds[1])
+        with main:
+            with other:
+                other._ended.wait(0.5)
+            main._ended.wait(0.3)
+    server.faults.clear()
+    replay(tmp_path / "run")
+    run_id = read_sent(tmp_path / "run").run_id
+    for node in ("node-a", "node-b"):
+        points = client().get_metric_history(run_id, f"system/{node}/cpu_utilization_percentage")
+        steps = [point.step for point in points]
+        assert steps and len(set(steps)) == len(steps)
+    names = client().get_run(run_id).data.metrics
+    for part in ("system_memory_usage", "disk_usage", "network_receive"):
+        assert any(part in name for name in names), part
+
+
+def test_an_evaluation_is_at_the_model_and_at_its_data(
+    dan_run: Path, faces: ShardSet, tmp_path: Path, store: str
+) -> None:
+    run = copied(dan_run, tmp_path / "run")
+    shutil.copy(dan_run.parent / "mlflow.db", tmp_path)
+    options = EvaluateOptions(checkpoint=run, data=str(faces.root), split="train")
+    report = evaluate.main(options)
+    api = client()
+    (number,) = [e.experiment_id for e in api.search_experiments() if e.name == "dan_dist"]
+    (own,) = api.search_runs([number], "tags.kind = 'evaluation'")
+    (linked,) = own.inputs.model_inputs
+    model = api.get_logged_model(linked.model_id)
+    assert model.source_run_id == own.data.tags["trained_by"]
+    values = {m.key: m for m in model.metrics}
+    assert values["eval/accuracy"].value == report["accuracy"]
+    assert values["eval/accuracy"].dataset_name == "synthetic/train"
+    query = "dataset.name = 'synthetic/train' and tags.kind = 'evaluation'"
+    assert len(api.search_runs([number], query)) == 1
+    assert command(["register", str(run), "faces"]) == 0
+    assert api.get_model_version_by_alias("faces", "champion").version == "1"
+    with pytest.raises(ValueError, match="holds no run"):
+        from dan_dist.tracking.registry import register
+
+        register(tmp_path, "faces", "champion")
+
+
+def test_results_of_other_things_are_never_overwritten(
+    dan_run: Path, faces: ShardSet, tmp_path: Path
+) -> None:
+    """Another release of a set, under the same names; the same again replaces its own."""
+    run, other = copied(dan_run, tmp_path / "run"), tmp_path / "other"
+    shutil.copytree(faces.root, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "release": "another"}))
+    for data in (faces.root, other, faces.root, other):
+        evaluate.main(EvaluateOptions(checkpoint=run, data=str(data), no_tracking=True))
+    found = sorted(path.parent.name for path in run.glob("*/evaluation.json"))
+    assert found == ["best-synthetic-val", "best-synthetic-val-2"]
+    releases = [
+        json.loads((run / name / "evaluation.json").read_text())["release"] for name in found
+    ]
+    assert releases == [faces.release, "another"]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "r.json").write_text("no json")
+    assert result_folder(tmp_path / "x", "r.json", {"a": 1}) == tmp_path / "x-2"
+
+
+def test_mlflow_is_asked_before_an_evaluation_computes(
+    dan_run: Path, faces: ShardSet, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = client()
+    api.delete_experiment(api.create_experiment("gone"))
+    monkeypatch.setattr(evaluate, "predict", None)
+    options = EvaluateOptions(checkpoint=dan_run, data=str(faces.root), experiment="gone")
+    with pytest.raises(ValueError, match="experiment 'gone' was deleted"):
+        evaluate.main(options)
+
+
+def test_the_schedulers_experiment_by_its_number(
+    tiny: Write, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = client().create_experiment("chosen")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", number)
+    config = load_config(tiny("run"), [])
+    assert config.tracking.experiment == f"id:{number}"
+    with MlflowTracker(tmp_path / "run", replace(RECORD, experiment=f"id:{number}")) as tracker:
+        tracker.metrics({"a": 1.0}, 1)
+    (run,) = client().search_runs([number])
+    assert run.data.metrics == {"a": 1.0}
+    with pytest.raises(ValueError, match="MLflow has no experiment 77, which"):
+        MlflowTracker(tmp_path / "other", replace(RECORD, experiment="id:77"))
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "named")
+    assert load_config(tiny("run"), []).tracking.experiment == "named"
+
+
+def test_a_record_that_a_server_always_fails_at_holds_nothing_back(
+    tmp_path: Path, server: TrackingServer, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sender, "TRIES", 2)
+    monkeypatch.setattr(sender, "FIRST_RETRY_S", 0.05)
+    monkeypatch.setattr(tracking, "RETRY_S", 5.0)
+    server.faults["log-batch"] = lambda body: (500, "{}") if b"poison" in body else None
+    caplog.set_level(logging.WARNING)
+    with MlflowTracker(tmp_path / "run", RECORD) as tracker:
+        tracker.metrics({"poison": 1.0}, 1)
+        tracker.metrics({"a": 1.0}, 2)
+        tracker.conclude("FINISHED")
+    run = client().get_run(read_sent(tmp_path / "run").run_id)
+    assert run.data.metrics == {"a": 1.0} and run.info.status == "FINISHED"
+    assert "fails at metrics poison" in caplog.text
+    server.faults.clear()
+    assert replay(tmp_path / "run") == (1, [])
+    assert client().get_run(run.info.run_id).data.metrics == {"a": 1.0, "poison": 1.0}
+
+
+def requests(image: str) -> dict[str, Any]:
+    """Each of the forms in which MLflow's server takes a table of images."""
+    return {
+        "dataframe_split": {"columns": ["image"], "data": [[image], [image]]},
+        "dataframe_records": [{"image": image}] * 2,
+        "instances": [{"image": image}] * 2,
+        "inputs": {"image": [image] * 2},
+    }
+
+
+@pytest.mark.parametrize("form", ["dataframe_split", "dataframe_records", "instances", "inputs"])
+def test_what_a_served_model_takes(
+    form: str, dan_run: Path, faces: ShardSet, tmp_path: Path, store: str
+) -> None:
+    import base64
+
+    import mlflow
+    from mlflow.pyfunc import scoring_server
+
+    shutil.copy(dan_run.parent / "mlflow.db", tmp_path)
+    run_id = checkpoint.load(dan_run / "best.pt")["run_id"] or read_sent(dan_run).run_id
+    model = mlflow.pyfunc.load_model(f"runs:/{run_id}/dan")
+    schema = model.metadata.get_input_schema()
+
+    def ask(image: str) -> Any:
+        body = json.dumps({form: requests(image)[form]})
+        return scoring_server.invocations(body, "application/json", model, schema)
+
+    jpeg = faces.split("val")
+    from dan_dist.data.reader import Reader
+
+    encoded = base64.b64encode(Reader(jpeg, max_bad=0).read(0).tobytes()).decode()
+    found = json.loads(ask(encoded).response)["predictions"]
+    assert len(found) == 2 and np.isclose(sum(found[0].values()), 1)
+    try:
+        refused = str(ask("no image").response)
+    except Exception as error:
+        refused = str(error)
+    assert "image" in refused and ("base64" in refused or "padding" in refused), refused

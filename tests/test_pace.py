@@ -1,0 +1,89 @@
+"""All ranks are seen: who holds the others up is named, once an epoch."""
+
+import functools
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ALONE, call_program, launch
+from dan_dist.data.loader import Batch, Loader
+from dan_dist.distributed.world import World
+from dan_dist.pace import Pace
+
+Write = Callable[[str], Path]
+THREE = World(0, 0, 3, 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("owns", "late"),
+    [
+        ([0.1, 0.1, 0.1], []),
+        ([0.1, 0.35, 0.1], [1]),  # a quarter of a step of 1 s later
+        ([0.1, 0.25, 0.1], []),  # less than a fifth
+        ([0.5, 0.1, 0.5], []),  # most are as late: no rank holds the others up
+        ([0.4, 0.1, 0.1], [0]),
+    ],
+)
+def test_a_rank_is_late_by_a_fifth_of_a_step(owns: list[float], late: list[int]) -> None:
+    pace = Pace(THREE)
+    for _ in range(3):
+        pace.add([0.0] * 3 + owns, 1.0)
+    assert [rank for rank, _, _ in pace.late_ranks()] == late
+    found = pace.metrics(3.0)
+    assert found["train/own_s_least"] == pytest.approx(min(owns))
+    assert found["train/own_s_most"] == pytest.approx(max(owns))
+    assert found["train/own_s_mean"] == pytest.approx(np.mean(owns))
+    assert found["train/slowest_rank"] == owns.index(max(owns))
+    assert not pace.late_ranks()  # another epoch
+
+
+def test_one_long_step_names_nobody() -> None:
+    pace = Pace(THREE)
+    pace.add([0, 0, 0, 9.0, 0.1, 0.1], 10.0)
+    for _ in range(4):
+        pace.add([0, 0, 0, 0.1, 0.1, 0.1], 1.0)
+    pace.add([0, 0, 0, 9.0, 0.1, 0.1], None)  # an evaluation in between
+    assert not pace.late_ranks()
+    alone = Pace(ALONE)
+    alone.add([0.5, 0.6], 1.0)
+    assert not alone.late_ranks() and alone.metrics(1.0)["train/wait_share_max"] == 0.5
+
+
+def train_slowly(program: str, words: list[str]) -> None:
+    """Trains; rank 1 reads slowly."""
+    read = Loader.__next__
+
+    def slow(loader: Loader) -> Batch:
+        batch, slept = read(loader), time.perf_counter()
+        if loader.augment is not None:
+            time.sleep(0.4)
+            loader.wait_s += time.perf_counter() - slept
+        return batch
+
+    if os.environ["RANK"] == "1":
+        Loader.__next__ = slow  # type: ignore[method-assign]
+    call_program(program, words)
+
+
+def test_a_slow_reader_is_named_with_its_node(tiny: Write, tmp_path: Path, store: str) -> None:
+    inside = functools.partial(train_slowly)
+    words = [tiny("run"), "tracking.enabled=true", "train.log_every=5", "train.epochs=1"]
+    words += ["train.global_batch=16"]  # an epoch of five steps
+    done = launch("train", 2, *words, cwd=tmp_path, inside=inside)
+    assert done.returncode == 0, done.stderr
+    (line,) = re.findall(r"rank 1 on \S+ holds the others up: 0\.\d+ s a step", done.stdout)
+    assert "rank 0 on" not in done.stdout and "(rank 1: " in done.stdout, line
+    records = map(json.loads, (tmp_path / "run" / "journal.jsonl").read_text().splitlines())
+    last = [r["values"] for r in records if "train/loss" in r.get("values", ())][-1]
+    assert last["train/wait_share_max"] > 0.2 and last["train/wait_share"] < 0.2
+    assert (
+        last["train/slowest_rank"] == 1
+        and last["train/own_s_most"] > 0.4 > last["train/own_s_least"]
+    )
