@@ -102,6 +102,27 @@ def shipped_folder() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / SHIPPED
 
 
+def find_output(words: Sequence[str]) -> Path | None:
+    """The folder of a training, as far as its command line and configuration can be read.
+
+    None: they do not name it, or not so that it can be read.
+    """
+    given = [word.partition("=")[2] for word in words if word.startswith("train.output=")]
+    try:
+        if given:
+            return _as_path(_parse(given[-1], "train.output"))
+        names = [w.removeprefix("--config=") for w in words if "=" not in w or w[:9] == "--config="]
+        found = find_config(next((w for w in names if not w.startswith("-")), "demo"))
+        tree = _parse(found.read_text(encoding="utf-8"), str(found))
+        return _as_path(tree["train"]["output"])
+    except (ValueError, OSError, KeyError, TypeError):
+        return None
+
+
+def _as_path(value: Any) -> Path | None:
+    return Path(value) if isinstance(value, str) and value else None
+
+
 def resolve(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as a checkpoint holds it, flat.
 

@@ -5,22 +5,17 @@ Nothing heavy is imported before a program's command line has been read.
 
 import difflib
 import sys
+import time
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from dan_dist.config import Config, load_config, shipped_folder, to_yaml
-from dan_dist.keys import candidates, describe, names
-from dan_dist.options import (
-    AblateOptions,
-    CertifyOptions,
-    EvaluateOptions,
-    ExplainOptions,
-    ExportOptions,
-    PredictOptions,
-)
 from dan_dist.run import cli
 from dan_dist.run.environment import has_launcher, is_deepspeed_launched, read_launch
 from dan_dist.run.signals import PREEMPTED, StopRequest
+from shards.command import FAILED, words
+
+if TYPE_CHECKING:
+    from dan_dist.config import Config
 
 OPTIONS = ("--config", "--dry-run", "--ranks", "--help")
 
@@ -130,6 +125,8 @@ def read_train_command(arguments: Sequence[str]) -> TrainCommand:
 
 
 def _unknown_option(option: str, value: str) -> str:
+    from dan_dist.keys import candidates, names
+
     name = option.lstrip("-").replace("-", "_")
     if near := difflib.get_close_matches(option, OPTIONS, 1, cutoff=0.8):
         return f"unknown option {option}; did you mean {near[0]}?"
@@ -141,6 +138,29 @@ def _unknown_option(option: str, value: str) -> str:
 
 
 def _train(arguments: list[str], stop: StopRequest) -> int:
+    began_s = time.time()
+    try:
+        return _train_or_check(arguments, stop)
+    except Exception as error:
+        _leave_outcome(arguments, error, since_s=began_s)
+        raise
+
+
+def _leave_outcome(arguments: list[str], error: Exception, *, since_s: float) -> None:
+    """Writes into the run's folder why it did not begin, where the folder can be known."""
+    if "--dry-run" in arguments:
+        return
+    from dan_dist.config import find_output
+    from dan_dist.run.outcome import write_refusal
+
+    if folder := find_output(arguments):
+        write_refusal(folder, reason=words(error), since_s=since_s)
+
+
+def _train_or_check(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.config import load_config, shipped_folder
+    from dan_dist.keys import describe
+
     command = read_train_command(arguments)
     if command.help:
         shipped = ", ".join(sorted(path.stem for path in shipped_folder().glob("*.yaml")))
@@ -152,16 +172,18 @@ def _train(arguments: list[str], stop: StopRequest) -> int:
     stop.wait_for_step = has_launcher()  # until this rank can tell the others
     from dan_dist.train import main
 
+    stop.where = "before training"
     status = main(config, stop).status
     return PREEMPTED if status == "preempted" and not has_launcher() else 0
 
 
-def _dry_run(config: Config, ranks: int | None) -> int:
+def _dry_run(config: "Config", ranks: int | None) -> int:
     """All that is printed is the resolved YAML, and comments in it."""
     launch = read_launch()
     if launch.rank:
         return 0
     cli.set_log_lines(prefix="# ")
+    from dan_dist.config import to_yaml
     from dan_dist.dry_run import check
 
     check(config, ranks or launch.world_size)
@@ -170,45 +192,63 @@ def _dry_run(config: Config, ranks: int | None) -> int:
 
 
 def _evaluate(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.options import EvaluateOptions
+
     options = cli.parse(EvaluateOptions, arguments)
     from dan_dist.evaluation.evaluate import main
 
+    stop.where = "while evaluating"
     main(options)
     return 0
 
 
 def _certify(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.options import CertifyOptions
+
     options = cli.parse(CertifyOptions, arguments)
     from dan_dist.certificate import main
 
-    return cli.FAILED if main(options) else 0
+    stop.where = "while certifying"
+    return FAILED if main(options) else 0
 
 
 def _predict(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.options import PredictOptions
+
     options = cli.parse(PredictOptions, arguments)
     if options.json:  # which alone goes to the standard output
         cli.set_log_lines(stream=sys.stderr)
     from dan_dist.inference.predict import main
 
-    return cli.FAILED if main(options) else 0
+    stop.where = "while predicting"
+    return FAILED if main(options) else 0
 
 
 def _explain(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.options import ExplainOptions
+
     options = cli.parse(ExplainOptions, arguments)
     from dan_dist.inference.explain import main
 
-    return cli.FAILED if main(options)["unread"] else 0
+    stop.where = "while explaining"
+    return FAILED if main(options)["unread"] else 0
 
 
 def _export(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.options import ExportOptions
+
     options = cli.parse(ExportOptions, arguments)
     from dan_dist.inference.export import main
 
+    stop.where = "while exporting"
     main(options)
     return 0
 
 
 def _ablate(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.config import load_config
+    from dan_dist.options import AblateOptions
+
     options = cli.parse(AblateOptions, arguments)
     for name in ("seeds", "nproc"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -218,4 +258,5 @@ def _ablate(arguments: list[str], stop: StopRequest) -> int:
     load_config(options.config, grid.parse(options.words)[2])
     from dan_dist.ablation.ablate import main
 
+    stop.where = "while comparing; the same command goes on"
     return main(options, stop)

@@ -42,6 +42,7 @@ from dan_dist.run.plan import Plan, make_plan
 from dan_dist.run.signals import Stopped, StopRequest
 from dan_dist.run.state import TrainState
 from dan_dist.tracking.tracker import NullTracker
+from shards.command import words
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,12 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
     try:
         with (
             ExitStack() as held,
-            session(config.train.device, timeout_s=config.train.timeout_s, on_loss=fail) as joint,
+            session(
+                config.train.device,
+                timeout_s=config.train.timeout_s,
+                on_loss=fail,
+                signalled=lambda: stop.signal,
+            ) as joint,
         ):
             world, heart = joint
             stop.raise_if_signalled()
@@ -84,10 +90,10 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
                 write_config(config, folder)
             return run(config, world, stop, heart)
     except Exception as error:
-        fail(str(error).split("\n")[0])
+        fail(words(error))
         raise
     except Stopped as stopped:
-        if began_s < math.inf and world.is_main:
+        if began_s < math.inf and world.is_main and stop.step is None:
             with suppress(OSError):
                 line = f"{stopped}: stopped before training"
                 write_outcome(folder, "preempted", step=None, reason=line)
@@ -216,6 +222,10 @@ def finish(
         model = save_result(config, data, tracker) if is_whole else None
         record_exit(Path(config.train.output), status, state.step, stop)
         tracker.conclude("FINISHED" if status == "finished" else "KILLED", model)
+        if status == "finished":  # from here on a signal ends the wait for MLflow
+            replay = f"python -m dan_dist.tracking replay {config.train.output}"
+            stop.where = f"after training; {replay} sends what MLflow has missed"
+            stop.wait_for_step = False
     if world.is_main and status == "finished":
         report(config, data, state)
     return RunResult(status, dict(state.metrics))
@@ -243,7 +253,13 @@ def record_exit(folder: Path, status: Status, step: int, stop: StopRequest) -> N
     Raises:
         OSError: the run finished, but its last checkpoint or its outcome could not be written.
     """
-    reason = "all steps done"
+    reason, kept = "all steps done", steps_saved(folder)
+    if not kept or kept[0] != step_path(folder, stop.step or 0):
+        way = f"goes on from {kept[0].name}" if kept else "starts anew"
+        raise OSError(
+            f"{step} steps are done, but {folder} does not hold the checkpoint of step "
+            f"{stop.step}; the same command {way}"
+        )
     if status == "preempted":
         reason = f"{stop.signal or 'a signal to another rank'}: stopped after a checkpoint"
         log.info("%s of step %d; the same command goes on from there", reason, stop.step)

@@ -3,20 +3,23 @@
 DATASET: affectnet, rafdb, sfew, folder, identities or synthetic; `merge` ends a pack in parts.
 """
 
+from shards import command
+
+if __name__ == "__main__":  # before numpy is imported: a signal may come meanwhile
+    command.pack()
+
 import argparse
 import logging
 import re
-import signal
-import sys
+from functools import partial
 from pathlib import Path
 
 from shards.format import open_shardset
-from shards.packing.claim import CONTACT_SHEET
 from shards.packing.writer import SHARD_SIZE, merge, pack
 from shards.release import Release
 from shards.releases import affectnet, folder, identities, rafdb, sfew, synthetic
 from shards.releases.source import plain_name
-from shards.show import overview, table
+from shards.show import draw_overview, table
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,23 +27,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("shards").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: worker processes end too
-    try:
-        if options.dataset == "merge":
-            merge(options.out)
-        elif _pack(options) is None:
-            part, parts = options.part
-            print(f"part {part} of {parts} is packed; when all are: python -m shards.pack "
-                  f"merge --out {plain_name(options.out)}")  # fmt: skip
-            return 0
-        shards = open_shardset(options.out)
-        overview(shards, Path(options.out) / CONTACT_SHEET)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command continues where it was", file=sys.stderr)
-        return 130
+    return command.guarded(partial(_run, options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.dataset == "merge":
+        merge(options.out)
+    elif _pack(options) is None:
+        part, parts = options.part
+        print(f"part {part} of {parts} is packed; when all are: python -m shards.pack "
+              f"merge --out {plain_name(options.out)}")  # fmt: skip
+        return 0
+    shards = open_shardset(options.out)
+    draw_overview(shards)
     print(plain_name(f"{table(shards)}\npacked into {options.out}"))
     return 0
 
@@ -93,9 +92,9 @@ def _parser() -> argparse.ArgumentParser:
             "identities": "<identity>/<image>, as MS-Celeb-1M",
         }.items()
     }
-    for command in sources.values():
-        command.add_argument("--source", required=True, help="the release's folder")
-        command.add_argument(
+    for kind in sources.values():
+        kind.add_argument("--source", required=True, help="the release's folder")
+        kind.add_argument(
             "--size", type=_size, default=224, help="pixels, or 'native' (default 224)"
         )
     sources["affectnet"].add_argument("--classes", type=int, choices=(7, 8), default=8)
@@ -120,15 +119,13 @@ def _parser() -> argparse.ArgumentParser:
     faces.add_argument("--held-out", type=int, default=40,
                        help="by identity: other persons, in validation (default 40)")  # fmt: skip
     merging = kinds.add_parser("merge", help="ends a pack that was made in parts")
-    for command in (*sources.values(), faces, merging):
-        command.add_argument("--out", required=True, help="the folder for the shards")
-    for command in (*sources.values(), faces):
-        command.add_argument(
-            "--workers", type=int, default=0, help="processes (default: all cores)"
-        )
-        command.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="images a shard")
-        command.add_argument("--overwrite", action="store_true", help="replace shards in --out")
-        command.add_argument(
+    for kind in (*sources.values(), faces, merging):
+        kind.add_argument("--out", required=True, help="the folder for the shards")
+    for kind in (*sources.values(), faces):
+        kind.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+        kind.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="images a shard")
+        kind.add_argument("--overwrite", action="store_true", help="replace shards in --out")
+        kind.add_argument(
             "--part", type=_part, default=(1, 1), metavar="I/N",
             help="pack one part of N, on several machines at once; then merge",
         )  # fmt: skip
@@ -153,7 +150,3 @@ def _part(text: str) -> tuple[int, int]:
     if not found:
         raise argparse.ArgumentTypeError(f"expected I/N, as 1/8, got {text!r}")
     return int(found[1]), int(found[2])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,15 +4,20 @@ Sizes and checksums of all files, the index against the tars, DALI's `.idx`, lab
 and every image decoded. Exit code 0: whole; 1: faults, a line each; 2: no set of shards.
 """
 
+from shards import command
+
+if __name__ == "__main__":  # before numpy is imported: a signal may come meanwhile
+    command.verify()
+
 import argparse
 import hashlib
 import json
 import os
 import re
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,18 +39,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("shards", help="folder with manifest.json")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
     options = parser.parse_args(arguments)
-    try:
-        shards, faults = open_shardset(options.shards), 0
-        for fault in verify(shards, options.workers or len(os.sched_getaffinity(0))):
-            faults += 1
-            print(plain_name(fault), flush=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.guarded(partial(_run, options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    shards, faults = open_shardset(options.shards), 0
+    for fault in verify(shards, options.workers or len(os.sched_getaffinity(0))):
+        faults += 1
+        print(plain_name(fault), flush=True)
     samples = sum(sum(counts) for counts in shards.counts.values())
     whole = f"{plain_name(str(shards.root))}: {samples} images, all as they should be"
     print(f"{faults} faults" if faults else whole)
-    return 1 if faults else 0
+    return command.FAILED if faults else 0
 
 
 def verify(shards: ShardSet, workers: int) -> Iterator[str]:
@@ -199,10 +204,3 @@ def _verify_idx(path: Path, samples: dict[str, Parts]) -> Iterator[str]:
     ]
     if path.read_text(errors="replace").splitlines() != [f"v1.2 {len(samples)}", *lines]:
         yield f"{path.name}: differs from its tar"
-
-
-if __name__ == "__main__":
-    # Worker processes find functions by their module's name, which is not __main__ there.
-    from shards.verify import main as run
-
-    sys.exit(run())

@@ -36,7 +36,7 @@ SHARDS = [
     ["releases"],
     ["release", "images"],
     ["format"],
-    ["files"],
+    ["files", "command"],
 ]
 ROWS = [[f"dan_dist.{n}" for n in row] for row in DAN_DIST]
 ROWS += [[f"shards.{n}" for n in row] for row in SHARDS]

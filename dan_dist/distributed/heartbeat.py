@@ -19,8 +19,10 @@ from typing import Literal, NamedTuple, cast
 
 from torch.distributed.distributed_c10d import Store
 
+from dan_dist.distributed.rendezvous import Signalled
 from dan_dist.distributed.world import World, abandon_world, close_world, init_world
 from dan_dist.redaction import redact
+from dan_dist.run.environment import report_failure
 from dan_dist.run.signals import SIGNALS, Stopped
 
 BEAT_S = 1.0
@@ -251,6 +253,7 @@ class Heartbeat:
                 word.start()  # its disk, too, may fail or hang
                 word.join(SILENT_S)
                 print(f"error: {redact(line)}", file=sys.stderr, flush=True)
+                report_failure(redact(line))
             elif code:
                 time.sleep(YIELD_S)
         finally:
@@ -259,18 +262,22 @@ class Heartbeat:
 
 @contextmanager
 def session(
-    device: str, *, timeout_s: float, on_loss: Callable[[str], None]
+    device: str,
+    *,
+    timeout_s: float,
+    on_loss: Callable[[str], None],
+    signalled: Signalled = lambda: None,
 ) -> Iterator[tuple[World, Heartbeat]]:
     """The ranks' world and this rank's heartbeat, for work done together; both end with it.
 
     After a failure nothing here waits for the other ranks: its line has yet to be written.
 
-    device, timeout_s, on_loss: see `init_world` and `Heartbeat`.
+    device, signalled, timeout_s, on_loss: see `init_world` and `Heartbeat`.
 
     Raises:
         ConnectionError: a rank was lost, or has failed; names it. Stopped: one got a stop signal.
     """
-    world = init_world(device)
+    world = init_world(device, signalled)
     heart = Heartbeat(world.store, world.rank, world.size, timeout_s=timeout_s, on_loss=on_loss)
     try:
         try:

@@ -1,10 +1,15 @@
 """Sends the records that MLflow has missed: python -m dan_dist.tracking replay RUN_FOLDER"""
 
+from shards import command
+
+if __name__ == "__main__":  # before MLflow is imported: a signal may come meanwhile
+    command.run("dan_dist.tracking.__main__", "while sending; the same command sends the rest")
+
 import argparse
 import sys
 from pathlib import Path
 
-from dan_dist.run.cli import FAILED, USAGE
+from dan_dist.run.environment import give_home
 from dan_dist.tracking.faults import reason_of
 from dan_dist.tracking.tracker import replay
 
@@ -15,16 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=("replay",), help="send what MLflow has missed")
     parser.add_argument("folder", type=Path, help="the run's folder (train.output)")
     options = parser.parse_args(arguments)
+    give_home()
     try:
         count, left_out = replay(options.folder)
     except Exception as error:  # mlflow's errors share no base but Exception
         print(f"error: {reason_of(error)}", file=sys.stderr)
-        return USAGE
+        return command.USAGE
     print(f"{count} records sent")
     for item in left_out:
         print(f"left out: {item.what}: {item.reason}")
-    return FAILED if left_out else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return command.FAILED if left_out else 0

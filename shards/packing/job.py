@@ -1,7 +1,6 @@
 """One shard of a pack: its images read, made fit and written, with a record of it beside it."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,17 +48,11 @@ def write_job(
             yield Sample(item.key, jpeg, item.label, meta)
 
     path = out / f"{name}.tar"
-    try:
-        shard, rows = write_shard(path, samples())
-        sizes = {suffix: path.with_suffix(suffix).stat().st_size for suffix in SUFFIXES}
-        record = {"shard": asdict(shard), "rows": rows.tolist(), "drops": drops,
-                  "verbatim": verbatim, "size_bytes": sizes}  # fmt: skip
-        write_atomically(path.with_suffix(".done"), json.dumps(record))
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        # A full disk, for one: Python's error names no file.
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    shard, rows = write_shard(path, samples())
+    sizes = {suffix: path.with_suffix(suffix).stat().st_size for suffix in SUFFIXES}
+    record = {"shard": asdict(shard), "rows": rows.tolist(), "drops": drops,
+              "verbatim": verbatim, "size_bytes": sizes}  # fmt: skip
+    write_atomically(path.with_suffix(".done"), json.dumps(record))
     return drops
 
 
