@@ -4,8 +4,8 @@ Imports nothing heavy: the handlers are in place before numpy or torch is import
 seconds in which a signal may come.
 
 Exit codes: 0 done; 1 done, with faults that its lines name, or a rank lost; 2 an error in one line
-(bad input, a full disk); 75 preempted, the same command goes on; 130 stopped by a signal with
-nothing to keep; 128 + N ended at once by a second signal N.
+(bad input, a full disk); 75 preempted, the same command goes on; 130 Ctrl-C, with nothing to keep;
+128 + N another signal N, or a second one.
 """
 
 import io
@@ -35,10 +35,11 @@ class StopRequest:
     to find its way through the imports of libraries. Later it is raised as `Stopped`.
     """
 
-    def __init__(self, *, code: int = INTERRUPTED) -> None:
+    def __init__(self, *, code: int | None = None) -> None:
         self.signal: str | None = None
         self.where = ""  # what the program does, as "while packing"; "" while it starts
-        self.code = code  # of a process that a signal has ended
+        self.code = INTERRUPTED if code is None else code  # of a process that the signal has ended
+        self._is_code_given = code is not None
         self.is_quiet = False  # another rank's line is enough
         self._first_s = 0.0
 
@@ -60,6 +61,8 @@ class StopRequest:
                 _end_now(f"{name}: a second signal, ended at once\n", 128 + number)
             return
         self.signal, self._first_s = signal.Signals(number).name, now
+        if not self._is_code_given:
+            self.code = 128 + number
         self._first()
 
     def _first(self) -> None:
@@ -143,6 +146,11 @@ def end(code: int) -> NoReturn:
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))
     sys.exit(code)
+
+
+def listen() -> None:
+    """From here on a signal ends the process in one line, until a program handles it by itself."""
+    StopRequest().install()
 
 
 def run(module: str, where: str) -> NoReturn:

@@ -26,6 +26,7 @@ from dan_dist.model.classes import columns_of, join_names
 from dan_dist.model.dan import Output, features, probabilities
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import EvaluateOptions
+from dan_dist.run.folder import check_writable
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.tracker import RunRecord, record_run
 from shards.files import write_atomically
@@ -61,6 +62,8 @@ def main(options: EvaluateOptions, *, timeout_s: float = 60.0) -> dict[str, Any]
         shards = world.run_on_all(lambda: open_shardset(cached))
         open_inputs = open_pairs if trained.task == "identity" else open_classes
         inputs = world.run_on_all(lambda: open_inputs(shards, trained, options))
+        output = output_folder(options, trained, f"{shards.dataset}-{inputs.split.name}")
+        world.run_once(lambda: check_writable(output, "--output"))
         rows = predict(trained, inputs.split, world, heart, options.precision, inputs.select)
         details = inputs.judge(rows).details()
         report = {
@@ -75,8 +78,14 @@ def main(options: EvaluateOptions, *, timeout_s: float = 60.0) -> dict[str, Any]
             **inputs.facts,
         }
         if world.is_main:
-            save_report(report, details, trained, options)
+            save_report(report, details, trained, options, output)
         return report
+
+
+def output_folder(options: EvaluateOptions, trained: Trained, what: str) -> Path:
+    """Where the figures go: --output, or a folder beside the checkpoint."""
+    own = re.sub(r"[^\w.-]", "_", f"{trained.path.stem}-{what}")  # names may hold slashes
+    return options.output or trained.path.parent / own
 
 
 def usual_split(shards: ShardSet, name: str | None, trained: Trained) -> str:
@@ -137,13 +146,10 @@ def _title(shards: ShardSet, split: Split) -> str:
 
 
 def save_report(
-    report: dict[str, Any], details: Details, trained: Trained, options: EvaluateOptions
-) -> None:
+    report: dict[str, Any], details: Details, trained: Trained, options: EvaluateOptions,
+    output: Path,
+) -> None:  # fmt: skip
     """Draws the figures, writes the JSON file, records both in MLflow, logs the numbers."""
-    # Names from a manifest may hold anything, slashes too.
-    own = re.sub(r"[^\w.-]", "_", f"{trained.path.stem}-{report['dataset']}-{report['split']}")
-    output = options.output or trained.path.parent / own
-    output.mkdir(parents=True, exist_ok=True)
     for figure in details.figures:
         save(figure.draw(*figure.values), output / figure.name)
     write_atomically(output / REPORT, json.dumps(report, indent=1) + "\n")

@@ -21,6 +21,7 @@ from dan_dist.inference.inputs import Inputs, open_inputs
 from dan_dist.inference.metrics import project
 from dan_dist.model.weights import load_trained
 from dan_dist.options import ExplainOptions
+from dan_dist.run.folder import check_writable
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.tracker import RunRecord, record_run
 from shards.files import write_atomically
@@ -51,11 +52,12 @@ def main(options: ExplainOptions) -> dict[str, Any]:
         given = [p for p in (options.checkpoint, options.against) if p is not None]
         networks = [load_trained(p, options.classes, weights=options.weights) for p in given]
         inputs = open_inputs(options, networks, Path(folder), world.cores)
+        path = networks[0].path
+        name = re.sub(r"[^\w.-]", "_", f"{path.stem}-explained-{inputs.where}")
+        output = options.output or path.parent / name
+        check_writable(output, "--output")
         explanations = [examine(trained, inputs, options.count, world) for trained in networks]
     report = describe(explanations, inputs)
-    path = networks[0].path
-    name = re.sub(r"[^\w.-]", "_", f"{path.stem}-explained-{inputs.where}")
-    output = options.output or path.parent / name
     write(output, report, explanations, inputs)
     if not options.no_tracking:
         track(output, report, explanations, inputs, options.experiment)
@@ -99,7 +101,6 @@ def write(
     output: Path, report: dict[str, Any], explanations: Sequence[Explanation], inputs: Inputs
 ) -> None:
     """The figures, and the JSON file beside them once they are there."""
-    output.mkdir(parents=True, exist_ok=True)
     for name in (*ATTENTION, FEATURES, REPORT):  # of a former look
         (output / name).unlink(missing_ok=True)
     split = f"{inputs.origin['dataset']}, split '{inputs.origin['split']}'"

@@ -10,6 +10,7 @@ from dan_dist.model.authors import authors_name
 from dan_dist.model.dan import CHANNELS, DAN
 from dan_dist.model.state_dict import named_tensors
 from dan_dist.run.checkpoint import NETWORK, learned, load, read, save
+from shards.command import words
 
 BACKBONE = "backbone.pth"
 
@@ -26,8 +27,7 @@ def load_backbone(network: DAN, source: str) -> str:
         return "backbone: random start"
     origin = ""
     if source == "imagenet":
-        weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-        state = weights.get_state_dict(progress=False, check_hash=True)
+        state = _download_imagenet()
     else:
         state, origin = _read_backbone(Path(source))
     own = network.backbone.state_dict()
@@ -46,6 +46,24 @@ def load_backbone(network: DAN, source: str) -> str:
         )
     network.backbone.load_state_dict(found, strict=False)
     return f"backbone: {len(wanted)} tensors from {source}{origin}"
+
+
+def _download_imagenet() -> dict[str, Tensor]:
+    """torchvision's weights: from torch's cache, or from where torchvision has them.
+
+    Raises:
+        OSError: they can be had from neither; names the address, and where a copy goes.
+    """
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    copy = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except (OSError, RuntimeError) as error:  # torch makes a wrong checksum a RuntimeError
+        reason = words(getattr(error, "reason", None) or error)
+        raise OSError(
+            f"model.backbone imagenet: {weights.url} cannot be had ({reason}); put a copy of that "
+            f"file at {copy}, or name it by model.backbone=FILE"
+        ) from error
 
 
 def _read_backbone(path: Path) -> tuple[dict[str, Tensor], str]:

@@ -105,12 +105,12 @@ def _run_logged(
         return main(arguments, stop)
 
 
-def set_log_lines(*, prefix: str = "", stream: TextIO = sys.stdout) -> None:
-    """From now on, log lines have this prefix and go to this stream."""
+def set_log_lines(*, prefix: str = "", stream: TextIO | None = None) -> None:
+    """From now on, log lines have this prefix and go to this stream, by default stdout."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(RedactingFormatter(f"{prefix}%(message)s"))
         if isinstance(handler, logging.StreamHandler):
-            handler.setStream(stream)
+            handler.setStream(stream or sys.stdout)
 
 
 def parse(options: type[T], arguments: Sequence[str]) -> T:

@@ -21,7 +21,7 @@ class StopRequest(command.StopRequest):
     Until `wait_for_step` is set, that is before training, the first one ends it too.
     """
 
-    def __init__(self, *, code: int = command.INTERRUPTED) -> None:
+    def __init__(self, *, code: int | None = command.INTERRUPTED) -> None:
         super().__init__(code=code)
         self.wait_for_step = False
         self.step: int | None = None  # at which training is

@@ -170,7 +170,7 @@ class MlflowTracker(NullTracker):
         """
         self._status, self._model = status, model
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object = None, *_: object) -> None:
         """Ends the run and waits while the server takes the records that are left.
 
         Only a finished run waits for long: one that got a stop signal has little time. Whatever
@@ -196,7 +196,8 @@ class MlflowTracker(NullTracker):
                 "left out of MLflow, which refused it, in all: %d; to see it and try again: "
                 "python -m dan_dist.tracking replay %s", count, self._folder,
             )  # fmt: skip
-        if finished and self.run_id is not None and self._sender.closed is None:
+        is_there = self.run_id is not None and self._sender.closed is None
+        if finished and kind is None and is_there:
             log.info("look at the run: %s", self.where)
         self._journal.close()
 
