@@ -17,7 +17,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 FAILED, USAGE, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -80,17 +83,15 @@ class _Stream(io.FileIO):
 
     lost: OSError | None = None
 
-    def write(self, data: object) -> int:
+    def write(self, data: "ReadableBuffer", /) -> int:
         try:
-            return super().write(data)  # type: ignore[arg-type]
-        except BlockingIOError:
-            raise
+            return super().write(data)
         except OSError as error:
             if not isinstance(error, BrokenPipeError):
                 self.lost = self.lost or error
             with suppress(OSError):  # what libraries write goes the same way
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            return len(memoryview(data))  # type: ignore[arg-type]
+            return memoryview(data).nbytes
 
 
 _streams: list[_Stream] = []

@@ -78,7 +78,7 @@ dan_run() {
     srun --kill-on-bad-exit=1 --ntasks-per-node=1 bash -c 'trap "" USR1; trap : TERM
             export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[rank \${rank}]: "
             "$DAN_PYTHON" -m torch.distributed.run --log-dir="$0-node$SLURM_NODEID" "$@" 2>&1 |
-                { trap "" TERM INT; tee -a "$0-node$SLURM_NODEID.log" | sed -un "s/^\[rank 0\]: *//p"; }
+                { trap "" TERM INT; tee -a "$0-node$SLURM_NODEID.log" | sed -un "s/^\[rank 0\]: //p"; }
             exit "${PIPESTATUS[0]}"' \
         "$output/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID" --tee=3 --nnodes="$SLURM_NNODES" \
         --nproc-per-node="${DAN_NPROC:-${SLURM_GPUS_ON_NODE:-1}}" --rdzv-backend=c10d \
