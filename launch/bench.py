@@ -13,6 +13,9 @@ start     from launch to the first step
 order     the sampler's time, and the memory of a rank, up to ten million images; with --peers,
           beside the orders of five others, each in an environment that is made for it (some GB)
 
+With --visit FOLDER, checks on this machine's GPU, and all parts but scaling and order, within
+--minutes; each is a process of its own.
+
 Where the configuration's shards are not there, faces are drawn in their place, of 80,000 classes
 for configs/msceleb.yaml; networks start at random. Parts are of configs/affectnet8.yaml, of
 configs/demo.yaml for start.
@@ -33,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's 
 import torch
 from nvidia import dali
 
-from benchmarks import loader, order, scaling, start, step, training
+from benchmarks import loader, order, scaling, start, step, training, visit
 from benchmarks.peers import table as peers
 from dan_dist.config import Config, load_config
 from dan_dist.distributed.cores import core_count
@@ -44,6 +47,7 @@ from shards.demo import ensure
 from shards.format import MANIFEST, ShardSet, open_shardset
 from shards.releases import synthetic
 
+RECIPE = "configs/affectnet8.yaml"
 PARTS = ("loader", "step", "train", "scaling", "start", "order")
 SMALL_BATCH = 32  # images, of which a CPU makes a step in seconds
 DRAWN, DRAWN_VAL = 4096, 80  # faces for training and validation
@@ -66,6 +70,8 @@ def main(arguments: list[str], _: StopRequest) -> int:
                         "for scaling's projection (default 50: 400 Gbit/s)")  # fmt: skip
     parser.add_argument("--tried", action="store_true", help="step: what was left out as well")
     parser.add_argument("--peers", action="store_true", help="order: beside its peers' as well")
+    parser.add_argument("--visit", type=Path, help="a folder for a GPU's checks and figures")
+    parser.add_argument("--minutes", type=float, default=4, help="of --visit (default 4)")
     parser.add_argument("--folder", help="where to write (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_intermixed_args(arguments)  # options may stand between what is named
@@ -77,6 +83,16 @@ def main(arguments: list[str], _: StopRequest) -> int:
             raise ValueError(f"'{name}': no such part; known are {', '.join(PARTS)}")
     if len(paths) > 1:
         raise ValueError(f"two configurations: {', '.join(paths)}")
+    if options.visit:
+        if chosen:
+            raise ValueError(f"--visit has its own parts; it takes no '{chosen[0]}'")
+        path = paths[0] if paths else RECIPE
+        found = _shards(load_config(path, overrides), options.visit, options.images or DRAWN)
+        words = [path, *overrides, f"data.shards={found.resolve()}"]
+        batches = [options.batch] if options.batch else visit.BATCHES
+        parts = visit.parts(options.visit, words, batches)
+        done = visit.run(options.visit, parts, minutes=options.minutes)
+        return int(any(part["result"] != "done" for part in done.values()))
     world = init_world()
     if world.size > 1 and chosen != ["train"]:
         raise ValueError("several ranks are for the part 'train' alone; scaling starts its own")
@@ -85,7 +101,7 @@ def main(arguments: list[str], _: StopRequest) -> int:
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         folder = Path(world.run_once(lambda: scratch))
         for name in chosen or PARTS:
-            default = "configs/demo.yaml" if name == "start" else "configs/affectnet8.yaml"
+            default = "configs/demo.yaml" if name == "start" else RECIPE
             path = paths[0] if paths else default
             figures[name] = _part(name, path, overrides, options, world, folder)
         world.run_once(lambda: None)  # rank 0's folder stays until all are here
@@ -137,18 +153,24 @@ def _of_recipe(
 ) -> tuple[Config, ShardSet]:
     """A configuration with a rank's batch (None: the recipe's), and its shards or drawn faces."""
     config = load_config(path, overrides)
-    found = Path(config.data.paths[0])
-    if not (found / MANIFEST).exists():
-        found, size = folder / f"faces-{config.model.image_size}", config.model.image_size
-        drawn = synthetic.release(images, DRAWN_VAL, size=size, seed=0)
-        if config.task == "identity":  # as many classes, whoever the faces are
-            names = tuple(f"person {k}" for k in range(order.IDENTITIES))
-            drawn = replace(drawn, class_names=names, mixed=True)
-        world.run_once(lambda: ensure(found, drawn, size=size))
+    found = Path(world.run_once(lambda: str(_shards(config, folder, images))))
     batch = batch or config.train.global_batch
     own = [f"train.global_batch={batch * world.size}", f"data.shards={found}", "data.classes=null",
            "model.backbone=none", "model.weights=null", "model.weights_classes=null"]  # fmt: skip
     return load_config(path, [*overrides, *own]), open_shardset(found)
+
+
+def _shards(config: Config, folder: Path, images: int) -> Path:
+    """The configuration's shards, or as many faces drawn in the folder where they are not there."""
+    if (Path(config.data.paths[0]) / MANIFEST).exists():
+        return Path(config.data.paths[0])
+    found, size = folder / f"faces-{config.model.image_size}", config.model.image_size
+    drawn = synthetic.release(images, DRAWN_VAL, size=size, seed=0)
+    if config.task == "identity":  # as many classes, whoever the faces are
+        names = tuple(f"person {k}" for k in range(order.IDENTITIES))
+        drawn = replace(drawn, class_names=names, mixed=True)
+    ensure(found, drawn, size=size)
+    return found
 
 
 def _count(text: str) -> int:

@@ -7,13 +7,15 @@ DAN_PYTHON=${DAN_PYTHON:-python} # the environment's Python, on all nodes
 DAN_CONFIG=${DAN_CONFIG:-}       # another configuration than the script's own
 DAN_DATA=${DAN_DATA:-}           # another folder, or URL, of shards than the configuration's
 DAN_CACHE=${DAN_CACHE:-}         # node-local storage into which shards are copied first
-DAN_NPROC=${DAN_NPROC:-}         # processes a node; none: the node's GPUs
+DAN_NPROC=${DAN_NPROC:-}         # processes a node; none: the GPUs that --gpus-per-node asks for
 DAN_DEVICE=${DAN_DEVICE:-cuda}   # cpu: no GPU is asked for or looked at
 export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-sqlite:///$DAN_REPOSITORY/mlflow.db}
 # srun gives a task one core where nobody asks for more: here those of sbatch's --cpus-per-task, or
 # all of the node, which is the job's alone (--exclusive). Each rank stays on those beside its GPU.
 dan_cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-}}
 [ -z "$dan_cores" ] || export SRUN_CPUS_PER_TASK=$dan_cores
+# Of a node that is the job's alone (--exclusive) Slurm gives all GPUs, whatever is asked for.
+dan_gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} # 8, or a100:8
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export DAN_PYTHON DAN_DEVICE DAN_REPOSITORY
 
@@ -81,7 +83,7 @@ dan_run() {
                 { trap "" TERM INT; tee -a "$0-node$SLURM_NODEID.log" | sed -un "s/^\[rank 0\]: //p"; }
             exit "${PIPESTATUS[0]}"' \
         "$output/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID" --tee=3 --nnodes="$SLURM_NNODES" \
-        --nproc-per-node="${DAN_NPROC:-${SLURM_GPUS_ON_NODE:-1}}" --rdzv-backend=c10d \
+        --nproc-per-node="${DAN_NPROC:-${dan_gpus##*:}}" --rdzv-backend=c10d \
         --rdzv-id="$name" --rdzv-endpoint="$address:$((20000 + SLURM_JOB_ID % 10000))" \
         --max-restarts="${DAN_RESTARTS:-0}" \
         "$DAN_REPOSITORY/launch/train.py" "$config" "${overrides[@]}" "$@" &

@@ -7,7 +7,7 @@ Real two-rank CPU trainings of DAN on drawn faces, or of a backbone on persons, 
 fault each time they run, at a random step. When a run gets to its end, its weights and its MLflow
 run are compared with those of a run that nobody disturbed: bit for bit at two ranks; where ranks
 come and go (`resize`), to 1e-9 in float64. Ends with a table, and with exit code 1 where a
-comparison fails.
+comparison fails or shared memory is left, which takes a machine that does nothing else.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from chaos_faults import KINDS
-from chaos_runs import CONFIG, ELASTIC, EXACT, TASKS, TOTAL, Attempt, Campaign
+from chaos_runs import CONFIG, ELASTIC, EPOCH, EXACT, TASKS, Attempt, Campaign
 from mlflow_server import served
 
 from dan_dist.run import checkpoint
@@ -68,7 +68,7 @@ def disturb(campaign: Campaign, kind: str, tallies: dict[str, Tally]) -> bool:
 def settle(campaign: Campaign, attempt: Attempt, tallies: dict[str, Tally]) -> None:
     """Books what the last fault has cost, once the run is where it was."""
     for kind, step, began in campaign.owed:
-        attempt.reach(min(step, TOTAL))
+        attempt.reach(min(step, campaign.total))
         tallies[kind].survived += 1
         tallies[kind].steps_recomputed += max(0, step - attempt.resumed)
         tallies[kind].seconds_lost += time.monotonic() - began
@@ -83,10 +83,9 @@ def finish(campaign: Campaign, tallies: dict[str, Tally]) -> None:
     assert '"finished"' in campaign.outcome()
 
 
-def learned(folder: Path) -> dict[str, Any]:
+def learned(campaign: Campaign) -> dict[str, Any]:
     """All tensors of a run's last checkpoint, and its metrics."""
-    path = step_path(folder, TOTAL)
-    content = checkpoint.load(path)
+    content = checkpoint.load(step_path(campaign.output, campaign.total))
     moments = content["optimizer"]["state"]
     flat = {f"{i}.{k}": v for i, s in moments.items() for k, v in s.items()}
     tensors = {k: v for k, v in {**content["objective"], **flat}.items() if torch.is_tensor(v)}
@@ -95,14 +94,16 @@ def learned(folder: Path) -> dict[str, Any]:
 
 def check(campaign: Campaign, reference: Campaign, tolerance: float) -> None:
     """Weights, metrics and MLflow's points are those of the undisturbed run."""
-    found, expected = learned(campaign.output), learned(reference.output)
+    found, expected = learned(campaign), learned(reference)
     assert found["tensors"].keys() == expected["tensors"].keys()
     for name, tensor in expected["tensors"].items():
         worst = float((found["tensors"][name] - tensor).abs().max())
         assert worst <= tolerance, f"{name} differs by {worst}"
     assert found["metrics"] == expected["metrics"]
     found, expected = points(campaign), points(reference)
-    for key, steps in (("train/loss", range(1, TOTAL + 1)), ("val/accuracy", range(10, 61, 10))):
+    total = campaign.total
+    for key, first in (("train/loss", 1), ("val/accuracy", EPOCH)):
+        steps = range(first, total + 1, first)
         assert [step for step, _ in found[key]] == list(steps), (key, found[key])
     for key in METRICS:
         for (step, value), (_, wanted) in zip(found[key], expected[key], strict=True):
@@ -128,15 +129,15 @@ def points(campaign: Campaign) -> dict[str, list[tuple[int, float]]]:
 
 
 def campaign_in(
-    folder: Path, name: str, options: list[str], uri: str, dice: random.Random
+    folder: Path, name: str, options: list[str], uri: str, dice: random.Random, epochs: int
 ) -> Campaign:
     config = folder / f"{name}.yaml"
-    config.write_text(CONFIG.format(shards=folder / "shards", output=folder / name))
-    return Campaign(folder, config, options, uri, dice)
+    config.write_text(CONFIG.format(shards=folder / "shards", output=folder / name, epochs=epochs))
+    return Campaign(folder, config, options, uri, dice, epochs)
 
 
 def run(
-    folder: Path, faults: int, seed: int, kinds: list[str], task: str = "expression"
+    folder: Path, faults: int, seed: int, kinds: list[str], task: str, epochs: int = 6
 ) -> dict[str, Tally]:
     """Injects `faults` faults; returns the tallies.
 
@@ -144,7 +145,7 @@ def run(
         AssertionError: a run did not survive, or ended otherwise than the undisturbed one.
     """
     print(f"seed {seed}", flush=True)
-    dice, shared_memory = random.Random(seed), set(Path("/dev/shm").iterdir())
+    dice = random.Random(seed)
     tallies: dict[str, Tally] = collections.defaultdict(Tally)
     faces = synthetic.release(80, 16, size=32, seed=7)
     if task == "identity":
@@ -155,7 +156,7 @@ def run(
         references = {}
         for name, options in (("exact", exact), ("elastic", elastic)):
             if any((kind == "resize") == (name == "elastic") for kind in kinds):
-                whole = campaign_in(folder, f"reference-{name}", options, uri, dice)
+                whole = campaign_in(folder, f"reference-{name}", options, uri, dice, epochs)
                 finish(whole, tallies)
                 references[name] = whole
         runs = 0
@@ -164,7 +165,7 @@ def run(
             own = ["resize"] if resizes else [kind for kind in kinds if kind != "resize"]
             name, runs = f"run{runs}", runs + 1
             print(f"{name} ({'float64, ranks come and go' if resizes else 'float32, 2 ranks'})")
-            campaign = campaign_in(folder, name, elastic if resizes else exact, uri, dice)
+            campaign = campaign_in(folder, name, elastic if resizes else exact, uri, dice, epochs)
             campaign.server = server
             going = True
             while going and sum(t.injected for t in tallies.values()) < faults:
@@ -177,7 +178,6 @@ def run(
             check(campaign, reference, 1e-9 if resizes else 0.0)
             print(f"{name}: as the undisturbed run", flush=True)
             shutil.rmtree(campaign.output)
-    assert not (left := unused(set(Path("/dev/shm").iterdir()) - shared_memory)), left
     return dict(tallies)
 
 
@@ -211,10 +211,12 @@ def main() -> int:
     parser.add_argument("--task", choices=TASKS, default="expression", help="what is trained")
     options = parser.parse_args()
     seed = random.randrange(10**6) if options.seed is None else options.seed
+    shared_memory = set(Path("/dev/shm").iterdir())
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         try:
             tallies = run(Path(folder), options.faults, seed, options.kinds.split(","),
                           options.task)  # fmt: skip
+            assert not (left := unused(set(Path("/dev/shm").iterdir()) - shared_memory)), left
         except AssertionError as error:
             print(f"FAILED (seed {seed}): {error}", file=sys.stderr)
             return 1

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from chaos_runs import TOTAL, Attempt, Campaign
+from chaos_runs import Attempt, Campaign
 
 from dan_dist.run.folder import steps_saved
 
@@ -72,7 +72,7 @@ def tracker_outage(campaign: Campaign, attempt: Attempt) -> None:
         os.killpg(server.process.pid, signal.SIGSTOP)
     else:
         server.stop()
-    go_on = attempt.reach(min(attempt.step + 8, TOTAL - 1))
+    go_on = attempt.reach(min(attempt.step + 8, campaign.total - 1))
     if hangs:
         os.killpg(server.process.pid, signal.SIGCONT)
     else:

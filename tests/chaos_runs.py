@@ -16,7 +16,7 @@ from mlflow_server import Server
 from dan_dist.run.outcome import OUTCOME
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TOTAL = 60  # steps of a run: six epochs of ten
+EPOCH = 10  # steps
 ATTEMPT_S = 180.0  # hard limit of anything that is waited for
 DAN = ["model.heads=2", "loss.fcn=affinity", "loss.afn=partition"]
 IDENTITY = ["task=identity", "model.heads=0", "loss.fcn=none", "loss.afn=none", "data.pairs=60",
@@ -28,7 +28,7 @@ CONFIG = """
 data: {{shards: {shards}, max_bad_images: 0, augment: {{affine_p: 0.7, degrees: 20,
   scale: [0.8, 1.0], translate: 0.2, erase_p: 0.5}}}}
 model: {{image_size: 32}}
-train: {{epochs: 6, global_batch: 8, device: cpu, log_every: 1, checkpoint_every: 7,
+train: {{epochs: {epochs}, global_batch: 8, device: cpu, log_every: 1, checkpoint_every: 7,
   keep_checkpoints: 3, timeout_s: 20, output: {output}}}
 tracking: {{experiment: chaos}}
 """
@@ -106,6 +106,7 @@ class Campaign:
     options: list[str]
     uri: str
     dice: random.Random
+    epochs: int
     server: Server | None = None
     reached: int = 0  # the furthest step so far
     owed: list[tuple[str, int, float]] = field(default_factory=list)  # fault, step, when
@@ -114,12 +115,17 @@ class Campaign:
     def output(self) -> Path:
         return self.config.with_suffix("")
 
+    @property
+    def total(self) -> int:
+        """Steps of the run."""
+        return EPOCH * self.epochs
+
     def start(self, ranks: int = 2) -> Attempt:
         return Attempt(self.config, ranks, self.options, self.uri)
 
     def somewhere(self) -> int:
         """A step a little further on."""
-        return min(self.reached + self.dice.randint(1, 10), TOTAL - 1)
+        return min(self.reached + self.dice.randint(1, 10), self.total - 1)
 
     def outcome(self) -> str:
         path = self.output / OUTCOME

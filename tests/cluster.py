@@ -1,6 +1,7 @@
 """A real Slurm of two nodes on this machine, and what the tests do with it."""
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 MISSING = [name for name in DAEMONS if not shutil.which(name)]
 SLURM_CONF = """
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
@@ -83,7 +85,9 @@ def write_files(root: Path) -> None:
     (root / "munge" / "key").chmod(0o400)
     host = socket.gethostname().split(".")[0]
     port = min(free_port(), 65535 - NODES - 1)  # of neighbouring ones, the first of which is free
-    conf = SLURM_CONF.format(host=host, port=port, root=root)
+    # The number of a job names its rendezvous: another cluster on this machine has others.
+    first_job = random.randrange(1, 10_000) * 100
+    conf = SLURM_CONF.format(host=host, port=port, root=root, first_job=first_job)
     for number in range(1, NODES + 1):
         conf += (
             f"NodeName=node{number} NodeHostname={host} NodeAddr=127.0.0.1 Port={port + number} "
@@ -140,7 +144,7 @@ class Cluster:
     def __init__(self, folder: Path, shards: Path) -> None:
         self.folder = folder
         self.config = folder / "tiny.yaml"
-        self.config.write_text(CONFIG.format(shards=shards, output=folder / "unused"))
+        self.config.write_text(CONFIG.format(shards=shards, output=folder / "unused", epochs=6))
         self.environment = {
             **os.environ, "DAN_REPOSITORY": str(REPOSITORY), "DAN_PYTHON": sys.executable,
             "DAN_CONFIG": str(self.config), "DAN_NPROC": "1", "DAN_DEVICE": "cpu",

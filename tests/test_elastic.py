@@ -20,11 +20,11 @@ Write = Callable[[str], Path]
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("task", "faults"), [("expression", 2), ("identity", 1)])
-def test_chaos_in_short(tmp_path: Path, task: str, faults: int) -> None:
-    """Some of the kinds, and the comparison with the undisturbed run, bit for bit."""
+def test_chaos_in_short(tmp_path: Path) -> None:
+    """Some of the kinds, in either task; compared with the undisturbed run to the bit."""
+    task = random.choice(("expression", "identity"))
     kinds = ["sigkill_rank", "sigkill_all", "sigusr1", "corrupt_checkpoint", "truncate_shard"]
-    tallies = chaos.run(tmp_path, faults, random.randrange(10**6), kinds, task)
+    tallies = chaos.run(tmp_path, 2, random.randrange(10**6), kinds, task, epochs=3)
     assert sum(t.injected for t in tallies.values()) >= 1
 
 

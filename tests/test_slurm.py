@@ -18,7 +18,6 @@ from shards.format import ShardSet, open_shardset
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("slurm"),
     pytest.mark.skipif(
         bool(MISSING) or os.geteuid() != 0,
         reason=f"needs root and Slurm (apt-get install slurm-wlm munge); missing: {MISSING}",
@@ -108,6 +107,7 @@ def test_cancelled_then_submitted_again_and_signalled_while_it_starts(
     job = submit()
     wait_for(lambda: "step 5 " in cluster.text(), 120)
     query("scancel", job)
+    assert "2 ranks on 1 node" in cluster.text()
     assert cluster.end(job) == "CANCELLED" and restarts(job) == "0"
     found = outcome(run)
     assert found["status"] == "preempted"

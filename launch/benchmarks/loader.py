@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.utils.dlpack
@@ -23,7 +24,9 @@ from torchvision.datasets import ImageFolder
 from benchmarks.measure import Measure, Table, consume, in_turn, ratio, show
 from dan_dist.build import open_train_loader
 from dan_dist.config import Augmentation, Config
+from dan_dist.data import graph
 from dan_dist.data.augment import ERASE_RATIO, MEAN, STD
+from dan_dist.data.loader import Loader
 from dan_dist.data.reader import Reader
 from dan_dist.distributed.world import World
 from shards.format import ShardSet, Split
@@ -51,11 +54,13 @@ def run(
     decoded = open_train_loader(of_decoded, world, split, start=0)
     transform = _transform(augment, size)
     move = partial(_moved, device=world.device)
+    shared = _by_decoder_load(config, world, split) if world.device.type == "cuda" else {}
     contenders: dict[str, tuple[Iterator[Tensor], list[Path]]] = {
         OURS: ((next(loader).images for _ in count()), tars),
         CEILING: (_from_memory(config, world, shards), []),
         AUTHORS: (move(_authors(faces, transform, batch, world.cores)), [*faces.glob("*/*")]),
         DECODED: ((next(decoded).images for _ in count()), []),
+        **{name: ((next(other).images for _ in count()), []) for name, other in shared.items()},
     }
     if find_spec("webdataset"):
         peer = move(_webdataset(tars, transform, batch, world.cores))
@@ -81,8 +86,8 @@ def run(
                 f"decoded once: {ratio(table, DECODED, OURS, 'images/s'):.2f} times as fast"
             )
         tables[state] = table
-    loader.close()
-    decoded.close()
+    for opened in (loader, decoded, *shared.values()):
+        opened.close()
     return tables
 
 
@@ -121,6 +126,18 @@ def _from_memory(config: Config, world: World, shards: ShardSet) -> Iterator[Ten
     pipeline = loader.pipeline(lambda step: recorded[step % RECORDED_STEPS])
     loader.close()
     return _outputs(pipeline)
+
+
+def _by_decoder_load(config: Config, world: World, split: Split) -> dict[str, Loader]:
+    """With a share of each batch, or all of it, for the GPU's hardware decoder.
+
+    With any share but 0 and 1 pixels depend on an image's place in the batch: for figures alone.
+    """
+    found = {}
+    for load in (0.65, 1.0):
+        with patch.object(graph, "HW_DECODER_LOAD", load):
+            found[f"hw_decoder_load {load}"] = open_train_loader(config, world, split, start=0)
+    return found
 
 
 def _outputs(pipeline: Any) -> Iterator[Tensor]:

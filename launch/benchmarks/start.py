@@ -26,7 +26,7 @@ def run(path: str, overrides: list[str], folder: Path, *, repeats: int) -> Table
         shutil.rmtree(output, ignore_errors=True)
         began_s = perf_counter()
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         ) as process:
             assert process.stdout is not None
             lines = []

@@ -23,6 +23,7 @@ from dan_dist.data.loader import Batch
 from dan_dist.distributed.world import World
 from dan_dist.engine.ddp import StepFlags
 from dan_dist.engine.precision import resolve_precision
+from dan_dist.model.arithmetic import choose_arithmetic
 from shards.format import ShardSet
 
 PLAIN, TRAINED = "plain: float32, contiguous", "as trained"
@@ -39,10 +40,10 @@ def run(
     precision = resolve_precision(config.train.precision, world.device)
     batch = resident_batch(config, world, len(shards.class_names))
     plain = partial(_plain_step, config, world, shards, batch)
-    contenders: dict[str, Callable[[], object]] = {
-        PLAIN: plain(channels_last=False, bf16=False),
-        "+ channels_last": plain(channels_last=True, bf16=False),
-    }
+    contenders: dict[str, Callable[[], object]] = {PLAIN: plain(channels_last=False, bf16=False)}
+    if on_gpu := world.device.type == "cuda":  # torch's default there
+        contenders["+ TF32"] = plain(channels_last=False, bf16=False, tf32=True)
+    contenders["+ channels_last"] = plain(channels_last=True, bf16=False, tf32=on_gpu)
     if precision == "bf16":
         contenders["+ bfloat16"] = plain(channels_last=True, bf16=True)
     contenders[TRAINED] = engine_step(config, world, shards, batch)
@@ -88,7 +89,13 @@ def engine_step(
     engine = build_engine(config, world, build_objective(config, shards.class_names, is_new=True))
     engine.warm_up(config.model.image_size)
     flags = StepFlags(stop=False, save=False, replaced=0)
-    return lambda: engine.train_step(batch, lr=config.optim.lr, flags=flags).losses
+    precision = resolve_precision(config.train.precision, world.device)
+
+    def step() -> Tensor:
+        choose_arithmetic(precision, deterministic=config.train.deterministic)
+        return engine.train_step(batch, lr=config.optim.lr, flags=flags).losses
+
+    return step
 
 
 def _measure(
@@ -110,7 +117,7 @@ def seconds_a_call(work: Callable[[], object], times: int, device: torch.device)
 
 def _plain_step(
     config: Config, world: World, shards: ShardSet, batch: Batch,
-    *, channels_last: bool, bf16: bool, fused: bool = False,
+    *, channels_last: bool, bf16: bool, tf32: bool = False, fused: bool = False,
 ) -> Callable[[], Tensor]:  # fmt: skip
     """The step as a textbook writes it."""
     objective = build_objective(config, shards.class_names, is_new=True).to(world.device)
@@ -126,6 +133,7 @@ def _plain_step(
         optimizer = torch.optim.SGD(parameters, lr, momentum, foreach=False, fused=fused)
 
     def step() -> Tensor:
+        choose_arithmetic("tf32" if tf32 else "float32")
         optimizer.zero_grad()
         with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
             loss = objective(images, batch.labels, len(images))
