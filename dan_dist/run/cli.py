@@ -113,13 +113,21 @@ def set_log_lines(*, prefix: str = "", stream: TextIO | None = None) -> None:
             handler.setStream(stream or sys.stdout)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Leaves the reason of a bad command line for torchrun too."""
+
+    def error(self, message: str) -> NoReturn:
+        report_failure(message)
+        super().error(message)
+
+
 def parse(options: type[T], arguments: Sequence[str]) -> T:
     """The value of a dataclass of `dan_dist.options` that a command line gives.
 
     A tuple is an argument of several words, a bool a switch, a Literal a choice. A bad command line
     ends the program with argparse's lines and code 2.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=inspect.getdoc(options),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
