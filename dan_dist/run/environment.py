@@ -1,8 +1,10 @@
 """The environment of torchrun and DeepSpeed's launcher: the one place that reads it."""
 
+import atexit
 import json
 import os
 import pwd
+import shutil
 import tempfile
 import time
 from contextlib import suppress
@@ -79,7 +81,8 @@ def give_home() -> None:
     except KeyError:  # a container's or a scheduler's number, in no list of users
         os.environ.setdefault("LOGNAME", str(user))
         if not os.environ.get("HOME"):
-            os.environ["HOME"] = tempfile.mkdtemp(prefix="dan_dist-home-")
+            os.environ["HOME"] = home = tempfile.mkdtemp(prefix="dan_dist-home-")
+            atexit.register(shutil.rmtree, home, ignore_errors=True)
 
 
 def has_launcher() -> bool:
