@@ -39,7 +39,7 @@ PROGRAMS = {
     "dan_dist.tracking": ("dan_dist.tracking.tracker", ["replay", "a"], 130),
     "train": ("pydantic", [], 130),
     "evaluate": ("torch", ["a", "--data", "b"], 130),
-    "predict": ("matplotlib", ["a", "b"], 130),
+    "predict": ("torch", ["a", "b"], 130),
     "explain": ("dan_dist.inference.explain", ["a", "b"], 130),
     "export": ("torch", ["a"], 130),
     "ablate": ("yaml", ["heads"], 130),

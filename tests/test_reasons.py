@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from urllib.error import URLError
 
@@ -31,8 +32,9 @@ from shards.packing import pool
 def test_a_full_disk_under_a_checkpoint_is_told_as_one(tmp_path: Path) -> None:
     content = {"weights": torch.zeros(300_000)}
     with (
+        suppress(OSError),  # of closing the file
+        Path("/dev/full").open("wb") as full,
         pytest.raises(RuntimeError, match="unexpected pos") as torchs,
-        Path("/dev/full").open("wb", buffering=0) as full,
     ):
         torch.save(content, full)
     line = f"{tmp_path}: No space left on device"
@@ -115,14 +117,9 @@ def test_output_is_tried_before_anything_is_computed(
             explain.main(ExplainOptions(checkpoint=dan_run, data=str(faces.root), **where))
 
 
-def double(number: int) -> int:
-    return 2 * number
-
-
-DOUBLED = """
-from test_reasons import double
+DIVIDED = """
 from shards.packing.pool import in_processes
-with in_processes(double, [(1,), (2,)], 2) as found:
+with in_processes(divmod, [(7, 2), (9, 5)], 2) as found:
     print(sorted(found))
 """
 
@@ -132,7 +129,7 @@ def test_a_shared_memory_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatc
         raise FileNotFoundError(2, "No such file or directory")
 
     monkeypatch.setattr(pool.ForkServerContext, "Lock", missing)
-    with pytest.raises(OSError) as caught, pool.in_processes(double, [(1,)], 2):
+    with pytest.raises(OSError) as caught, pool.in_processes(divmod, [(1, 1)], 2):
         pass
     assert words(caught.value).startswith("/dev/shm: No such file or directory; ")
 
@@ -141,11 +138,11 @@ def test_a_shared_memory_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatc
 def test_worker_processes_meet_below_a_long_tmpdir_too(tmp_path: Path, length: int) -> None:
     folder = tmp_path / ("t" * length)
     folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY),
                    "TMPDIR": str(folder)}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", DOUBLED], env=environment, cwd=tmp_path,
+    done = subprocess.run([sys.executable, "-c", DIVIDED], env=environment, cwd=tmp_path,
                           capture_output=True, text=True)  # fmt: skip
-    assert done.stdout == "[(0, 2), (1, 4)]\n", done.stderr
+    assert done.stdout == "[(0, (3, 1)), (1, (1, 4))]\n", done.stderr
 
 
 def test_a_tmpdir_that_takes_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +150,6 @@ def test_a_tmpdir_that_takes_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pool.util, "get_temp_dir", full)
-    with pytest.raises(OSError) as caught, pool.in_processes(double, [(1,)], 2):
+    with pytest.raises(OSError) as caught, pool.in_processes(divmod, [(1, 1)], 2):
         pass
     assert words(caught.value).startswith(f"{tempfile.gettempdir()}: No space left on device")
