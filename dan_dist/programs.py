@@ -172,7 +172,6 @@ def _train_or_check(arguments: list[str], stop: StopRequest) -> int:
     stop.wait_for_step = has_launcher()  # until this rank can tell the others
     from dan_dist.train import main
 
-    stop.where = "before training"
     status = main(config, stop).status
     return PREEMPTED if status == "preempted" and not has_launcher() else 0
 

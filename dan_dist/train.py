@@ -65,6 +65,7 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
         Stopped: a stop signal before training.
     """
     folder, stop = Path(config.train.output), stop or StopRequest()
+    stop.where = "before training"
     began_s = math.inf  # as long as the folder may be another training's, nothing is written there
 
     def fail(reason: str) -> None:
