@@ -14,8 +14,8 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import Store
-from torch.distributed.rendezvous import TCPStore
 
 from dan_dist.run.environment import has_store
 from dan_dist.run.signals import Stopped
