@@ -111,8 +111,11 @@ def find_output(words: Sequence[str]) -> Path | None:
     try:
         if given:
             return _as_path(_parse(given[-1], "train.output"))
-        names = [w.removeprefix("--config=") for w in words if "=" not in w or w[:9] == "--config="]
-        found = find_config(next((w for w in names if not w.startswith("-")), "demo"))
+        known = [w for w in words if w != "--config" and not w.startswith("--local_rank=")]
+        names = [w.removeprefix("--config=") for w in known]
+        if any(name.startswith("-") for name in names):
+            return None
+        found = find_config(next((name for name in names if "=" not in name), "demo"))
         tree = _parse(found.read_text(encoding="utf-8"), str(found))
         return _as_path(tree["train"]["output"])
     except (ValueError, OSError, KeyError, TypeError):
