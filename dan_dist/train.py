@@ -37,7 +37,13 @@ from dan_dist.run.folder import (
     step_path,
     steps_saved,
 )
-from dan_dist.run.outcome import Status, open_outcome, write_failure, write_outcome
+from dan_dist.run.outcome import (
+    Status,
+    keep_room,
+    open_outcome,
+    write_failure,
+    write_outcome,
+)
 from dan_dist.run.plan import Plan, make_plan
 from dan_dist.run.signals import Stopped, StopRequest
 from dan_dist.run.state import TrainState
@@ -86,6 +92,7 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
             stop.raise_if_signalled()
             lock = run_folder(folder) if world.is_main else ExitStack()
             world.run_on_all(lambda: held.enter_context(lock))
+            world.run_on_all(lambda: keep_room(folder) if world.is_main else None)
             began_s = time.time()
             if world.is_main and not steps_saved(folder):  # an earlier run's stays until it goes on
                 write_config(config, folder)

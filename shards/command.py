@@ -43,6 +43,7 @@ class StopRequest:
         self.where = ""  # what the program does, as "while packing"; "" while it starts
         self.code = INTERRUPTED if code is None else code  # of a process that the signal has ended
         self._is_code_given = code is not None
+        self.is_raised = False  # as `Stopped`, whatever a library has made of that since
         self.is_quiet = False  # another rank's line is enough
         self._first_s = 0.0
 
@@ -71,6 +72,7 @@ class StopRequest:
     def _first(self) -> None:
         if not self.where:
             _end_now("" if self.is_quiet else f"{self.line()}\n", self.code)
+        self.is_raised = True
         raise Stopped(self.signal)
 
 
@@ -169,9 +171,9 @@ def run(module: str, where: str) -> NoReturn:
     except SystemExit as error:  # of argparse
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
-        if stop.signal is None:
+        if not stop.is_raised:
             raise
-        print(stop.line(), file=sys.stderr)  # what else was raised follows from the signal
+        print(stop.line(), file=sys.stderr)
         code = stop.code
     end(code)
 

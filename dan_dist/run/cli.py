@@ -54,8 +54,7 @@ def _exit_code(main: Callable[[list[str], StopRequest], int], stop: StopRequest)
     except SystemExit as error:  # of argparse
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException as error:
-        # Whatever a library makes of a stop signal, it is one.
-        if isinstance(error, Stopped) or (stop.signal and not stop.wait_for_step):
+        if isinstance(error, Stopped) or stop.is_raised:
             if rank == 0:
                 print(stop.line(error), file=sys.stderr)
             return stop.code

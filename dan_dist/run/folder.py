@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from dan_dist.run.checkpoint import BEST, FORMAT, RESUMED, ForeignError, load, save, to_cpu
-from dan_dist.run.outcome import keep_room
 from shards.command import words
 from shards.files import locked
 
@@ -185,7 +184,6 @@ def run_folder(folder: Path) -> Iterator[None]:
     """
     check_writable(folder)
     with locked(folder, f"{folder} is in use by another process"):
-        keep_room(folder)
         yield
 
 
