@@ -2,6 +2,11 @@
 
 import sys
 
+from shards.command import listen
+
+if __name__ == "__main__":
+    listen()  # a signal may come during the imports below
+
 from dan_dist import programs
 
 PROGRAMS = ("train", "evaluate", "predict", "explain", "export", "ablate", "certify")

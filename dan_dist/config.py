@@ -140,6 +140,30 @@ def shipped_folder() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / SHIPPED
 
 
+def find_output(words: Sequence[str]) -> Path | None:
+    """The folder of a training, as far as its command line and configuration can be read.
+
+    None: they do not name it, or not so that it can be read.
+    """
+    given = [word for word in words if word.startswith("train.output=")]
+    try:
+        if given:
+            return _as_path(read_overrides(given[-1:], Config)[0].value)
+        known = [w for w in words if w != "--config" and not w.startswith("--local_rank=")]
+        names = [w.removeprefix("--config=") for w in known]
+        if any(name.startswith("-") for name in names):
+            return None
+        found = find_config(next((name for name in names if "=" not in name), "demo"))
+        tree = _read(found)
+        return _as_path(tree["train"]["output"])
+    except (ValueError, OSError, KeyError, TypeError):
+        return None
+
+
+def _as_path(value: Any) -> Path | None:
+    return Path(value) if isinstance(value, str) and value else None
+
+
 def resolve(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as a checkpoint holds it, flat.
 

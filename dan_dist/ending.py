@@ -16,6 +16,7 @@ from dan_dist.evaluation.records import PREDICTIONS, write_predictions
 from dan_dist.evaluation.result import RESULT, look_once
 from dan_dist.model.backbone import write_backbone
 from dan_dist.run.checkpoint import BEST
+from dan_dist.run.folder import step_path, steps_saved
 from dan_dist.run.outcome import Status, write_outcome
 from dan_dist.run.plan import make_plan
 from dan_dist.run.signals import StopRequest
@@ -85,6 +86,10 @@ def finish(
             record_test(Path(config.train.output), result.test, tracker)
         record_exit(config, data, result, state, stop)
         tracker.conclude("FINISHED" if result.status == "finished" else "KILLED", model)
+        if result.status == "finished":  # from here on a signal ends the wait for MLflow
+            replay = f"python -m dan_dist.tracking replay {config.train.output}"
+            stop.where = f"after training; {replay} sends what MLflow has missed"
+            stop.wait_for_step = False
     if world.is_main and result.status == "finished":
         report(config, data, state, result)
     return result
@@ -123,6 +128,13 @@ def record_exit(
         OSError: the run finished, but its last checkpoint or its outcome could not be written.
     """
     folder = Path(config.train.output)
+    kept = steps_saved(folder)
+    if not kept or kept[0] != step_path(folder, stop.step or 0):
+        way = f"goes on from {kept[0].name}" if kept else "starts anew"
+        raise OSError(
+            f"{state.step} steps are done, but {folder} does not hold the checkpoint of step "
+            f"{stop.step}; the same command {way}"
+        )
     if result.status == "preempted":
         reason = f"{stop.signal or 'a signal to another rank'}: stopped after a checkpoint"
         log.info("%s of step %d; the same command goes on from there", reason, stop.step)

@@ -6,22 +6,17 @@ Nothing heavy is imported before a program's command line has been read.
 import difflib
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from dan_dist.config import Config, load_config, shipped_folder, to_yaml
-from dan_dist.keys import candidates, describe, names
-from dan_dist.options import (
-    AblateOptions,
-    CertifyOptions,
-    EvaluateCommand,
-    ExplainOptions,
-    ExportOptions,
-    PredictOptions,
-)
 from dan_dist.run import cli
 from dan_dist.run.environment import has_launcher, is_deepspeed_launched, read_launch
 from dan_dist.run.signals import PREEMPTED, StopRequest
+from shards.command import FAILED, words
+
+if TYPE_CHECKING:
+    from dan_dist.config import Config
 
 MOST_RUNS = 1000  # seeds of a setting; ranks of a run on one machine
 OPTIONS = ("--config", "--dry-run", "--ranks", "--help")
@@ -130,6 +125,8 @@ def read_train_command(arguments: Sequence[str]) -> TrainCommand:
 
 
 def _unknown_option(option: str, value: str) -> str:
+    from dan_dist.keys import candidates, names
+
     name = option.lstrip("-").replace("-", "_")
     if near := difflib.get_close_matches(option, OPTIONS, 1, cutoff=0.8):
         return f"unknown option {option}; did you mean {near[0]}?"
@@ -141,6 +138,29 @@ def _unknown_option(option: str, value: str) -> str:
 
 
 def _train(arguments: list[str], stop: StopRequest) -> int:
+    began_s = time.time()
+    try:
+        return _train_or_check(arguments, stop)
+    except Exception as error:
+        _leave_outcome(arguments, error, since_s=began_s)
+        raise
+
+
+def _leave_outcome(arguments: list[str], error: Exception, *, since_s: float) -> None:
+    """Writes into the run's folder why it did not begin, where the folder can be known."""
+    if "--dry-run" in arguments:
+        return
+    from dan_dist.config import find_output
+    from dan_dist.run.outcome import write_refusal
+
+    if folder := find_output(arguments):
+        write_refusal(folder, reason=words(error), since_s=since_s)
+
+
+def _train_or_check(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.config import load_config, shipped_folder
+    from dan_dist.keys import describe
+
     command = read_train_command(arguments)
     if command.help:
         shipped = ", ".join(sorted(path.stem for path in shipped_folder().glob("*.yaml")))
@@ -159,11 +179,12 @@ def _train(arguments: list[str], stop: StopRequest) -> int:
     return PREEMPTED if status == "preempted" and not has_launcher() else 0
 
 
-def _dry_run(config: Config, ranks: int | None) -> int:
+def _dry_run(config: "Config", ranks: int | None) -> int:
     """All that is printed is the resolved YAML, and comments in it."""
     launch = read_launch()
     if launch.rank:
         return 0
+    from dan_dist.config import to_yaml
     from dan_dist.dry_run import check
 
     check(config, ranks or launch.world_size)
@@ -172,44 +193,62 @@ def _dry_run(config: Config, ranks: int | None) -> int:
 
 
 def _evaluate(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.options import EvaluateCommand
+
     options = cli.parse(EvaluateCommand, arguments)
     from dan_dist.evaluation.matrix import main
 
+    stop.where = "while evaluating"
     main(options)
     return 0
 
 
 def _certify(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.options import CertifyOptions
+
     options = cli.parse(CertifyOptions, arguments)
     from dan_dist.certificate import main
 
-    return cli.FAILED if main(options) else 0
+    stop.where = "while certifying"
+    return FAILED if main(options) else 0
 
 
 def _predict(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.options import PredictOptions
+
     options = cli.parse(PredictOptions, arguments)
     cli.set_log_lines(stream=sys.stderr)  # predictions alone go to the standard output
     from dan_dist.inference.predict import main
 
-    return cli.FAILED if main(options) else 0
+    stop.where = "while predicting"
+    return FAILED if main(options) else 0
 
 
 def _explain(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.options import ExplainOptions
+
     options = cli.parse(ExplainOptions, arguments)
     from dan_dist.inference.explain import main
 
-    return cli.FAILED if main(options)["unread"] else 0
+    stop.where = "while explaining"
+    return FAILED if main(options)["unread"] else 0
 
 
 def _export(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.options import ExportOptions
+
     options = cli.parse(ExportOptions, arguments)
     from dan_dist.inference.export import main
 
+    stop.where = "while exporting"
     main(options)
     return 0
 
 
 def _ablate(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.config import load_config
+    from dan_dist.options import AblateOptions
+
     options = cli.parse(AblateOptions, arguments)
     for name, least in (("seeds", 1), ("nproc", 1), ("folds", 2)):
         if (value := getattr(options, name)) is not None and not least <= value <= MOST_RUNS:
@@ -219,4 +258,5 @@ def _ablate(arguments: list[str], stop: StopRequest) -> int:
     load_config(options.config, grid.parse(options.words)[2])
     from dan_dist.ablation.ablate import main
 
+    stop.where = "while comparing; the same command goes on"
     return main(options, stop)

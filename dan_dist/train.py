@@ -40,10 +40,17 @@ from dan_dist.run.folder import (
     step_path,
     steps_saved,
 )
-from dan_dist.run.outcome import Status, open_outcome, write_failure, write_outcome
+from dan_dist.run.outcome import (
+    Status,
+    keep_room,
+    open_outcome,
+    write_failure,
+    write_outcome,
+)
 from dan_dist.run.plan import make_plan
 from dan_dist.run.signals import Stopped, StopRequest
 from dan_dist.run.state import TrainState
+from shards.command import words
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +66,7 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
         Stopped: a stop signal before training.
     """
     folder, stop = Path(config.train.output), stop or StopRequest()
+    stop.where = "before training"
     began_s = math.inf  # as long as the folder may be another training's, nothing is written there
 
     def fail(reason: str) -> None:
@@ -69,22 +77,27 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
         with (
             ExitStack() as held,
             session(
-                config.train.device, timeout_s=config.train.timeout_s, on_loss=fail, stacks=folder
+                config.train.device,
+                timeout_s=config.train.timeout_s,
+                on_loss=fail,
+                signalled=lambda: stop.signal,
+                stacks=folder,
             ) as joint,
         ):
             world, heart = joint
             stop.raise_if_signalled()
             lock = run_folder(folder) if world.is_main else ExitStack()
             world.run_on_all(lambda: held.enter_context(lock))
+            world.run_on_all(lambda: keep_room(folder) if world.is_main else None)
             began_s = time.time()
             if world.is_main and not steps_saved(folder):  # an earlier run's stays until it goes on
                 write_config(config, folder)
             return run(config, world, stop, heart)
     except Exception as error:
-        fail(str(error).split("\n")[0])
+        fail(words(error))
         raise
     except Stopped as stopped:
-        if began_s < math.inf and world.is_main:
+        if began_s < math.inf and world.is_main and stop.step is None:
             with suppress(OSError):
                 line = f"{stopped}: stopped before training"
                 write_outcome(folder, "preempted", step=None, reason=line)

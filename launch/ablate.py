@@ -5,6 +5,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's code comes first
 
+from shards.command import listen
+
+if __name__ == "__main__":
+    listen()  # a signal may come during the imports below
+
 from dan_dist.programs import ablate
 
 if __name__ == "__main__":

@@ -4,12 +4,17 @@ Needs `pip install -e '.[align]'` and a RetinaFace network as ONNX with landmark
 `det_10g.onnx`, for one). The largest face of each image counts, if there is one.
 """
 
+from shards import command
+
+if __name__ == "__main__":  # before numpy is imported: a signal may come meanwhile
+    command.align()
+
 import argparse
 import csv
 import io
 import logging
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threshold", type=float, default=0.5, help="least score (default 0.5)")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
-    try:
-        detect = load_detector(options.weights, options.threshold)
-        found, missed = write_landmarks(Path(options.source), detect, Path(options.out))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.guarded(partial(_run, options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    detect = load_detector(options.weights, options.threshold)
+    found, missed = write_landmarks(Path(options.source), detect, Path(options.out))
     print(f"{found} faces written to {options.out}; none found in {missed} images")
     return 0
 
@@ -101,7 +106,3 @@ def write_landmarks(source: Path, detect: Detector, out: Path) -> tuple[int, int
     csv.writer(text, lineterminator="\n").writerows([LANDMARKS, *rows])
     write_atomically(out, text.getvalue())
     return len(rows), missed
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,10 +4,9 @@ import logging
 from pathlib import Path
 
 from shards.format import MANIFEST, open_shardset
-from shards.packing.claim import CONTACT_SHEET
 from shards.packing.writer import pack
 from shards.release import Release
-from shards.show import overview
+from shards.show import draw_overview
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +17,7 @@ def ensure(folder: str | Path, wanted: Release, *, size: int) -> None:
     if not (folder / MANIFEST).exists():
         log.info("drawing %d faces into %s", sum(listed.values()), folder)
         pack(wanted, folder, size=size)
-        overview(open_shardset(folder), folder / CONTACT_SHEET)
+        draw_overview(open_shardset(folder))
     found = open_shardset(folder)
     counts = {name: sum(per_class) for name, per_class in found.counts.items()}
     if found.release != wanted.release or counts != listed:

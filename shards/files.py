@@ -18,6 +18,9 @@ NO_FILE = "no regular file"  # a pipe, a socket, a device, a folder
 
 log = logging.getLogger(__name__)
 
+# What is wrong with a disk, not with what is written to it
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+
 
 def sha256_of(path: Path) -> str:
     """The hex sha256 of a file."""
@@ -94,8 +97,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # of a disk that has become read-only, for one
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and _is_of(error, partial):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     with suppress(OSError):  # some network file systems refuse to flush a folder
         folder = os.open(path.parent, os.O_RDONLY)
@@ -103,6 +109,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _is_of(error: OSError, partial: Path) -> bool:
+    """Whether an error names a file that nobody knows, or, as that of a write does, none."""
+    if error.filename is None:
+        return error.errno in DISK
+    return bool(os.fsdecode(error.filename) == os.fspath(partial))
 
 
 @contextmanager

@@ -3,18 +3,21 @@
 DATASET: affectnet, rafdb, sfew, fer2013, ferplus and others (--help); `merge` ends a pack in parts.
 """
 
+from shards import command
+
+if __name__ == "__main__":  # before numpy is imported: a signal may come meanwhile
+    command.pack()
+
 import argparse
 import logging
 import re
-import signal
-import sys
+from functools import partial
 from pathlib import Path
 
 from shards.duplicates import describe_duplicates
 from shards.format import ShardSet, open_shardset
 from shards.leaks import describe_leaks, find_leaks, without_leaks
 from shards.limits import core_count
-from shards.packing.claim import CONTACT_SHEET
 from shards.packing.writer import SHARD_SIZE, merge, pack
 from shards.release import Release
 from shards.releases import (
@@ -31,7 +34,7 @@ from shards.releases import (
     synthetic,
 )
 from shards.releases.source import FOLLOW, LEADS_OUT, Source, plain_name
-from shards.show import overview, table
+from shards.show import draw_overview, table
 
 MOST_PIXELS = 4096  # of a packed image's side
 MANY = 1_000_000  # images, above which a pack does not look for leaks
@@ -43,24 +46,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("shards").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: worker processes end too
-    try:
-        if options.dataset == "merge":
-            merge(options.out)
-        elif _pack(options) is None:
-            part, parts = options.part
-            print(f"part {part} of {parts} is packed; when all are: python -m shards.pack "
-                  f"merge --out {plain_name(options.out)}")  # fmt: skip
-            return 0
-        shards = open_shardset(options.out)
-        overview(shards, Path(options.out) / CONTACT_SHEET)
-        repeated = [*describe_duplicates(shards), *_leaks(shards, options)]
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command continues where it was", file=sys.stderr)
-        return 130
+    return command.guarded(partial(_run, options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.dataset == "merge":
+        merge(options.out)
+    elif _pack(options) is None:
+        part, parts = options.part
+        print(f"part {part} of {parts} is packed; when all are: python -m shards.pack "
+              f"merge --out {plain_name(options.out)}")  # fmt: skip
+        return 0
+    shards = open_shardset(options.out)
+    draw_overview(shards)
+    repeated = [*describe_duplicates(shards), *_leaks(shards, options)]
     print(plain_name("\n".join([table(shards), f"packed into {options.out}", *repeated])))
     return 0
 
@@ -154,12 +153,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m shards.pack", description=__doc__)
     kinds = parser.add_subparsers(dest="dataset", required=True)
     sources = {name: kinds.add_parser(name, help=text) for name, text in RELEASES.items()}
-    for command in sources.values():
-        command.add_argument("--source", required=True, help="the release's folder")
-        command.add_argument(
+    for kind in sources.values():
+        kind.add_argument("--source", required=True, help="the release's folder")
+        kind.add_argument(
             "--size", type=_size, default=224, help="pixels, or 'native' (default 224)"
         )
-        command.add_argument(
+        kind.add_argument(
             "--follow-links", type=Path, metavar="FOLDER",
             help="follow links that lead into FOLDER too (default: within the source alone)",
         )  # fmt: skip
@@ -167,18 +166,16 @@ def _parser() -> argparse.ArgumentParser:
     faces = kinds.add_parser("synthetic", help="drawn faces of eight expressions")
     _add_drawing(faces)
     merging = kinds.add_parser("merge", help="ends a pack that was made in parts")
-    for command in (*sources.values(), faces, merging):
-        command.add_argument("--out", required=True, help="the folder for the shards")
-    for command in (*sources.values(), faces):
-        command.add_argument(
-            "--workers", type=int, default=0, help="processes (default: all cores)"
-        )
-        command.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="images a shard")
-        command.add_argument("--drop-leaks", action="store_true",
+    for kind in (*sources.values(), faces, merging):
+        kind.add_argument("--out", required=True, help="the folder for the shards")
+    for kind in (*sources.values(), faces):
+        kind.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+        kind.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="images a shard")
+        kind.add_argument("--drop-leaks", action="store_true",
                              help="leave out training images that show a photograph of another "
                              "split")  # fmt: skip
-        command.add_argument("--overwrite", action="store_true", help="replace shards in --out")
-        command.add_argument(
+        kind.add_argument("--overwrite", action="store_true", help="replace shards in --out")
+        kind.add_argument(
             "--part", type=_part, default=(1, 1), metavar="I/N",
             help="pack one part of N, on several machines at once; then merge",
         )  # fmt: skip
@@ -259,7 +256,3 @@ def _part(text: str) -> tuple[int, int]:
     if not found:
         raise argparse.ArgumentTypeError(f"expected I/N, as 1/8, got {text!r}")
     return int(found[1]), int(found[2])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,15 @@
 """python -m shards.show DIR: a table of the classes, and a contact sheet of each as PNG."""
 
+from shards import command
+
+if __name__ == "__main__":  # before numpy is imported: a signal may come meanwhile
+    command.show()
+
 import argparse
 import io
-import sys
+import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +20,14 @@ from shards.files import write_atomically
 from shards.format import ShardSet, Split, open_shardset
 from shards.images import decode
 from shards.jpeg import lost_data
+from shards.packing.claim import CONTACT_SHEET
 from shards.releases.source import plain_name, safe_key
 
 CELL = 112  # pixels of a picture on a sheet, at most
 NAME_WIDTH, FONT_SIZE, LINE = 120, 16, 24
 MAX_ROWS = 20  # classes in tables and overviews; a set of identities has thousands
+
+log = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,24 +39,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=96, help="a sheet (default 96)")
     parser.add_argument("--classes", type=int, default=100, help="with sheets (default 100)")
     options = parser.parse_args(arguments)
-    try:
-        for option in ("images", "classes"):
-            if (value := getattr(options, option)) < 1:
-                raise ValueError(f"--{option} {value}: expected at least 1")
-        shards = open_shardset(options.shards)
-        split = shards.split(options.split or shards.splits[0])
-        print(table(shards))
-        out = Path(options.out)
-        out.mkdir(parents=True, exist_ok=True)
-        for label, name in list(enumerate(shards.class_names))[: options.classes]:
-            path = out / f"{split.name}-{label:02d}-{safe_key(name)}.png"
-            if class_sheet(split, label, path, images=options.images):
-                print(plain_name(str(path)))
-        if (more := len(shards.class_names) - options.classes) > 0:
-            print(f"{more} more classes; --classes {len(shards.class_names)} draws them all")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.guarded(partial(_run, options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    for option in ("images", "classes"):
+        if (value := getattr(options, option)) < 1:
+            raise ValueError(f"--{option} {value}: expected at least 1")
+    shards = open_shardset(options.shards)
+    split = shards.split(options.split or shards.splits[0])
+    print(table(shards))
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for label, name in list(enumerate(shards.class_names))[: options.classes]:
+        path = out / f"{split.name}-{label:02d}-{safe_key(name)}.png"
+        if class_sheet(split, label, path, images=options.images):
+            print(plain_name(str(path)))
+    if (more := len(shards.class_names) - options.classes) > 0:
+        print(f"{more} more classes; --classes {len(shards.class_names)} draws them all")
     return 0
 
 
@@ -80,6 +89,19 @@ def class_sheet(split: Split, label: int, path: Path, *, images: int, columns: i
     _paste(sheet, rows, side, (0, LINE))
     _save(sheet, path)
     return True
+
+
+def draw_overview(shards: ShardSet) -> None:
+    """The contact sheet in a set's folder, where it is not yet.
+
+    A disk that is full or read-only costs the set nothing else.
+    """
+    path = shards.root / CONTACT_SHEET
+    try:
+        if not path.exists():
+            overview(shards, path)
+    except OSError as error:
+        log.warning("no contact sheet: %s", command.words(error))
 
 
 def overview(shards: ShardSet, path: Path, *, columns: int = 12) -> None:
@@ -166,7 +188,3 @@ def _paste(
 def _write(sheet: Image.Image, at: tuple[int, int], text: str, size: int = FONT_SIZE) -> None:
     font = ImageFont.load_default(size)
     ImageDraw.Draw(sheet).text(at, text, fill="black", font=font)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

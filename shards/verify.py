@@ -7,14 +7,19 @@ across sets, the same photographs in other files: saved anew, resized, cut, mirr
 Exit code 0: whole; 1: faults, a line each; 2: no set of shards.
 """
 
+from shards import command
+
+if __name__ == "__main__":  # before numpy is imported: a signal may come meanwhile
+    command.verify()
+
 import argparse
 import hashlib
 import json
 import re
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,29 +51,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--leaks", metavar="FOLDER", type=Path,
                         help="for a table of leaked photographs, and a sheet")  # fmt: skip
     options = parser.parse_args(arguments)
+    return command.guarded(partial(_run, options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    shards, faults = open_shardset(options.shards), 0
+    other = open_shardset(options.against) if options.against else None
     workers = options.workers or core_count()
-    try:
-        shards, faults = open_shardset(options.shards), 0
-        other = open_shardset(options.against) if options.against else None
-        for fault in verify(shards, workers):
-            faults += 1
-            print(plain_name(fault), flush=True)
-        repeated = [] if faults else describe_duplicates(shards)
-        if not faults:
-            leaks = find_leaks(shards, workers, other)
-            repeated += describe_leaks(leaks)
-            if options.leaks:
-                write_leaks(leaks, options.leaks)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for fault in verify(shards, workers):
+        faults += 1
+        print(plain_name(fault), flush=True)
+    repeated = [] if faults else describe_duplicates(shards)
+    if not faults:
+        leaks = find_leaks(shards, workers, other)
+        repeated += describe_leaks(leaks)
+        if options.leaks:
+            write_leaks(leaks, options.leaks)
     samples = sum(sum(counts) for counts in shards.counts.values())
     for line in repeated:
         print(plain_name(line))
     state = "each whole; duplicates and leaks stand above" if repeated else "all as they should be"
     whole = f"{plain_name(str(shards.root))}: {samples} images, {state}"
     print(f"{faults} faults" if faults else whole)
-    return 1 if faults else 0
+    return command.FAILED if faults else 0
 
 
 def verify(shards: ShardSet, workers: int) -> Iterator[str]:
@@ -223,10 +228,3 @@ def _verify_idx(path: Path, samples: dict[str, Parts]) -> Iterator[str]:
     ]
     if path.read_text(errors="replace").splitlines() != [f"v1.2 {len(samples)}", *lines]:
         yield f"{path.name}: differs from its tar"
-
-
-if __name__ == "__main__":
-    # Worker processes find functions by their module's name, which is not __main__ there.
-    from shards.verify import main as run
-
-    sys.exit(run())

@@ -80,13 +80,17 @@ dan_run() {
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     # The address that Slurm itself uses: a node's name need not resolve.
     address=$(scontrol show node -o "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-    # torchrun would die of USR1, so it is started deaf to it; its workers listen again.
+    # torchrun would die of USR1, so it is started deaf to it; its workers listen again. A node's log
+    # holds the lines of all its ranks; those of rank 0, on whichever node, are the job's own too.
+    # What follows torchrun in the pipe stays to the end whatever signal comes.
     # shellcheck disable=SC2016 # the variables are the node's
-    srun --kill-on-bad-exit=1 --ntasks-per-node=1 --output="$output/logs/%x-%j-node%n.log" \
-        --open-mode=append bash -c 'trap "" USR1
+    srun --kill-on-bad-exit=1 --ntasks-per-node=1 bash -c 'trap "" USR1; trap : TERM
             python=("${@:2:$1}")
             shift "$(($1 + 1))"
-            exec "${python[@]}" -m torch.distributed.run --log-dir="$0-node$SLURM_NODEID" "$@"' \
+            export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="[rank \${rank}]: "
+            "${python[@]}" -m torch.distributed.run --log-dir="$0-node$SLURM_NODEID" "$@" 2>&1 |
+                { trap "" TERM INT; tee -a "$0-node$SLURM_NODEID.log" | sed -un "s/^\[rank 0\]: //p"; }
+            exit "${PIPESTATUS[0]}"' \
         "$output/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID" "${#dan_python[@]}" "${dan_python[@]}" \
         --tee=3 --nnodes="$SLURM_NNODES" \
         --nproc-per-node="${DAN_NPROC:-${dan_gpus##*:}}" --rdzv-backend=c10d \
@@ -116,7 +120,9 @@ dan_end() {
         scontrol requeue "$(dan_job)"
         return 0
     fi
-    echo "error: the run ended as ${outcome:-one that was killed}; see $1/logs" >&2
+    local reason="no outcome was left (exit code $2): it was killed"
+    [ -z "$outcome" ] || reason=$(sed -n 's/.*"reason": "\(\([^"\\]\|\\.\)*\)".*/\1/p' "$1/outcome.json")
+    echo "error: the run ended as ${outcome:-failed}: $reason; see $1/logs" >&2
     return $(($2 ? $2 : 1))
 }
 

@@ -96,6 +96,41 @@ def test_the_python_of_a_job_may_be_a_command_of_several_words(
 
 
 @pytest.mark.parametrize(
+    ("outcome", "line"),
+    [
+        (r'{"status": "failed", "step": null, "reason": "no \"x\" in a.yaml", "time_s": 1.5}',
+         r"error: the run ended as failed: no \"x\" in a.yaml; see out/logs"),
+        ('{"status": "preempted", "step": 4, "reason": "SIGTERM: stopped", "time_s": 1.5}',
+         "error: the run ended as preempted: SIGTERM: stopped; see out/logs"),
+        ("", "error: the run ended as failed: no outcome was left (exit code 3): it was killed; "
+         "see out/logs"),
+    ],
+)  # fmt: skip
+def test_the_reason_is_the_jobs_last_line(tmp_path: Path, outcome: str, line: str) -> None:
+    """And rank 0's lines are the job's own, whatever the other ranks and torchrun print."""
+    training = "printf '[rank 0]: step 1\n[rank 1]: rank 1: odd\n[rank 0]: error: x\nW torchrun\n'"
+    script = f"""
+        source "$DAN_REPOSITORY/slurm/_env.sh"
+        scontrol() {{ :; }}
+        python() {{ {training}; [ -z '{outcome}' ] || echo '{outcome}' >out/outcome.json; exit 3; }}
+        export -f python
+        srun() {{ case "$*" in
+            *torch.distributed.run*) SLURM_NODEID=1; export SLURM_NODEID
+                while [ "$1" != bash ]; do shift; done; "$@" ;;
+        esac; }}
+        dan_train config.yaml out"""
+    variables = {"DAN_REPOSITORY": str(REPOSITORY), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
+                 "SLURM_JOB_NAME": "x", "SLURM_JOB_NODELIST": "n1"}  # fmt: skip
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, **variables})  # fmt: skip
+    assert done.returncode == 3, done
+    assert done.stdout == "step 1\nerror: x\n"
+    assert done.stderr.splitlines()[-1] == line
+    log = (tmp_path / "out" / "logs" / "x-7-node1.log").read_text()
+    assert len(log.splitlines()) == 4 and "[rank 1]: rank 1: odd" in log
+
+
+@pytest.mark.parametrize(
     ("gpus", "line"), [(0, "torch finds no GPU"), (7, "torch finds 7 GPUs, Slurm gives 8"),
                        (8, "GPU 0: ")],
 )  # fmt: skip

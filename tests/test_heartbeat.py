@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 
 from dan_dist.distributed import heartbeat
 from dan_dist.distributed.heartbeat import Heartbeat
-from dan_dist.distributed.rendezvous import meet
+from dan_dist.distributed.rendezvous import Patience, meet
 from dan_dist.distributed.world import World
 from dan_dist.run.signals import Stopped
 
@@ -188,7 +188,7 @@ def test_ranks_meet_whatever_an_earlier_gathering_left(ended: list[str]) -> None
         order = random.sample(range(size), size)
 
         def join(rank: int, size: int = size, found: dict[int, str] = found) -> None:
-            found[rank] = meet(store, rank, size)
+            found[rank] = meet(store, rank, size, Patience(("127.0.0.1", 1), lambda: None))
 
         threads = [threading.Thread(target=join, args=(rank,)) for rank in order]
         for thread in threads:

@@ -34,7 +34,7 @@ def test_a_signal_before_training_ends_it_at_once(tiny: Write, tmp_path: Path) -
     time.sleep(1.0)  # torch is being imported
     process.send_signal(signal.SIGUSR1)
     assert process.wait(30) == 130
-    assert process.stdout is not None and "SIGUSR1: stopped before" in process.stdout.read()
+    assert process.stdout is not None and "SIGUSR1: stopped while starting" in process.stdout.read()
     assert not (tmp_path / "run").exists()
     (tmp_path / "stop").touch()  # a launcher's, whose signal came before anybody listened
     with pytest.MonkeyPatch.context() as patch:

@@ -52,12 +52,25 @@ def test_two_nodes_preempted_and_requeued_end_as_if_nothing_was(
     text = cluster.text()
     assert "SIGUSR1: stopped after a checkpoint" in text and "back into the queue" in text
     assert "resumed after step" in text and outcome(run)["status"] == "finished"
+    (own,) = tmp_path.glob("*.out")
+    assert "step 8 " in own.read_text() and "finished after 20 steps" in own.read_text()
     for node in (0, 1):
         log = run / "logs" / f"affectnet8-{job}-node{node}"
         assert log.with_suffix(".log").is_file()
         attempts = sorted(p.parent.parent.parent.name[:-9] for p in log.rglob("0/stdout.log"))
         assert attempts == [f"{job}.0", f"{job}.1"]
     assert largest_difference(weights(run), weights(tmp_path / "reference")) == 0
+
+
+def test_a_jobs_own_log_holds_rank_0_and_the_reason(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.submit("rafdb.sh", "trian.epochs=3", sbatch=("--nodes=2",))
+    assert cluster.end(job) == "FAILED", cluster.text()
+    (own,) = tmp_path.glob("*.out")
+    lines = own.read_text().splitlines()
+    reason = "unknown key 'trian'; did you mean 'train'?"
+    assert len(lines) < 12 and "Traceback" not in own.read_text(), lines
+    assert f"error: {cluster.config}: {reason}" in lines
+    assert lines[-1].startswith(f"error: the run ended as failed: {cluster.config}: {reason}; see")
 
 
 def test_the_heads_make_their_runs_under_one_parent(cluster: Cluster, tmp_path: Path) -> None:

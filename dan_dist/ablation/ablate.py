@@ -8,9 +8,9 @@ from dan_dist.ablation import comparison, grid
 from dan_dist.ablation.runs import read_summary, train_missing
 from dan_dist.config import load_config
 from dan_dist.options import AblateOptions
-from dan_dist.run.cli import FAILED
 from dan_dist.run.signals import PREEMPTED, StopRequest
 from dan_dist.tracking.store import page, store
+from shards.command import FAILED
 from shards.files import locked
 
 

@@ -159,6 +159,7 @@ def record_end(folder: Path, code: int) -> None:
     """Writes for a run that was killed what it could not write itself."""
     if not (folder / OUTCOME).is_file():
         reason = f"it ended with exit code {code} and left no outcome"
+        folder.mkdir(parents=True, exist_ok=True)
         write_outcome(folder, "failed", step=None, reason=reason)
         record_failure(folder)
 

@@ -22,8 +22,10 @@ from typing import Literal, NamedTuple, cast
 
 from torch.distributed.distributed_c10d import Store
 
+from dan_dist.distributed.rendezvous import Signalled
 from dan_dist.distributed.world import World, abandon_world, close_world, init_world
 from dan_dist.redaction import redact
+from dan_dist.run.environment import report_failure
 from dan_dist.run.signals import SIGNALS, Stopped
 
 BEAT_S = 1.0
@@ -256,6 +258,7 @@ class Heartbeat:
             if prints and code:
                 _within(SILENT_S, partial(self._on_loss, line))
                 print(f"error: {redact(line)}", file=sys.stderr, flush=True)
+                report_failure(redact(line))
             elif code:
                 time.sleep(YIELD_S)
         finally:
@@ -277,18 +280,23 @@ def write_stacks(folder: Path, rank: int) -> None:
 
 @contextmanager
 def session(
-    device: str, *, timeout_s: float, on_loss: Callable[[str], None], stacks: Path | None = None
+    device: str,
+    *,
+    timeout_s: float,
+    on_loss: Callable[[str], None],
+    signalled: Signalled = lambda: None,
+    stacks: Path | None = None,
 ) -> Iterator[tuple[World, Heartbeat]]:
     """The ranks' world and this rank's heartbeat, for work done together; both end with it.
 
     After a failure nothing here waits for the other ranks: its line has yet to be written.
 
-    device, timeout_s, on_loss, stacks: see `init_world` and `Heartbeat`.
+    device, signalled, timeout_s, on_loss, stacks: see `init_world` and `Heartbeat`.
 
     Raises:
         ConnectionError: a rank was lost, or has failed; names it. Stopped: one got a stop signal.
     """
-    world = init_world(device)
+    world = init_world(device, signalled)
     heart = Heartbeat(
         world.store, world.rank, world.size, timeout_s=timeout_s, on_loss=on_loss, stacks=stacks
     )

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.distributed_c10d import PrefixStore, Store, _abort_process_group
-from torch.distributed.rendezvous import rendezvous
 
 from dan_dist.distributed.cores import stay_beside
 from dan_dist.distributed.device import choose_device
-from dan_dist.distributed.rendezvous import meet
-from dan_dist.run.environment import read_launch
+from dan_dist.distributed.rendezvous import Patience, Signalled, meet, open_store
+from dan_dist.run.environment import read_address, read_launch
+from shards.command import words
 from shards.limits import core_count, core_quota
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class World:
             results.append(task())
         except (ValueError, OSError) as error:
             failure = error
-            report = [isinstance(error, ValueError), str(error), socket.gethostname()]
+            report = [isinstance(error, ValueError), words(error), socket.gethostname()]
             self.store.set(f"{name}/{self.rank}", json.dumps(report))
         self.store.add(f"{name}/{'failed' if failure else 'done'}", 1)
         while self.store.add(f"{name}/done", 0) + self.store.add(f"{name}/failed", 0) < self.size:
@@ -106,7 +106,7 @@ class World:
             try:
                 result = task()
             except (ValueError, OSError) as error:
-                self.store.set(f"{name}/failed", f"rank {self.rank}: {error}")
+                self.store.set(f"{name}/failed", f"rank {self.rank}: {words(error)}")
                 raise
             self.store.set(place, result or "")
             self.store.add(f"{name}/done", ranks)
@@ -138,13 +138,16 @@ class World:
         return int(self.store.add(name, int(is_new)))
 
 
-def init_world(device: str = "auto") -> World:
+def init_world(device: str = "auto", signalled: Signalled = lambda: None) -> World:
     """Reads torchrun's environment (alone: world size 1) and joins the process group.
 
-    device: see `choose_device`. nccl on GPUs, gloo on CPUs.
+    device: see `choose_device`. nccl on GPUs, gloo on CPUs. signalled: the stop signal that ends
+    the wait for other ranks, where it is not raised.
 
     Raises:
         ValueError: "cuda" without a usable GPU, or more ranks on this node than GPUs.
+        OSError: the other ranks cannot be reached, or do not start; names them.
+        Stopped: a stop signal, of this rank or another one, has come meanwhile.
     """
     rank, local_rank, size, local_size = read_launch()
     place = choose_device(device, local_rank, local_size)
@@ -162,8 +165,9 @@ def init_world(device: str = "auto") -> World:
         if size == local_size and "lo" in [name for _, name in socket.if_nameindex()]:
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 os.environ.setdefault(name, "lo")
-        shared, _, _ = next(rendezvous("env://"))
-        store = PrefixStore(meet(shared, rank, size), shared)
+        patience = Patience(read_address(), signalled)
+        shared = open_store(rank, size, patience)
+        store = PrefixStore(meet(shared, rank, size, patience), shared)
         dist.init_process_group(
             "nccl" if place.type == "cuda" else "gloo",
             store=PrefixStore("group", store),

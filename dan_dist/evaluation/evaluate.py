@@ -38,6 +38,7 @@ from dan_dist.model.classes import columns_of, join_names, meet
 from dan_dist.model.dan import Output, features, probabilities, probabilities_among
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import EvaluateOptions
+from dan_dist.run.folder import check_writable
 from dan_dist.run.results import result_folder
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.inputs import dataset_inputs, model_of
@@ -106,6 +107,8 @@ def evaluate(
     heart: Heartbeat,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluates a network on all ranks; returns the content of the JSON file that rank 0 writes."""
+    wanted = wanted_folder(options, trained, shards.dataset, inputs.split.name)
+    world.run_once(lambda: check_writable(wanted, "--output"))
     rows = predict(trained, inputs.split, world, heart, options.precision, inputs.select)
     rows = rows if inputs.columns is None else rows[:, inputs.columns]
     details = inputs.judge(rows).details()
@@ -141,6 +144,12 @@ def evaluate(
             log.info("%s", line)
         log.info("selected_on: %s; figures and %s: %s", trained.selected_on, REPORT, output)
     return report
+
+
+def wanted_folder(options: EvaluateOptions, trained: Trained, dataset: str, split: str) -> Path:
+    """Where a report goes, if no other lies there: --output, or beside the checkpoint."""
+    own = re.sub(r"[^\w.-]", "_", f"{trained.path.stem}-{dataset}-{split}")  # with slashes, perhaps
+    return options.output or trained.path.parent / own
 
 
 def usual_split(shards: ShardSet, name: str | None, trained: Trained) -> str:
@@ -263,13 +272,9 @@ def _title(shards: ShardSet, split: Split) -> str:
 
 
 def output_folder(report: dict[str, Any], trained: Trained, options: EvaluateOptions) -> Path:
-    """The folder of a report, made where need be."""
-    # Names from a manifest may hold anything, slashes too.
-    own = re.sub(r"[^\w.-]", "_", f"{trained.path.stem}-{report['dataset']}-{report['split']}")
-    output = result_folder(
-        options.output or trained.path.parent / own, REPORT,
-        {key: report[key] for key in OF if key in report},
-    )  # fmt: skip
+    """The folder of a report, made where need be; one that holds another's stays as it is."""
+    wanted = wanted_folder(options, trained, report["dataset"], report["split"])
+    output = result_folder(wanted, REPORT, {key: report[key] for key in OF if key in report})
     output.mkdir(parents=True, exist_ok=True)
     return output
 

@@ -21,6 +21,7 @@ from dan_dist.inference.inputs import Inputs, open_inputs
 from dan_dist.inference.metrics import project
 from dan_dist.model.weights import load_trained
 from dan_dist.options import ExplainOptions
+from dan_dist.run.folder import check_writable
 from dan_dist.run.results import result_folder
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.inputs import model_of
@@ -56,13 +57,13 @@ def main(options: ExplainOptions) -> dict[str, Any]:
         if not options.no_tracking:
             check_recorded(options.experiment or networks[0].experiment)
         inputs = open_inputs(options, networks, folder, world.cores)
+        path = networks[0].path
+        name = re.sub(r"[^\w.-]", "_", f"{path.stem}-explained-{inputs.where}")
+        wanted = options.output or path.parent / name
+        check_writable(wanted, "--output")
         explanations = [examine(trained, inputs, options.count, world) for trained in networks]
     report = describe(explanations, inputs)
-    path = networks[0].path
-    name = re.sub(r"[^\w.-]", "_", f"{path.stem}-explained-{inputs.where}")
-    output = result_folder(
-        options.output or path.parent / name, REPORT, {key: report[key] for key in OF}
-    )
+    output = result_folder(wanted, REPORT, {key: report[key] for key in OF})
     write(output, report, explanations, inputs)
     if not options.no_tracking:
         track(output, report, explanations, inputs, options.experiment)
@@ -116,7 +117,6 @@ def write(
     output: Path, report: dict[str, Any], explanations: Sequence[Explanation], inputs: Inputs
 ) -> None:
     """The figures, and the JSON file beside them once they are there."""
-    output.mkdir(parents=True, exist_ok=True)
     for name in (*ATTENTION, FEATURES, REPORT):  # of a former look
         (output / name).unlink(missing_ok=True)
     split = f"{inputs.origin['dataset']}, split '{inputs.origin['split']}'"

@@ -21,6 +21,7 @@ from dan_dist.inference.card import EXAMPLE, write_card
 from dan_dist.model.dan import DAN, SpatialAttention
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import ExportOptions
+from dan_dist.run.checkpoint import disk_error
 from dan_dist.run.folder import check_writable
 from shards.files import write_atomically
 
@@ -180,8 +181,8 @@ def write(
     try:
         write_onnx(program, onnx, facts, opset)
         torch.export.save(program, exported, extra_files={"metadata.json": json.dumps(facts)})
-    except (OSError, RuntimeError) as error:  # torch's writer makes ENOSPC a RuntimeError
-        raise OSError(f"{onnx.parent} cannot be written: {error}") from error
+    except (OSError, RuntimeError) as error:  # torch's writer makes one of a full disk's
+        raise disk_error(error, onnx.parent) from error
 
 
 def load_onnx(path: Path) -> Callable[[Tensor], Tensor]:

@@ -13,6 +13,7 @@ from dan_dist.model.dan import CHANNELS, DAN
 from dan_dist.model.state_dict import Place, find_places, match
 from dan_dist.run.checkpoint import FORMAT, NETWORK, check, learned, load, read, save
 from dan_dist.run.plain import refuse_not_finite
+from shards.command import words
 
 BACKBONE = "backbone.pth"
 
@@ -40,8 +41,7 @@ def load_backbone(network: DAN, source: str) -> str:
         return "backbone: random start"
     origin = ""
     if source == "imagenet":
-        weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-        content = dict(weights.get_state_dict(progress=False, check_hash=True))
+        content = _download_imagenet()
     else:
         content, origin = _read(Path(source))
     own = network.backbone.state_dict()
@@ -66,6 +66,24 @@ def load_backbone(network: DAN, source: str) -> str:
     network.backbone.load_state_dict(found.found, strict=False)
     count = sum(not key.endswith("num_batches_tracked") for key in own)
     return f"backbone: {count} tensors from {source}{found.place.name}{origin}"
+
+
+def _download_imagenet() -> dict[str, Tensor]:
+    """torchvision's weights: from torch's cache, or from where torchvision has them.
+
+    Raises:
+        OSError: they can be had from neither; names the address, and where a copy goes.
+    """
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    copy = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    try:
+        return dict(weights.get_state_dict(progress=False, check_hash=True))
+    except (OSError, RuntimeError) as error:  # torch makes a wrong checksum a RuntimeError
+        reason = words(getattr(error, "reason", None) or error)
+        raise OSError(
+            f"model.backbone imagenet: {weights.url} cannot be had ({reason}); put a copy of that "
+            f"file at {copy}, or name it by model.backbone=FILE"
+        ) from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dan_dist.run.plain import escape, is_count, is_printable, leaves, refuse_not_finite, refuse_odd
 from dan_dist.run.state import TrainState
+from shards.command import words
 from shards.files import replacing
 
 FORMAT = "dan_dist checkpoint, version 1"
@@ -49,8 +50,18 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
     with replacing(path) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # torch's writer makes one of ENOSPC
-            raise OSError(f"{path} cannot be written: {error}") from error
+        except RuntimeError as error:  # torch's writer makes one of a full disk's
+            raise disk_error(error, path) from error
+
+
+def disk_error(error: Exception, path: Path) -> OSError:
+    """The error of the disk from which one of torch's writers followed."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return OSError(f"{path} cannot be written: {words(error)}")
+    return OSError(cause.errno, cause.strerror, str(path))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What every program does around its work: signals, log lines, errors, exit codes, its parser.
+"""What a program of ranks does around its work: log lines, errors, its parser.
 
-Imports nothing heavy: the stop signals' handlers are in place before torch is imported, which
-takes seconds in which a signal may come.
+Signals, output and exit codes are those of every command: `shards/command.py`. Imports nothing
+heavy, as the stop signals' handlers are in place before torch is imported.
 """
 
 import argparse
@@ -17,10 +17,16 @@ from dataclasses import MISSING, fields
 from typing import Any, Literal, NoReturn, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
 from dan_dist.redaction import RedactingFormatter, redact, redact_tracebacks
-from dan_dist.run.environment import has_launcher, read_launch, take_local_rank
+from dan_dist.run.environment import (
+    give_home,
+    has_launcher,
+    read_launch,
+    report_failure,
+    take_local_rank,
+)
 from dan_dist.run.signals import Stopped, StopRequest, end_with_parent
+from shards.command import FAILED, INTERRUPTED, USAGE, end, open_output, words
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130  # exit codes; see dan_dist/run/signals.py for the others
 RANK_0_FIRST_S = 5.0
 
 T = TypeVar("T")
@@ -30,24 +36,57 @@ def run(main: Callable[[list[str], StopRequest], int]) -> NoReturn:
     """Runs `main(arguments, stop)` on this rank and exits with the code that it returns.
 
     Bad input (ValueError, OSError) and a loss that is not finite end in one line and code 2,
-    a lost rank in one line and code 1; DAN_TRACEBACK=1 shows where they were noticed.
+    a lost rank in one line and code 1; DAN_TRACEBACK=1 shows where they were noticed. torchrun's
+    summary holds the line too. A rank that a stop signal ends would be a failure for its launcher:
+    there its code is 0.
     """
+    stop = StopRequest(code=0 if has_launcher() else INTERRUPTED)
+    stop.install()
+    open_output()
     if has_launcher():
         end_with_parent()  # instead of working on unwatched, in a folder that a successor wants
     redact_tracebacks()
-    stop = StopRequest()
+    give_home()
+    end(_exit_code(main, stop))
+
+
+def _exit_code(main: Callable[[list[str], StopRequest], int], stop: StopRequest) -> int:
+    """The code that `main` returns, or that of an error or a signal, whose line is printed."""
+    rank = 0
     try:
         arguments = take_local_rank(sys.argv[1:])
         rank = read_launch().rank
-        stop.install()
-        sys.exit(_run_logged(main, arguments, stop, rank))
-    except Stopped as stopped:
-        if rank == 0:
-            print(f"{stopped}: stopped before or after the work", file=sys.stderr)
-        sys.exit(0 if has_launcher() else INTERRUPTED)
-    except ValueError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
-        sys.exit(USAGE)
+        stop.is_quiet = rank > 0
+        return _run_logged(main, arguments, stop, rank)
+    except SystemExit as error:  # of argparse
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException as error:
+        if isinstance(error, Stopped) or stop.is_raised:
+            if rank == 0:
+                print(stop.line(error), file=sys.stderr)
+            return stop.code
+        if not isinstance(error, (ValueError, OSError, FloatingPointError)):
+            report_failure(f"{type(error).__name__}: {redact(words(error))}")
+            raise
+        return _fail(error, stop, rank)
+
+
+def _fail(error: Exception, stop: StopRequest, rank: int) -> int:
+    """Prints an error's line, rank 0 first, as it mostly fails of the same."""
+    line = redact(words(error) if rank == 0 else f"rank {rank}: {words(error)}")
+    report_failure(line)
+    if os.environ.get("DAN_TRACEBACK"):
+        raise error
+    stop.wait_for_step = True  # nothing is left that a signal could end
+    # torchrun ends this process once rank 0 has failed. Where it does not, this rank alone knows
+    # what is wrong.
+    until_s = time.monotonic() + RANK_0_FIRST_S
+    while rank and time.monotonic() < until_s:
+        if stop.signal is not None:
+            return FAILED
+        time.sleep(0.1)
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return FAILED if isinstance(error, ConnectionError) else USAGE
 
 
 def _run_logged(
@@ -68,30 +107,24 @@ def _run_logged(
 
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    try:
-        with logging_redirect_tqdm():
-            return main(arguments, stop)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("DAN_TRACEBACK"):
-            raise
-        stop.wait_for_step = True  # nothing is left that a signal could end
-        # Rank 0 mostly fails of the same and prints it; torchrun then ends this process. Where
-        # it does not, this rank alone knows what is wrong.
-        until_s = time.monotonic() + RANK_0_FIRST_S
-        while rank and time.monotonic() < until_s:
-            if stop.signal is not None:
-                return FAILED
-            time.sleep(0.1)
-        print(f"error: {prefix}{redact(str(error))}", file=sys.stderr, flush=True)
-        return FAILED if isinstance(error, ConnectionError) else USAGE
+    with logging_redirect_tqdm():
+        return main(arguments, stop)
 
 
-def set_log_lines(*, prefix: str = "", stream: TextIO = sys.stdout) -> None:
-    """From now on, log lines have this prefix and go to this stream."""
+def set_log_lines(*, prefix: str = "", stream: TextIO | None = None) -> None:
+    """From now on, log lines have this prefix and go to this stream, by default stdout."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(RedactingFormatter(f"{prefix}%(message)s"))
         if isinstance(handler, logging.StreamHandler):
-            handler.setStream(stream)
+            handler.setStream(stream or sys.stdout)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves the reason of a bad command line for torchrun too."""
+
+    def error(self, message: str) -> NoReturn:
+        report_failure(message)
+        super().error(message)
 
 
 def parse(options: type[T], arguments: Sequence[str]) -> T:
@@ -100,7 +133,7 @@ def parse(options: type[T], arguments: Sequence[str]) -> T:
     A tuple is an argument of several words, a bool a switch, a Literal a choice. A bad command line
     ends the program with argparse's lines and code 2.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=inspect.getdoc(options),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

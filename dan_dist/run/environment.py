@@ -1,7 +1,15 @@
 """The environment of torchrun and DeepSpeed's launcher: the one place that reads it."""
 
+import atexit
+import json
 import os
+import pwd
+import shutil
+import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 # What each launcher leaves in the environment of its workers
@@ -52,6 +60,51 @@ def take_local_rank(arguments: Sequence[str]) -> list[str]:
                 "environment: expected one number"
             )
     return left
+
+
+def read_address() -> tuple[str, int]:
+    """Host and port at which ranks meet.
+
+    Raises:
+        ValueError: a variable is not there, or is no port.
+    """
+    host = os.environ.get("MASTER_ADDR", "")
+    port = _number("MASTER_PORT", 0)
+    for name, found in (("MASTER_ADDR", host), ("MASTER_PORT", port)):
+        if not found:
+            raise ValueError(
+                f"WORLD_SIZE is {_number('WORLD_SIZE', 1)} in the environment, but {name} is not "
+                "there: let torchrun start the ranks, or unset WORLD_SIZE and RANK to train alone"
+            )
+    if not 1 <= port <= 65535:
+        raise ValueError(f"MASTER_PORT is {port} in the environment, expected 1 to 65535")
+    return host, port
+
+
+def has_store() -> bool:
+    """Whether torchrun holds the store in which ranks meet; else rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def report_failure(line: str) -> None:
+    """Leaves the reason of a failure for torchrun's summary, in the form of its own `@record`."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        facts = {"timestamp": str(int(time.time())), "py_callstack": line}
+        content = {"message": {"message": line, "extraInfo": facts}}
+        with suppress(OSError), Path(path).open("x", encoding="utf-8") as file:  # the first stands
+            json.dump(content, file)
+
+
+def give_home() -> None:
+    """Gives an account that has neither a home nor a name what libraries look for in imports."""
+    user = os.getuid()
+    try:
+        pwd.getpwuid(user)
+    except KeyError:  # a container's or a scheduler's number, in no list of users
+        os.environ.setdefault("LOGNAME", str(user))
+        if not os.environ.get("HOME"):
+            os.environ["HOME"] = home = tempfile.mkdtemp(prefix="dan_dist-home-")
+            atexit.register(shutil.rmtree, home, ignore_errors=True)
 
 
 def has_launcher() -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dan_dist.run.checkpoint import BEST, FORMAT, RESUMED, ForeignError, load, save, to_cpu
+from shards.command import words
 from shards.files import locked
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class CheckpointWriter:
         try:
             running.result()
         except OSError as error:
-            line = f"no checkpoint could be written into {self._folder}: {error}"
+            line = f"no checkpoint could be written into {self._folder}: {words(error)}"
             if self._stop_on_error:
                 raise OSError(line) from error
             log.warning("%s; the one before stays, training goes on", line)

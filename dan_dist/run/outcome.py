@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dan_dist.redaction import redact
-from shards.files import write_atomically
+from shards.files import locked, write_atomically
 
 OUTCOME = "outcome.json"
 RESERVE = f"{OUTCOME}.reserve"  # room for it on a disk that has become full
@@ -20,12 +20,33 @@ ROOM = 4096  # bytes
 Status = Literal["finished", "preempted", "failed"]
 
 
+def keep_room(folder: Path) -> None:
+    """Keeps a place on the disk for the outcome of a run that may begin here.
+
+    Raises:
+        OSError: there is none, nor an earlier outcome, whose place would do.
+    """
+    try:
+        if not _has_room(folder):
+            (folder / RESERVE).write_bytes(b" " * ROOM)
+    except OSError as error:
+        if not (folder / OUTCOME).exists():
+            reason = f"{error.strerror}; nothing of a run could be kept there"
+            raise OSError(error.errno, reason, str(folder)) from error
+
+
 def open_outcome(folder: Path) -> None:
-    """Takes an earlier run's outcome away; its place on the disk is kept for this run's."""
+    """Takes an earlier run's outcome away; where no other place was kept, its own is."""
     with suppress(FileNotFoundError):
-        (folder / OUTCOME).replace(folder / RESERVE)
-    with suppress(OSError):
-        (folder / RESERVE).write_bytes(b" " * ROOM)
+        if _has_room(folder):
+            (folder / OUTCOME).unlink()
+        else:
+            (folder / OUTCOME).replace(folder / RESERVE)
+
+
+def _has_room(folder: Path) -> bool:
+    path = folder / RESERVE
+    return path.is_file() and path.stat().st_size >= ROOM
 
 
 def write_outcome(
@@ -39,16 +60,21 @@ def write_outcome(
     Raises:
         OSError: it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     reason = redact(reason)
     content = {"status": status, "step": step, "reason": reason, "time_s": round(time.time(), 3),
                **({"result": dict(result)} if result else {})}  # fmt: skip
     try:
         write_atomically(folder / OUTCOME, json.dumps(content) + "\n")
-    except OSError:  # in place, on blocks that are this file's already
-        with (folder / RESERVE).open("r+b") as file:
-            file.write(json.dumps(content | {"reason": reason[:400]}).encode().ljust(ROOM))
-        (folder / RESERVE).replace(folder / OUTCOME)
+    except OSError as error:  # in place, on blocks that are this file's already
+        text = json.dumps(content | {"reason": reason[:400]}).encode().ljust(ROOM)
+        for path in (folder / RESERVE, folder / OUTCOME):
+            with suppress(OSError):
+                with path.open("r+b") as file:
+                    file.write(text)
+                    file.truncate()
+                path.replace(folder / OUTCOME)
+                return
+        raise error
     with suppress(OSError):
         (folder / RESERVE).unlink(missing_ok=True)
 
@@ -65,3 +91,14 @@ def write_failure(folder: Path, *, step: int | None, reason: str, since_s: float
     with suppress(OSError):
         if found.get("status") != "finished" and float(str(found.get("time_s", 0))) < since_s:
             write_outcome(folder, "failed", step=step, reason=reason)
+
+
+def write_refusal(folder: Path, *, reason: str, since_s: float) -> None:
+    """Writes why a run did not begin; not where another process has the folder.
+
+    reason, since_s: see `write_failure`.
+    """
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, f"{folder} is in use"):
+            write_failure(folder, step=None, reason=reason, since_s=since_s)

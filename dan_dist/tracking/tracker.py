@@ -187,7 +187,7 @@ class MlflowTracker(NullTracker):
         """
         self._status, self._model = status, model
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object = None, *_: object) -> None:
         """Ends the run and waits while the server takes the records that are left.
 
         Only a finished run waits for long: one that got a stop signal has little time. Whatever
@@ -213,7 +213,8 @@ class MlflowTracker(NullTracker):
                 "left out of MLflow, which refused it, in all: %d; to see it and try again: "
                 "python -m dan_dist.tracking replay %s", count, self._folder,
             )  # fmt: skip
-        self._show()
+        if kind is None:
+            self._show()
         self._journal.close()
 
     def _show(self) -> None:

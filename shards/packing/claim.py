@@ -55,6 +55,7 @@ def claim(out: Path, plan: Plan, parts: int, *, overwrite: bool) -> None:
             )
         for path in sorted(content, key=lambda p: p.name != MANIFEST):  # the manifest first
             path.unlink()
+        (out / CONTACT_SHEET).unlink(missing_ok=True)
         write_atomically(out / STATE, json.dumps(wanted, indent=1))
 
 

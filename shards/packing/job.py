@@ -1,7 +1,6 @@
 """One shard of a pack: its images read, made fit and written, with a record of it beside it."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,18 +56,12 @@ def write_job(
             yield Sample(item.key, jpeg, item.label, content.meta)
 
     path = out / f"{name}.tar"
-    try:
-        shard, rows = write_shard(path, samples())
-        assert len(soft) in (0, len(rows)), "a release has votes of all its images, or of none"
-        sizes = {suffix: path.with_suffix(suffix).stat().st_size for suffix in SUFFIXES}
-        record = {"shard": asdict(shard), "rows": rows.tolist(), "soft": soft, "drops": drops,
-                  "verbatim": verbatim, "flat": flat, "size_bytes": sizes}  # fmt: skip
-        write_atomically(path.with_suffix(".done"), json.dumps(record))
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        # A full disk, for one: Python's error names no file.
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    shard, rows = write_shard(path, samples())
+    assert len(soft) in (0, len(rows)), "a release has votes of all its images, or of none"
+    sizes = {suffix: path.with_suffix(suffix).stat().st_size for suffix in SUFFIXES}
+    record = {"shard": asdict(shard), "rows": rows.tolist(), "soft": soft, "drops": drops,
+              "verbatim": verbatim, "flat": flat, "size_bytes": sizes}  # fmt: skip
+    write_atomically(path.with_suffix(".done"), json.dumps(record))
     return drops
 
 

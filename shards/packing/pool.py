@@ -7,14 +7,19 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import forkserver, util
+from multiprocessing.context import ForkServerContext
 from typing import Any, TypeVar
 
 MOST_WORKERS = 1024
+SHARED_MEMORY = "/dev/shm"
+LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")  # bytes
 TASKS_AHEAD = 2  # handed to each worker in advance: their arguments are held in memory
 
 T = TypeVar("T")
@@ -38,7 +43,7 @@ def in_processes(
         return
     # Not fork: the caller may hold torch's threads. The fork server starts from a clean process.
     context = multiprocessing.get_context("forkserver")
-    with _without_main(), ProcessPoolExecutor(workers, context, _start_worker) as pool:
+    with _without_main(), _open_pool(workers, context) as pool:
         try:
             yield _results(pool, function, enumerate(arguments), workers * TASKS_AHEAD)
         except BrokenProcessPool as error:
@@ -48,6 +53,32 @@ def in_processes(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _open_pool(workers: int, context: ForkServerContext) -> ProcessPoolExecutor:
+    """The pool. Its processes share locks in /dev/shm, and meet at a socket in TMPDIR.
+
+    Raises:
+        OSError: one of the two does not let them; names it.
+    """
+    try:
+        context.Lock()
+    except OSError as error:
+        reason = f"{error.strerror}; packing and checking share their locks there"
+        raise OSError(error.errno, reason, SHARED_MEMORY) from error
+    folder = tempfile.gettempdir()
+    try:
+        # A socket's name has 107 bytes at most. Python 3.14 goes to /tmp by itself.
+        if len(os.fsencode(folder)) > LONGEST_TMPDIR:
+            tempfile.tempdir = "/tmp"
+        util.get_temp_dir()  # which is kept from now on
+        forkserver.ensure_running()
+    except OSError as error:
+        reason = f"{error.strerror or error}; worker processes meet there"
+        raise OSError(error.errno, reason, tempfile.gettempdir()) from error
+    finally:
+        tempfile.tempdir = folder
+    return ProcessPoolExecutor(workers, context, _start_worker)
 
 
 def _results(

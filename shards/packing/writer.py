@@ -70,6 +70,8 @@ def pack(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, expected a folder")
+    if not overwrite and is_finished(out, plan) and not (out / STATE).exists():
+        return out / MANIFEST if parts == 1 else None  # nothing is left to write, or to remove
     out.mkdir(parents=True, exist_ok=True)
     with locked_for_packing(out, part):
         if overwrite or not is_finished(out, plan):
