@@ -128,13 +128,7 @@ def record_exit(
         OSError: the run finished, but its last checkpoint or its outcome could not be written.
     """
     folder = Path(config.train.output)
-    kept = steps_saved(folder)
-    if not kept or kept[0] != step_path(folder, stop.step or 0):
-        way = f"goes on from {kept[0].name}" if kept else "starts anew"
-        raise OSError(
-            f"{state.step} steps are done, but {folder} does not hold the checkpoint of step "
-            f"{stop.step}; the same command {way}"
-        )
+    require_checkpoint(folder, done=state.step, saved=stop.step or 0)
     if result.status == "preempted":
         reason = f"{stop.signal or 'a signal to another rank'}: stopped after a checkpoint"
         log.info("%s of step %d; the same command goes on from there", reason, stop.step)
@@ -156,6 +150,23 @@ def record_exit(
     is_early = state.step < make_plan(config, images=len(data.train), start=0).total
     reason = f"no better epoch in {config.train.patience}" if is_early else "all steps done"
     write_outcome(folder, "finished", step=stop.step, reason=reason, result=facts)
+
+
+def require_checkpoint(folder: Path, *, done: int, saved: int) -> None:
+    """Refuses to promise that a run goes on from a checkpoint that is not there any more.
+
+    done: steps. saved: the step of the last checkpoint that was written.
+
+    Raises:
+        OSError: the folder does not hold it; names what the same command would do.
+    """
+    kept = steps_saved(folder)
+    if not kept or kept[0] != step_path(folder, saved):
+        way = f"goes on from {kept[0].name}" if kept else "starts anew"
+        raise OSError(
+            f"{done} steps are done, but {folder} does not hold the checkpoint of step {saved}; "
+            f"the same command {way}"
+        )
 
 
 def report(config: Config, data: TrainingData, state: TrainState, result: RunResult) -> None:

@@ -18,7 +18,7 @@ from dan_dist.config import layered, load_config
 from dan_dist.dry_run import check
 from dan_dist.options import (
     CertifyOptions,
-    EvaluateOptions,
+    EvaluateCommand,
     ExplainOptions,
     ExportOptions,
     PredictOptions,
@@ -30,7 +30,7 @@ from shards import pack, show, verify
 OWN = "test_commands.py::"
 DATA, DRY = f"{OWN}test_lines_on_data_sets_run", f"{OWN}test_training_lines_pass_a_dry_run"
 NEEDS = f"{OWN}test_each_recipe_names_what_it_needs"
-OPTIONS = {"evaluate": EvaluateOptions, "explain": ExplainOptions, "export": ExportOptions,
+OPTIONS = {"evaluate": EvaluateCommand, "explain": ExplainOptions, "export": ExportOptions,
            "predict": PredictOptions, "certify": CertifyOptions}  # fmt: skip
 STARTS = (
     "DAN_",
@@ -74,6 +74,8 @@ EXECUTED = {
         "test_cache.py::test_training_from_s3",
     "torchrun --nproc-per-node=4 launch/train.py sfew": "test_config.py::"
         "test_every_shipped_configuration_is_valid_and_loads_again_as_it_is_written",
+    "torchrun --nproc-per-node=4 launch/train.py fer*": "test_config.py::"
+        "test_every_shipped_configuration_is_valid_and_loads_again_as_it_is_written",
     "torchrun --nproc-per-node=8 launch/train.py msceleb": DRY,
     "torchrun launch/train.py * model.backbone=imagenet": NEEDS,
     "torchrun launch/train.py * data.shards=data/drawn-224 *": NEEDS,
@@ -85,11 +87,15 @@ EXECUTED = {
         "test_verification.py::test_a_backbone_from_training_to_dan",
     "torchrun --nproc-per-node=8 launch/evaluate.py runs/*":
         "test_evaluate.py::test_any_number_of_ranks_gives_the_same_file",
+    "python launch/evaluate.py runs/*": "test_across.py::test_a_matrix_of_runs_and_sets",
     "python launch/evaluate.py affecnet8_*":
         "test_weights.py::test_evaluated_under_classes_in_another_order",
     "python launch/explain.py runs/* --data *": "test_explain.py::test_two_networks_side_by_side",
     "python launch/explain.py runs/affectnet8 face.jpg faces/":
         "test_explain.py::test_given_images",
+    "find . -name '*.jpg' | python launch/predict.py *": "test_folders.py::test_lists_of_paths",
+    "python runs/affectnet8/best-example.py *":
+        "test_use.py::test_exported_files_give_the_networks_logits",
     "python launch/predict.py *": "test_use.py::test_predictions_are_those_of_the_evaluation",
     "python launch/export.py *": "test_use.py::test_exported_files_give_the_networks_logits",
     "python launch/certify.py demo *": "test_certificate.py::test_the_command_runs_each_world",
@@ -99,6 +105,10 @@ EXECUTED = {
     "python launch/bench.py*": "test_bench.py::test_it_measures_and_writes_what_it_measured",
     "python -m shards.align *": "test_align.py::test_align_writes_what_the_detector_finds",
     "python -m shards.pack sfew *": "test_releases.py::test_sfews_frames_are_aligned_by_landmarks",
+    "python -m shards.pack fer2013 *": "test_fer2013.py::test_the_csv_of_pixels",
+    "python -m shards.pack ferplus *": "test_fer2013.py::test_ferplus",
+    "python -m shards.pack expw *": "test_photographs.py::test_expw",
+    "python -m shards.pack caers *": "test_photographs.py::test_caer_s",
     "python -m shards.pack merge *": "test_pack_parts.py",
     "python -m shards.pack *": DATA, "python -m shards.verify *": DATA,
     "python -m shards.show *": DATA,
@@ -123,6 +133,8 @@ EXECUTED = {
     "python -m dan_dist.keys": "test_docs.py::test_the_table_of_keys_is_the_schemas",
     "python -m dan_dist.tracking replay *": "test_journal.py::"
         "test_a_server_that_was_away_gets_every_record_once",
+    "python -m dan_dist.tracking register *":
+        "test_mlflow.py::test_an_evaluation_is_at_the_model_and_at_its_data",
     "python tests/chaos.py *": "test_elastic.py::test_chaos_in_short",
     "torchrun --nnodes=1:2 --max-restarts=3 …": "test_elastic.py::"
         "test_an_elastic_job_goes_on_without_the_dead",
@@ -134,6 +146,8 @@ EXECUTED = {
 NOT_HERE = {
     "pip install -e '.[*": "asks the package index; .ci/run installs all extras",
     "pytest*": "the tests themselves",
+    "python tests/planted.py *": "needs thousands of faces; test_leaks.py alters pictures alike",
+    "python launch/pictures/screenshots.py *": "draws pages of a server that holds an ablation",
     ".ci/run": "runs these tests in a fresh environment",
     "module load cuda && *": "needs a cluster's modules",
     "DAN_PYTHON=\"*": "needs apptainer; test_batch_scripts.py runs the script with a stand-in",
@@ -246,7 +260,7 @@ def test_lines_on_data_sets_run(place: Path, monkeypatch: pytest.MonkeyPatch) ->
             options = [*small.get(words[0], ["--size", "32"]), *own, "--workers", "1"]
             assert pack.main([*words, *options]) == 0, line
             done.append(words[0])
-    for line in (line.replace("NAME", "faces") for line in lines()):
+    for line in (line.replace("NAME", "faces").replace("OTHER", "rafdb") for line in lines()):
         if (words := words_of(line, "-m shards.verify")) is not None:
             assert verify.main([*words, "--workers", "1"]) == 0, line
         if (words := words_of(line, "-m shards.show")) is not None:
@@ -284,6 +298,8 @@ def test_each_recipe_names_what_it_needs(
     """Files, their origin and their place; the commands without them pass in an empty folder."""
     monkeypatch.chdir(tmp_path)
     config, text = load_config(path), path.read_text().partition("\ndata:")[0]
+    if "\nbase: " in text:  # which names it
+        return
     if config.data.synthetic is not None:
         assert "# Needs no files." in text and not of_recipe(path)
         return

@@ -23,7 +23,7 @@ def test_a_batch_that_is_not_finite_leaves_its_evidence(
     tiny: Write, tmp_path: Path, faces: ShardSet
 ) -> None:
     with pytest.raises(FloatingPointError, match="not finite at step 2"):
-        single(tiny("run"), "optim.lr=1e30", "loss.fcn=center")
+        single(tiny("run"), "optim.lr=1e6", "loss.fcn=center", "loss.lambda_fcn=1e6")
     evidence = json.loads((tmp_path / "run" / "not-finite-rank0.json").read_text())
     assert evidence["step"] == 2 and evidence["seed"] == 0 and len(evidence["keys"]) == 8
     split = faces.split("train")

@@ -57,20 +57,20 @@ def test_folds_of_a_seed_are_added(tmp_path: Path) -> None:
     assert pair.p == comparison.mcnemar(1, 3)
     rows = comparison.table(summaries)
     assert rows[0]["last_accuracy"] == pytest.approx(100 * (1 / 2 + 1 / 3) / 2)
-    text = comparison.compare("heads", summaries, tmp_path / "out")
+    text = comparison.compare("heads", summaries, tmp_path / "out").text
     assert "mean ± deviation over 1 seed × 2 folds. selected_on: holdout." in text
 
 
 def test_the_test_split_is_what_is_compared(tmp_path: Path) -> None:
     shown = []
     for heads, right in (("1", [True, False, False]), ("2", [True, True, True])):
-        made = summary(heads, 0, [True, True], 0.5)
+        made = summary(heads, 0, [True, True], 0.5 if heads == "1" else 0.75)
         share = float(np.mean(right))
         shown.append(made._replace(
             predictions=predicted(right, "test"),
             test={"accuracy": share, "mean_recall": share, "macro_f1": share},
         ))  # fmt: skip
-    text = comparison.compare("heads", shown, tmp_path / "out")
+    text = comparison.compare("heads", shown, tmp_path / "out").text
     assert "| accuracy, test | mean recall, test | macro f1, test |" in text
     assert "## Against heads 2, image by image" in text and "test split's predictions" in text
     assert "| heads 1 | -66.67 | 2 | 0 | 0.5 |" in text

@@ -183,11 +183,14 @@ def test_a_parser_s_help_has_texts_defaults_and_the_docstring(
         assert expected in text
 
 
-@pytest.mark.parametrize("name", ["Evaluate", "Predict", "Explain", "Export", "Ablate"])
+@pytest.mark.parametrize(
+    "name",
+    ["EvaluateCommand", "PredictOptions", "ExplainOptions", "ExportOptions", "AblateOptions"],
+)
 def test_every_option_of_a_program_is_described(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kind = getattr(options, f"{name}Options")
+    kind = getattr(options, name)
     assert all(field.metadata["help"] for field in fields(kind))
     with pytest.raises(SystemExit):
         cli.parse(kind, ["--help"])

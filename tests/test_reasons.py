@@ -13,8 +13,8 @@ import pytest
 import torch
 import torchvision
 
-from conftest import REPOSITORY, outcome
-from dan_dist import train as story
+from conftest import REPOSITORY
+from dan_dist.ending import require_checkpoint
 from dan_dist.evaluation import evaluate
 from dan_dist.inference import explain
 from dan_dist.model.backbone import load_backbone
@@ -22,7 +22,6 @@ from dan_dist.model.dan import DAN
 from dan_dist.options import EvaluateOptions, ExplainOptions
 from dan_dist.run.checkpoint import disk_error, save
 from dan_dist.run.folder import step_path
-from dan_dist.run.signals import StopRequest
 from shards.command import words
 from shards.files import replacing, write_atomically
 from shards.format import ShardSet
@@ -83,20 +82,17 @@ def test_imagenets_weights_without_internet(
 
 
 def test_a_run_does_not_promise_to_go_on_from_a_checkpoint_that_has_gone(tmp_path: Path) -> None:
-    stop = StopRequest()
-    stop.step = 8
-    (tmp_path / "run").mkdir()
+    run = tmp_path / "run"
+    run.mkdir()
     with pytest.raises(OSError, match=r"does not hold the checkpoint of step 8; .+ starts anew"):
-        story.record_exit(tmp_path / "run", "preempted", 8, stop)
-    step_path(tmp_path / "run", 4).touch()
+        require_checkpoint(run, done=8, saved=8)
+    step_path(run, 4).touch()
     with pytest.raises(OSError, match=r"step 8; the same command goes on from step-00000004\.pt"):
-        story.record_exit(tmp_path / "run", "finished", 8, stop)
-    assert not (tmp_path / "run" / "outcome.json").exists()
-    step_path(tmp_path / "run", 8).touch()
-    story.record_exit(tmp_path / "run", "preempted", 8, stop)
-    assert outcome(tmp_path / "run")["step"] == 8
+        require_checkpoint(run, done=8, saved=8)
+    step_path(run, 8).touch()
+    require_checkpoint(run, done=8, saved=8)
     with pytest.raises(OSError, match="starts anew"):  # nor is the folder made again
-        story.record_exit(tmp_path / "gone", "preempted", 8, stop)
+        require_checkpoint(tmp_path / "gone", done=8, saved=8)
     assert not (tmp_path / "gone").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trees import packed, tree
+from trees import packed, replace_index, tree
 
 from conftest import largest_difference, single, weights
 from dan_dist.build import join_sets
@@ -30,7 +30,8 @@ def with_votes(shards: ShardSet, folder: Path, votes: np.ndarray | None = None) 
     path = folder / shards.index_names["train"]
     index = np.load(path)
     path.unlink()  # it may be a hard link
-    np.save(path, with_soft(index, np.eye(8)[index["label"]] * 10 if votes is None else votes))
+    given = np.eye(8)[index["label"]] * 10 if votes is None else votes
+    replace_index(folder, with_soft(index, given))
     return open_shardset(folder)
 
 

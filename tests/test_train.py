@@ -148,7 +148,8 @@ def test_checkpoints_are_whole_and_few(tiny: Write, tmp_path: Path) -> None:
     single(tiny("run"), *DAN, "train.checkpoint_every=6", "train.keep_checkpoints=2")
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
     steps = ["step-00000018.pt", "step-00000020.pt"]
-    assert names == ["best.pt", "config.yaml", "outcome.json", *steps]
+    others = ["config.yaml", "outcome.json", "predictions.parquet"]
+    assert names == ["best.pt", *others, *steps]
     best = checkpoint.load(tmp_path / "run" / "best.pt")
     assert best["class_names"][1] == "happy" and "optimizer" not in best
     assert "centers" in best["objective"] and best["config"]["model"]["heads"] == 2
@@ -260,7 +261,7 @@ def test_the_command_prints_one_line_and_fails(tiny: Write, tmp_path: Path) -> N
 
 
 def test_a_non_finite_loss_stops_all_ranks_and_names_the_step(tiny: Write, tmp_path: Path) -> None:
-    options = ["optim.lr=1e30", "loss.fcn=center"]
+    options = ["optim.lr=1e6", "loss.fcn=center", "loss.lambda_fcn=1e6"]
     done = launch("train", 2, tiny("run"), *options, cwd=tmp_path)
     assert done.returncode != 0 and len(errors(done)) == 1
     assert "the loss is not finite at step 2 (loss " in errors(done)[0]

@@ -256,7 +256,8 @@ class Engine:
             if self.shares is not None:
                 self.shares.announce(shares)
             loss = self._forward_backward(x, y, last=i == self.micro_steps - 1)
-            right = (loss.logits.argmax(dim=1) == y).sum() / self.options.global_batch
+            hard = y[:, 0] if self.options.soft else y
+            right = (loss.logits.argmax(dim=1) == hard).sum() / self.options.global_batch
             parts += torch.cat([loss.parts, right[None]])
         sums = self.world.sum(torch.cat([parts, flags]))
         norm, skipped = self._update(sums[0])

@@ -71,7 +71,10 @@ def pack(
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, expected a folder")
     if not overwrite and is_finished(out, plan) and not (out / STATE).exists():
-        return out / MANIFEST if parts == 1 else None  # nothing is left to write, or to remove
+        whole = open_shardset(out)  # nothing is left to write, or to remove
+        for split in whole.splits:
+            whole.split(split)
+        return out / MANIFEST if parts == 1 else None
     out.mkdir(parents=True, exist_ok=True)
     with locked_for_packing(out, part):
         if overwrite or not is_finished(out, plan):
