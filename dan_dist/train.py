@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,7 +47,7 @@ from dan_dist.run.outcome import (
     write_failure,
     write_outcome,
 )
-from dan_dist.run.plan import make_plan
+from dan_dist.run.plan import Plan, make_plan
 from dan_dist.run.signals import Stopped, StopRequest
 from dan_dist.run.state import TrainState
 from shards.command import words
@@ -108,20 +108,7 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
 
 def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> RunResult:
     """One training run in a world that is already there."""
-    folder = Path(config.train.output)
-    log_place(config, world)
-    data = open_data(config, world)
-    log_data(config, world, data.shards, data.train, data.task.val)
-    world.run_on_all(lambda: check_room(config, world, data.task.classes))
-    resumed = world.run_once(lambda: checkpoint_to_resume(folder, config.train.resume))
-    objective = world.run_on_all(
-        lambda: build_objective(config, data.class_names, is_new=not resumed)
-    )
-    steps = make_plan(config, images=len(data.train), start=0).total
-    engine = build_engine(config, world, objective, steps=steps)
-    state = world.run_on_all(lambda: resume(resumed, config, engine, data))
-    plan = make_plan(config, images=len(data.train), start=state.step)
-    engine.warm_up(config.model.image_size)  # before the loader, whose GPU work ends a capture
+    data, engine, state, plan = prepare(config, world)
     with (
         world.run_on_all(
             lambda: open_tracker(config, world, data.shards, data.splits, data.task.classes, state)
@@ -169,6 +156,34 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
         status: Status = "finished" if is_over else "preempted"
         ended = RunResult(status, dict(state.metrics), test)
         return finish(config, world, data, ended, state, tracker, stop)
+
+
+class Prepared(NamedTuple):
+    """What a run needs before it opens its loaders and its record."""
+
+    data: TrainingData
+    engine: Engine
+    state: TrainState
+    plan: Plan
+
+
+def prepare(config: Config, world: World) -> Prepared:
+    """Opens the data, builds the network, and goes on with the run that is in the folder."""
+    folder = Path(config.train.output)
+    log_place(config, world)
+    data = open_data(config, world)
+    log_data(config, world, data.shards, data.train, data.task.val)
+    world.run_on_all(lambda: check_room(config, world, data.task.classes))
+    resumed = world.run_once(lambda: checkpoint_to_resume(folder, config.train.resume))
+    objective = world.run_on_all(
+        lambda: build_objective(config, data.class_names, is_new=not resumed)
+    )
+    steps = make_plan(config, images=len(data.train), start=0).total
+    engine = build_engine(config, world, objective, steps=steps)
+    state = world.run_on_all(lambda: resume(resumed, config, engine, data))
+    plan = make_plan(config, images=len(data.train), start=state.step)
+    engine.warm_up(config.model.image_size)  # before the loader, whose GPU work ends a capture
+    return Prepared(data, engine, state, plan)
 
 
 def resume(path: str, config: Config, engine: Engine, data: TrainingData) -> TrainState:
