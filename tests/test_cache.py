@@ -79,6 +79,7 @@ def same(copy: str | Path, original: ShardSet) -> bool:
     return found == type(found)(**{**vars(original), "root": Path(copy)})
 
 
+@pytest.mark.slow
 def test_two_ranks_train_from_a_web_server_by_one_cache(
     web: tuple[str, Path, list[str]], tiny: Callable[[str], Path], tmp_path: Path, faces: ShardSet
 ) -> None:

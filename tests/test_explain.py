@@ -75,6 +75,7 @@ def photographs(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_networks_side_by_side(
     runs: Path, faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:

@@ -155,6 +155,7 @@ def test_the_backward_of_a_layer_never_waits(many_ranks: None) -> None:
     assert log.count["_c10d_functional.all_reduce.default"] == 1
 
 
+@pytest.mark.slow
 def test_the_traced_backward_never_waits(many_ranks: None) -> None:
     """Of the whole objective, as a compiler gets it."""
     shares = Shares(torch.device("cpu"), torch.float32)

@@ -278,6 +278,7 @@ def test_journals_of_one_lane_go_on(tmp_path: Path, server: TrackingServer) -> N
     assert (tmp_path / "run" / NAME).read_text().count("\n") == 7
 
 
+@pytest.mark.slow
 def test_the_schedulers_experiment_and_run(
     tiny: Write, tmp_path: Path, server: TrackingServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,7 @@ def test_a_rank_is_lost_in_evaluation(
     assert re.search(line, found["reason"]), found
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_rank_that_works_for_all_ends_all(tiny: Write, tmp_path: Path) -> None:
     faces = "data.synthetic={train: 200000, val: 8, size: 64}"
     options = [tiny("run"), faces, f"data.shards={tmp_path / 'new'}"]

@@ -162,6 +162,7 @@ LARGE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_resumed_in_mid_warm_up_equals_uninterrupted(tiny: Write, tmp_path: Path) -> None:
     """To the bit, with everything switched on; and the average is found by its name."""
     single(tiny("whole"), *LARGE)

@@ -134,6 +134,7 @@ def test_a_refused_signature_is_not_told(
         localise(f"{signed}?sig=wr0ngsecret", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_a_training_gives_no_secret_away(signed: str, tiny: Write, tmp_path: Path) -> None:
     """On the screen, in any file of it, in its checkpoint, or in MLflow's store."""
     database = tmp_path / "mlflow.db"

@@ -49,7 +49,9 @@ EQUAL = {
     ],
     "arcface": ["loss.classification=arcface", "optim.lr=1e-4"],
 }
-both_tasks = pytest.mark.parametrize("task", ["expression", "identity"], indirect=True)
+both_tasks = pytest.mark.parametrize(
+    "task", ["expression", pytest.param("identity", marks=pytest.mark.slow)], indirect=True
+)
 
 
 @pytest.mark.parametrize(

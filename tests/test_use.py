@@ -164,6 +164,7 @@ def test_the_merged_network_is_the_network(heads: int) -> None:
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_exported_files_give_the_networks_logits(
     dan_run: Path, faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,6 +193,7 @@ def test_trainings_that_cannot_be(tiny: Write, task: list[str], case: str) -> No
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["identity"], indirect=True)
 def test_a_backbone_from_training_to_dan(
     tiny: Write, task: list[str], faces: ShardSet, people: ShardSet, tmp_path: Path,

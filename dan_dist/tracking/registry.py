@@ -27,7 +27,8 @@ def register(folder: Path, name: str, alias: str) -> str:
     if not ready:
         raise ValueError(f"MLflow's run {run_id} of {folder} has no model: it has not finished")
     mlflow = import_mlflow()
-    mlflow.set_tracking_uri(uri)
+    if mlflow.get_tracking_uri() != uri:
+        mlflow.set_tracking_uri(uri)
     version = mlflow.register_model(f"models:/{ready[-1].model_id}", name)
     client.set_registered_model_alias(name, alias, version.version)
     return f"models:/{name}@{alias}"
