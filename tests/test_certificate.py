@@ -17,6 +17,7 @@ from dan_dist.options import CertifyOptions
 Write = Callable[[str], Path]
 
 
+@pytest.mark.slow
 def test_hashes_are_equal_at_worlds_1_2_and_3_and_after_a_resume(
     tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,6 +155,7 @@ def test_both_launchers_lead_to_the_same_training(two: Path, tiny: Write, tmp_pa
     assert same(learned(tmp_path / "run", 5), learned(two / "ddp", 5))
 
 
+@pytest.mark.slow
 def test_an_offloaded_optimiser_trains_as_well() -> None:
     ranks(1, offload_an_optimiser)
 

@@ -136,6 +136,7 @@ def test_two_networks_side_by_side(
     }
 
 
+@pytest.mark.slow
 def test_given_images(runs: Path, photographs: Path, tmp_path: Path) -> None:
     """By the documented command; the broken one is named, left out, and fails it."""
     done = run(

@@ -105,6 +105,7 @@ def test_metrics_do_not_wait_for_artifacts(
     assert paths == {"config.yaml", "figure.png"}
 
 
+@pytest.mark.slow
 def test_a_server_that_lacks_an_endpoint_gets_the_rest(
     tiny: Write, tmp_path: Path, server: TrackingServer, caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],

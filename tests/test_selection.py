@@ -246,6 +246,7 @@ def test_every_rank_holds_out_the_same(faces: ShardSet, size: int) -> None:
         assert own == expected.index["offset"].tolist()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_holds_out_the_same_and_ends_by_patience(
     tested: ShardSet, tiny: Write, tmp_path: Path
 ) -> None:

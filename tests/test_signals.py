@@ -17,6 +17,7 @@ from dan_dist.run.signals import Stopped, StopRequest
 Write = Callable[[str], Path]
 
 
+@pytest.mark.slow
 def test_a_run_without_a_launcher_ends_with_its_own_exit_code(tiny: Write, tmp_path: Path) -> None:
     process = start(SCRIPT, tiny("run"), "train.epochs=200", cwd=tmp_path)
     until(process, "step 5 ")

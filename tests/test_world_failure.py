@@ -56,6 +56,7 @@ def fail_at_step_3(bad: int, config: str) -> None:
     programs.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [0, 1])
 def test_the_failure_is_reported_first(tiny, tmp_path: Path, bad: int) -> None:
     began = time.monotonic()
