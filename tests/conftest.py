@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
+from tracking_server import STORE, TrackingServer, serve
 from trees import packed, tree
 
 from dan_dist import programs
@@ -20,6 +21,7 @@ from dan_dist import train as story
 from dan_dist.config import layered, load_config
 from dan_dist.distributed.world import World
 from dan_dist.run.folder import newest_checkpoint
+from dan_dist.tracking import tracker as tracking
 from dan_dist.tracking.store import connect
 from shards.files import locked
 from shards.format import ShardSet, open_shardset
@@ -137,6 +139,19 @@ def store(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return uri
+
+
+@pytest.fixture
+def server(
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[TrackingServer]:
+    """MLflow's server over an empty store of the test's own, which MLflow is set to."""
+    monkeypatch.setattr(tracking, "RETRY_S", 0.0)
+    (tmp_path / "server").mkdir()
+    shutil.copy(empty_store, tmp_path / "server" / STORE)
+    with serve(tmp_path / "server") as found:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", found.url)
+        yield found
 
 
 def copied(run: Path, folder: Path) -> Path:

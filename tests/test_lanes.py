@@ -2,16 +2,15 @@
 
 import json
 import os
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
-from tracking_server import STORE, TrackingServer, serve
+from tracking_server import TrackingServer
 
 from conftest import single
 from dan_dist.config import load_config
@@ -24,18 +23,6 @@ from dan_dist.tracking.tracker import MlflowTracker, RunRecord, replay
 
 Write = Callable[[str], Path]
 GONE = (404, "<html>no such page</html>")
-
-
-@pytest.fixture
-def server(
-    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[TrackingServer]:
-    monkeypatch.setattr(tracking, "RETRY_S", 0.0)
-    (tmp_path / "server").mkdir()
-    shutil.copy(empty_store, tmp_path / "server" / STORE)
-    with serve(tmp_path / "server") as found:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", found.url)
-        yield found
 
 
 def client() -> Any:

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from torch.distributed import HashStore
-from tracking_server import STORE, TrackingServer, serve
+from tracking_server import TrackingServer
 
 from conftest import copied, single
 from dan_dist.config import load_config
@@ -34,18 +34,6 @@ from shards.format import ShardSet
 
 Write = Callable[[str], Path]
 RECORD = RunRecord(experiment="e", name="n", params={}, config={})
-
-
-@pytest.fixture
-def server(
-    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[TrackingServer]:
-    monkeypatch.setattr(tracking, "RETRY_S", 0.0)
-    (tmp_path / "server").mkdir()
-    shutil.copy(empty_store, tmp_path / "server" / STORE)
-    with serve(tmp_path / "server") as found:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", found.url)
-        yield found
 
 
 def client() -> Any:
