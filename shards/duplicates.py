@@ -94,7 +94,4 @@ def _equal_images(shards: ShardSet) -> list[list[_Image]]:
 
 
 def _digest(image: _Image) -> bytes:
-    row = image.split.index[image.sample]
-    with image.split.path(row["shard"]).open("rb") as file:
-        file.seek(int(row["offset"]))
-        return hashlib.blake2b(file.read(int(row["size"])), digest_size=16).digest()
+    return hashlib.blake2b(image.split.encoded(image.sample), digest_size=16).digest()

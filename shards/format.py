@@ -67,6 +67,13 @@ class Split:
         """The tar of shard number `shard`."""
         return self.root / self.shards[shard].name
 
+    def encoded(self, sample: int) -> bytes:
+        """The file of a sample's image, as it was packed; it is not checked."""
+        row = self.index[sample]
+        with self.path(row["shard"]).open("rb") as file:
+            file.seek(int(row["offset"]))
+            return file.read(int(row["size"]))
+
     def key(self, sample: int) -> str:
         """`<shard>/<key>` of a sample, read from the tar header before its payload."""
         row = self.index[sample]

@@ -155,10 +155,7 @@ def _pictures(split: Split, ids: NDArray[np.int64]) -> list[Image.Image]:
 
 def _picture(split: Split, sample: int) -> Image.Image:
     """The image, or a red square with its name: damage is to be seen."""
-    row = split.index[sample]
-    with split.path(row["shard"]).open("rb") as file:
-        file.seek(int(row["offset"]))
-        data = file.read(int(row["size"]))
+    data = split.encoded(sample)
     try:
         if fault := lost_data(data):  # `decode` completes a JPEG as it comes, a packed one is whole
             raise ValueError(fault)

@@ -35,10 +35,7 @@ def altered(picture: Image.Image, dice: random.Random) -> Image.Image:
 
 
 def picture(split: Split, sample: int) -> Image.Image:
-    row = split.index[sample]
-    with split.path(row["shard"]).open("rb") as file:
-        file.seek(int(row["offset"]))
-        return Image.open(io.BytesIO(file.read(int(row["size"])))).convert("RGB")
+    return Image.open(io.BytesIO(split.encoded(sample))).convert("RGB")
 
 
 def main() -> None:
