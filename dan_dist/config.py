@@ -24,8 +24,8 @@ from shards.files import write_atomically
 
 __all__ = [
     "Augmentation", "Config", "EngineChoice", "Loss", "Optim", "Schedule", "Synthetic", "Tracking",
-    "Train", "find_config", "flatten", "layered", "load_config", "resolve", "shipped_folder",
-    "to_yaml", "write_config",
+    "Train", "find_config", "flatten", "layered", "load_config", "overlay", "resolve",
+    "shipped_folder", "to_yaml", "write_config",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -96,15 +96,15 @@ def _read(file: Path, readers: Sequence[Path] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str) or file in readers:
         raise ValueError(f"{file}: base is {base!r}, expected another configuration's name")
-    return _overlay(_read(find_config(base), [*readers, file]), tree)
+    return overlay(_read(find_config(base), [*readers, file]), tree)
 
 
-def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Two trees as one; where both have a value, that of `above`."""
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _overlay(merged[key], value) if both else value
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = overlay(merged[key], value) if both else value
     return merged
 
 

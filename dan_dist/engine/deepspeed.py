@@ -25,7 +25,7 @@ from deepspeed.utils import (
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dan_dist.config import EngineChoice, Optim
+from dan_dist.config import EngineChoice, Optim, overlay
 from dan_dist.data.loader import Loader
 from dan_dist.distributed.heartbeat import Heartbeat
 from dan_dist.distributed.world import World, group_of_one
@@ -215,7 +215,7 @@ class DeepSpeedEngine(Engine):
             engine, *_ = deepspeed.initialize(
                 model=self.objective,
                 optimizer=self.optimizer,
-                config=_merge(derived, self.extra),
+                config=overlay(derived, self.extra),
                 dist_init_required=False,
             )
         except REFUSALS as error:
@@ -305,12 +305,3 @@ def check_extra(extra: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(key, (*THEIRS, *OURS), 1, cutoff=0.5)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ValueError(f"engine.deepspeed.{key}: DeepSpeed knows no such key{hint}")
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, section by section."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
