@@ -119,12 +119,7 @@ def drawn_release(faces: Synthetic, shards: str) -> Release:
     """The faces that are to be drawn for the folder `shards`."""
     if is_remote(shards):
         raise ValueError(f"data.synthetic: faces cannot be packed into {redact(shards)}")
-    if faces.by == "identity":
-        return synthetic.identity_release(
-            faces.train, faces.val, identities=faces.identities, held_out=faces.held_out,
-            size=faces.size, seed=faces.seed,
-        )  # fmt: skip
-    return synthetic.release(faces.train, faces.val, size=faces.size, seed=faces.seed)
+    return synthetic.release_by(**faces.model_dump())
 
 
 def assemble_data(config: Config, world: World, shards: ShardSet) -> TrainingData:
