@@ -1,4 +1,4 @@
-"""A run's folder: its checkpoints, the one to resume from, and the lock of the process that trains."""
+"""A run's folder: its checkpoints, the one to resume from, the lock of the one that trains."""
 
 import logging
 import re
