@@ -132,7 +132,8 @@ class Plan:
 
     kinds: list[str]
     faults: int
-    task: str = "expression"
+    task: str
+    until_s: float  # of the monotonic clock, when no further fault begins
     epochs: int = 6
 
     def options(self, *, is_elastic: bool) -> list[str]:
@@ -193,7 +194,7 @@ def disturb_one(place: Field, name: str, left: int, tallies: dict[str, Tally]) -
     print(f"{name}: {'float64, ranks come and go' if is_elastic else f'{ranks} ranks'}", flush=True)
     try:
         going = True
-        while going and len(campaign.faults) < left:
+        while going and len(campaign.faults) < left and time.monotonic() < plan.until_s:
             going = disturb(campaign, dice.choice(own), tallies)
         if '"finished"' not in campaign.outcome():
             finish(campaign, tallies)
@@ -215,7 +216,9 @@ def run(folder: Path, plan: Plan, seed: int, tallies: dict[str, Tally]) -> None:
     """Injects the plan's faults; what became of them goes into `tallies`."""
     place, number, before = Field(folder, plan, random.Random(seed)), 0, count(tallies)
     with place.opened():
-        while (left := plan.faults - count(tallies) + before) > 0:
+        while (left := plan.faults - count(tallies) + before) > 0 and (
+            time.monotonic() < plan.until_s
+        ):
             disturb_one(place, f"run{number}", left, tallies)
             number += 1
 

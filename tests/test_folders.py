@@ -105,7 +105,7 @@ def test_packing_leaves_out_a_link_that_leads_round(tmp_path: Path) -> None:
     (source / "val" / "b.jpg").symlink_to("b.jpg")
     code, text = pack_here("folder", "--source", source, "--out", tmp_path / "out", "--size", "24",
                            "--workers", "1")  # fmt: skip
-    assert code == 0 and "1 no regular file" in text, text
+    assert code == 0 and "left out: 1 × no regular file" in text, text
     assert open_shardset(tmp_path / "out").counts == {"train": (9, 9), "val": (3, 3)}
 
 
