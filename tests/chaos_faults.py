@@ -15,7 +15,7 @@ from shards.command import PREEMPTED, USAGE
 
 
 def sigkill_rank(campaign: Campaign, attempt: Attempt) -> None:
-    for worker in campaign.dice.sample(attempt.workers(), 1):
+    for worker in campaign.dice.sample(attempt.family, 1):
         with suppress(psutil.NoSuchProcess):
             worker.kill()
     assert attempt.end() != 0 or '"finished"' in campaign.outcome(), attempt.text
@@ -34,7 +34,7 @@ def sigterm(campaign: Campaign, attempt: Attempt) -> None:
 
 
 def sigusr1(campaign: Campaign, attempt: Attempt) -> None:
-    for worker in campaign.dice.sample(attempt.workers(), 1):  # to any rank
+    for worker in campaign.dice.sample(attempt.family, 1):  # to any rank
         with suppress(psutil.NoSuchProcess):
             worker.send_signal(signal.SIGUSR1)
     assert attempt.end() in (0, PREEMPTED), attempt.text

@@ -81,7 +81,13 @@ class Attempt:
         """Keeps the ranks' processes in `family`, as far as they are there."""
 
     def workers(self) -> list[psutil.Process]:
-        return [p for p in self.family if p.is_running()]
+        """The ranks that are alive."""
+        alive = []
+        for process in self.family:
+            with suppress(psutil.NoSuchProcess):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(process)
+        return alive
 
     def end(self) -> int:
         """Waits for the end, after which nothing of it may be left; returns the exit code."""
@@ -89,11 +95,12 @@ class Attempt:
         while (code := self.code()) is None and time.monotonic() < deadline_s:
             time.sleep(0.02)
         deadline_s = time.monotonic() + 5
-        while time.monotonic() < deadline_s and any(p.is_running() for p in self.family):
+        while time.monotonic() < deadline_s and self.workers():
             time.sleep(0.05)
-        stayed = [p for p in self.workers() if p.status() != psutil.STATUS_ZOMBIE]
+        stayed = self.workers()
         for process in stayed:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         assert code is not None, f"no end after {ATTEMPT_S} s\n{self.text}"
         assert not stayed, f"left behind: {stayed}\n{self.text}"
         assert not OURS.search(self.text), self.text
@@ -131,9 +138,6 @@ class Launched(Attempt):
         if len(self.family) < self.ranks:
             with suppress(psutil.NoSuchProcess):
                 self.family = psutil.Process(self.process.pid).children()
-
-    def workers(self) -> list[psutil.Process]:
-        return super().workers() or [psutil.Process(self.process.pid)]
 
 
 class Forked(Attempt):

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from chaos_disks import small_disk
 from chaos_faults import KINDS
@@ -199,7 +200,7 @@ def disturb_one(place: Field, name: str, left: int, tallies: dict[str, Tally]) -
         if '"finished"' not in campaign.outcome():
             finish(campaign, tallies)
         check(campaign, reference, 1e-9 if is_elastic else 0.0)
-    except AssertionError:
+    except (AssertionError, psutil.Error):
         print(f"{name} FELL after {campaign.faults}\n{traceback.format_exc()}", flush=True)
         for attempt in campaign.attempts:
             attempt.send(signal.SIGKILL)
