@@ -57,8 +57,7 @@ EXECUTED = {
     "python launch/train.py":
         "test_signals.py::test_a_run_without_a_launcher_ends_with_its_own_exit_code",
     "python launch/train.py loss.fcn=none *": "test_explain.py::test_two_networks_side_by_side",
-    "python launch/train.py rafdb --dry-run": DRY,
-    "python launch/train.py rafdb --dry-run --ranks 8": DRY,
+    "python launch/train.py * --dry-run --ranks 8": DRY,
     "python launch/train.py --help": "test_programs.py::test_help_lists_every_key_without_torch",
     "torchrun launch/train.py demo-backbone*":
         "test_verification.py::test_a_backbone_from_training_to_dan",
@@ -66,7 +65,7 @@ EXECUTED = {
         "test_verification.py::test_a_backbone_from_training_to_dan",
     "torchrun launch/train.py rafdb model.weights=affecnet8_epoch5_acc0.6209.pth":
         "test_weights.py::test_a_training_starts_from_it",
-    "torchrun --nproc-per-node=8 launch/train.py demo data.shards=data/faces *": DRY,
+    "torchrun --nproc-per-node=8 launch/train.py affectnet8 data.shards=data/faces *": DRY,
     "torchrun --nproc-per-node=* launch/train.py rafdb*": DRY,
     "torchrun --nproc-per-node=8 launch/train.py affectnet8": DRY,
     "torchrun --nproc-per-node=8 launch/train.py affectnet8 model.backbone=*": DRY,

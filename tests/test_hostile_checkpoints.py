@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conftest import DAN as OPTIONS
 from conftest import STEPS, TINY, copied
-from dan_dist.build import check_data
+from dan_dist.build import assemble_data
 from dan_dist.config import load_config
 from dan_dist.distributed.world import World
 from dan_dist.engine.resumed import check_state
@@ -100,7 +100,7 @@ def test_an_odd_state_is_refused_before_it_is_loaded(
     config_file.write_text(TINY.format(shards=faces.root, output=tmp_path / "run"))
     config = load_config(config_file, [*OPTIONS, *STEPS])
     world = World(0, 0, 1, 1, torch.device("cpu"))
-    data = check_data(config, world, open_shardset(faces.root))
+    data = assemble_data(config, world, open_shardset(faces.root))
     with pytest.raises(ValueError, match=line) as raised:
         read_checkpoint(str(path), config, data)
     assert "\n" not in str(raised.value) and str(path) in str(raised.value)

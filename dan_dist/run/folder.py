@@ -177,7 +177,7 @@ def set_aside_after(folder: Path, step: int) -> None:
 
 
 @contextmanager
-def run_folder(folder: Path) -> Iterator[None]:
+def locked_run_folder(folder: Path) -> Iterator[None]:
     """Makes a run's folder, where need be, and holds its lock: one training at a time has it.
 
     Raises:
