@@ -134,7 +134,7 @@ EXECUTED = {
         "test_a_server_that_was_away_gets_every_record_once",
     "python -m dan_dist.tracking register *":
         "test_mlflow.py::test_an_evaluation_is_at_the_model_and_at_its_data",
-    "python tests/chaos.py *": "test_elastic.py::test_chaos_in_short",
+    "python tests/chaos.py*": "test_elastic.py::test_chaos_in_short",
     "torchrun --nnodes=1:2 --max-restarts=3 …": "test_elastic.py::"
         "test_an_elastic_job_goes_on_without_the_dead",
     "torchrun --no-python dan-train …": "test_packaging.py::"

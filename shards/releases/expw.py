@@ -7,6 +7,7 @@ and bottom, the detector's confidence, and the label. The release has no splits.
 from functools import partial
 from pathlib import Path
 
+from shards.folders import is_file
 from shards.images import decode
 from shards.release import Content, Item, LeftOut, Release
 from shards.releases.boxes import Box, crop_box
@@ -33,7 +34,7 @@ def release(source: str | Path | Source, *, margin: float) -> Release:
     if path is None or photos is None:
         missing = LIST if path is None else f"{FOLDERS[0]}/"
         raise FileNotFoundError(f"{source.root / missing} not found; {contents(source)}")
-    present = {entry.name for entry in entries(photos, source, left_out) if entry.is_file()}
+    present = {entry.name for entry in entries(photos, source, left_out) if is_file(entry)}
     home, keys, items = source.relative(photos), Keys(), list[Item]()
     listed: set[str] = set()
     for where, _, line in lines(path, source):

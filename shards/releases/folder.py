@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from shards.folders import is_folder
 from shards.release import Item, LeftOut, Release
 from shards.releases.layout import contents, inner, visible
 from shards.releases.source import Keys, Source, open_source, plain_name, read
@@ -82,7 +83,7 @@ def _splits(source: Source, left_out: LeftOut, skip: Skip, *, is_divided: bool) 
 def _undivided(source: Source, own: dict[str, Path]) -> Path:
     """The folder that holds the class folders: the source, or the one folder in it."""
     only = next(iter(own.values())) if len(own) == 1 else None
-    return only if only and any(entry.is_dir() for entry in visible(only)) else source.root
+    return only if only and any(is_folder(entry) for entry in visible(only)) else source.root
 
 
 def _no_train(source: Source, own: dict[str, Path]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from filecmp import cmp
 from pathlib import Path
 
-from shards.folders import LITTER
+from shards.folders import LITTER, is_folder
 from shards.releases.source import Source
 
 DEPTH = 5  # levels that are searched: an archive's own three, and one folder too deep
@@ -49,7 +49,7 @@ def find_parts(source: Source, patterns: Sequence[str]) -> Found:
             own = next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
             if own is not None:
                 found[own].append(Path(entry.path))
-            elif depth < DEPTH and entry.is_dir() and not entry.is_symlink():
+            elif depth < DEPTH and not entry.is_symlink() and entry.is_dir():
                 waiting.append((Path(entry.path), depth + 1))
     return found
 
@@ -86,7 +86,7 @@ def _few(folder: Path) -> list[Path]:
 def contents(source: Source) -> str:
     """What is in a source, as the end of an error that did not find what it expected there."""
     entries = sorted(visible(source.root), key=lambda e: e.name)
-    names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries]
+    names = [f"{entry.name}/" if is_folder(entry) else entry.name for entry in entries]
     archives = [name for name in names if name.lower().endswith(ARCHIVES)]
     shown = ", ".join(names[:NAMES_SHOWN]) + (" …" if len(names) > NAMES_SHOWN else "")
     text = f"it holds {shown}" if names else "it is empty"

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from shards.folders import is_picture
+from shards.folders import is_file, is_folder, is_picture
 from shards.release import Item, LeftOut
 from shards.releases.layout import fold, inner
 from shards.releases.source import Keys, Source, entries, walk
@@ -41,7 +41,7 @@ def subfolders(
     """
     found: dict[str, Path] = {}
     for entry in entries(folder, source, left_out):
-        if not entry.is_dir():
+        if not is_folder(entry):
             continue
         name, path = fold(entry.name), Path(entry.path)
         if skip is not None and skip.takes(path, source):
@@ -59,10 +59,10 @@ def images_of(folder: Path, source: Source, left_out: LeftOut) -> Iterator[Path]
     """The pictures of a class's folder; what lies deeper, or is no file, is counted."""
     for entry in entries(inner(folder), source, left_out):
         path = Path(entry.path)
-        if entry.is_file():
+        if is_file(entry):
             if is_picture(entry, left_out.passed_over):
                 yield path
-        elif not entry.is_dir():
+        elif not is_folder(entry):
             left_out.add("no regular file", path)
         elif deeper := sum(1 for _ in walk(path, source, left_out)):
             left_out.add("deeper than a class's folder", path, images=deeper)
