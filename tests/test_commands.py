@@ -290,10 +290,8 @@ def test_lines_on_data_sets_run(
             assert verify.main([*words, "--workers", "1"]) == 0, line
         if (words := words_of(line, "-m shards.show")) is not None:
             assert show.main(words) == 0 and [*Path("sheets").iterdir()], line
-    assert packed == {
-        "affectnet", "caers", "expw", "fer2013", "ferplus", "folder", "identities", "rafdb", "sfew",
-        "synthetic",
-    }  # fmt: skip
+    names = "affectnet caers expw fer2013 ferplus folder identities rafdb sfew synthetic"
+    assert packed == {*names.split()}
 
 
 def test_what_the_lines_leave_is_ignored_by_git() -> None:
