@@ -192,11 +192,8 @@ def test_resumed_in_mid_warm_up_equals_uninterrupted(tiny: Write, tmp_path: Path
 def test_programs_take_the_weights_that_are_named(
     weights: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    class Asked(Exception):
-        pass
-
     def ask(*_: object, weights: str, **__: object) -> NoReturn:
-        raise Asked(weights)
+        raise LookupError(weights)
 
     asked: Any = {"checkpoint": tmp_path / "x.pt", "weights": weights}
     for module, options in (
@@ -206,7 +203,7 @@ def test_programs_take_the_weights_that_are_named(
         (export, ExportOptions(**asked)),
     ):
         monkeypatch.setattr(module, "load_trained", ask)
-        with pytest.raises(Asked, match=f"^{weights}$"):
+        with pytest.raises(LookupError, match=f"^{weights}$"):
             module.main(options)
 
 
