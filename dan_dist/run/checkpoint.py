@@ -1,7 +1,6 @@
 """The file of a checkpoint: tensors and plain values, written whole, read without running code."""
 
 import argparse
-import collections
 import datetime
 import pathlib
 import pickle
@@ -27,6 +26,12 @@ KEYS = ("step", "config", "fingerprint", "class_names", "objective", "best", "me
 RESUMED = (*KEYS, "optimizer", "run_id", "evaluated", "replaced", "replaced_since",
            "figures")  # fmt: skip
 
+
+def _history(*_: object) -> dict[Any, Any]:
+    """A plain dict in place of a defaultdict, whose entries torch does not read."""
+    return {}
+
+
 # Beside tensors and plain values, what training scripts leave in their files: constructors of
 # values that run no code of the file, by the names that files give them.
 HARMLESS: list[Any] = [
@@ -35,7 +40,7 @@ HARMLESS: list[Any] = [
       for module in ("numpy.core", "numpy._core")],
     np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdgFDUSO"},
     argparse.Namespace, pathlib.PosixPath, datetime.datetime, datetime.timedelta,
-    collections.defaultdict, list, dict, int, float,  # a history's, and its empty values
+    (_history, "collections.defaultdict"), list, dict, int, float,  # the last are its empty values
 ]  # fmt: skip
 _STATE = TypeAdapter(TrainState)
 
