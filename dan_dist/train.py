@@ -60,9 +60,7 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
     """
     folder, stop = Path(config.train.output), stop or StopRequest()
     stop.where = "before training"
-    began_s: float | None = (
-        None  # when the folder became this training's; nothing is written before
-    )
+    began_s: float | None = None  # before the folder is this training's, nothing is written there
 
     def fail(reason: str) -> None:
         if began_s is not None:
