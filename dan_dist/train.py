@@ -39,7 +39,7 @@ from dan_dist.run.folder import (
     step_path,
     steps_saved,
 )
-from dan_dist.run.outcome import keep_room, open_outcome, write_failure, write_outcome
+from dan_dist.run.outcome import Status, keep_room, open_outcome, write_failure, write_outcome
 from dan_dist.run.plan import Plan, make_plan
 from dan_dist.run.signals import Stopped, StopRequest
 from dan_dist.run.state import TrainState
@@ -137,8 +137,7 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
         if step == 0:  # the start's own accuracy, chance, is where curves begin
             monitor.start(data.task.judge(engine.evaluate(validation, data.task.select, heart)))
         while not close(step):
-            step += 1
-            stop.step = step
+            stop.step = step = step + 1
             heart.beat("reading", step)
             batch = next(batches)
             heart.beat("step", step)
@@ -147,8 +146,8 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
         heart.finish()
         writer.wait()
         is_over = plan.is_over(step, best_epoch=state.best.get("epoch"))
-        saved = plan.start if writer.saved is None else writer.saved
-        ended = RunResult("finished" if is_over else "preempted", dict(state.metrics), saved)
+        status: Status = "finished" if is_over else "preempted"
+        ended = RunResult(status, dict(state.metrics), writer.saved or plan.start)
         return finish(config, world, data, ended, state, tracker, stop, heart)
 
 
