@@ -13,9 +13,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from dan_dist.run.plain import escape, is_count, is_printable, leaves, refuse_not_finite, refuse_odd
+from dan_dist.run.plain import is_count, leaves, refuse_not_finite, refuse_odd
 from dan_dist.run.state import TrainState
-from shards.command import words
+from shards.command import escape, is_printable, words
 from shards.files import replacing
 
 FORMAT = "dan_dist checkpoint, version 1"

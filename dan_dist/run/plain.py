@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shards.command import escape
+
 MOST_VALUES = 4_000_000  # a checkpoint of a million identities holds as many names
 MOST_DEPTH = 32
 LONGEST_TEXT = 10_000  # characters
@@ -14,7 +16,6 @@ LARGEST = 2**63
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int32,
           torch.uint8, torch.bool)  # fmt: skip
-JOINERS = "\u200c\u200d"  # invisible, but letters of Persian and of emoji
 
 
 def leaves(content: Any) -> Iterator[tuple[str, Any]]:
@@ -91,13 +92,3 @@ def is_count(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
     return type(value) in (int, float) and math.isfinite(value)
-
-
-def is_printable(text: str) -> bool:
-    """Whether a text is one line that a terminal shows and does not obey."""
-    return all(c.isprintable() or c in JOINERS for c in text)
-
-
-def escape(text: str) -> str:
-    """A text in one line of a terminal, whatever is in it."""
-    return "".join(c if is_printable(c) else ascii(c)[1:-1] for c in text)
