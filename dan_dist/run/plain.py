@@ -18,11 +18,12 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int
           torch.uint8, torch.bool)  # fmt: skip
 
 
-def leaves(content: Any) -> Iterator[tuple[str, Any]]:
-    """The values in nested dicts, lists and tuples with their dotted names; keys are checked too.
+def leaves(content: Any) -> Iterator[tuple[Any, Any]]:
+    """The values in nested dicts, lists and tuples with their places; keys are checked too.
 
-    A few bytes of a file can describe 2^34 values, a number or a name without end: more than the
-    bounds above are a ValueError.
+    A place is the pair of the place around it and a key; `dotted` makes a name of it, which takes
+    longer than the walk. A few bytes of a file can describe 2^34 values, a number or a name without
+    end: more than the bounds above are a ValueError.
     """
     left: list[tuple[Any, Any, int]] = [(content, (), 0)]
     count = 0
@@ -41,7 +42,7 @@ def leaves(content: Any) -> Iterator[tuple[str, Any]]:
             left += [(v, (place, k), depth + 1) for k, v in enumerate(value)]
         else:
             check_bounds(value, place)
-            yield dotted(place), value
+            yield place, value
 
 
 def check_bounds(value: Any, place: Any) -> None:
@@ -52,8 +53,16 @@ def check_bounds(value: Any, place: Any) -> None:
         raise ValueError(f"{dotted(place)}: a whole number of {value.bit_length():,} bits")
 
 
+def part_of(place: Any) -> Any:
+    """The outermost key of a place that `leaves` gives."""
+    key = None
+    while place:
+        place, key = place
+    return key
+
+
 def dotted(place: Any) -> str:
-    """The name of a place in nested dicts: what `leaves` keeps while it walks."""
+    """The name of a place that `leaves` gives."""
     keys = []
     while place:
         place, key = place
