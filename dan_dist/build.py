@@ -119,7 +119,10 @@ def drawn_release(faces: Synthetic, shards: str) -> Release:
     """The faces that are to be drawn for the folder `shards`."""
     if is_remote(shards):
         raise ValueError(f"data.synthetic: faces cannot be packed into {redact(shards)}")
-    return synthetic.release_by(**faces.model_dump())
+    return synthetic.release_by(
+        faces.by, faces.train, faces.val, identities=faces.identities, held_out=faces.held_out,
+        size=faces.size, seed=faces.seed,
+    )  # fmt: skip
 
 
 def assemble_data(config: Config, world: World, shards: ShardSet) -> TrainingData:

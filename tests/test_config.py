@@ -128,7 +128,14 @@ def test_a_base_that_is_missing_is_named_with_its_reader(tmp_path: Path) -> None
         load_config(tmp_path / "c.yaml")
 
 
-@pytest.mark.parametrize("name", ["rafbd", "configs/rafbd.yaml", "rafbd.yaml"])
+@pytest.mark.parametrize("word", ["optim.lr:1e-4", "optim.lr", "train.epochs 3", "schedule"])
+def test_a_key_without_its_value_is_no_recipe(word: str) -> None:
+    key = word.replace(":", " ").split()[0]
+    with pytest.raises(ValueError, match=f"^{word}: a key, expected {key}=value$"):
+        find_config(word)
+
+
+@pytest.mark.parametrize("name", ["rafbd", "configs/rafbd.yaml", "RAFDB"])
 def test_an_unknown_recipe_lists_those_there_are(name: str) -> None:
     known = ", ".join(path.stem for path in SHIPPED)
     message = rf"^{name}: no such configuration; did you mean rafdb\? There are {known}$"

@@ -1,4 +1,4 @@
-"""A run's folder: which checkpoints lie in it, which of them a run goes on from, who may write."""
+"""A run's folder: its checkpoints, the one to resume from, the lock of the one that trains."""
 
 import logging
 import re

@@ -8,7 +8,7 @@ import itertools
 import os
 import unicodedata
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from filecmp import cmp
 from pathlib import Path
 
@@ -25,6 +25,25 @@ Found = dict[str, list[Path]]
 def fold(name: str) -> str:
     """A name as the same name in another case or Unicode form is folded too."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+class Names:
+    """The files of a folder, found by the names that a list of the release gives them.
+
+    Copies change a name's case, its Unicode form and the direction of its slashes.
+    """
+
+    def __init__(self, present: Iterable[str]) -> None:
+        self.present = frozenset(present)
+        self._folded: dict[str, str] | None = None  # made where a name needs it: it may be large
+
+    def find(self, listed: str) -> str | None:
+        """The file of this name, of which one spelt the same comes first."""
+        if listed in self.present:
+            return listed
+        if self._folded is None:
+            self._folded = {fold(name): name for name in sorted(self.present, reverse=True)}
+        return self._folded.get(fold(listed))
 
 
 def visible(folder: Path) -> Iterator[os.DirEntry[str]]:
@@ -71,6 +90,12 @@ def inner(folder: Path) -> Path:
     while deeper := [p for p in _few(folder) if fold(p.name) == fold(folder.name) and p.is_dir()]:
         folder = deeper[0]
     return folder
+
+
+def part(folder: Path, name: str) -> Path | None:
+    """The folder of this name in a folder, in any case, within folders of its own name."""
+    found = sorted(entry.name for entry in visible(folder) if fold(entry.name) == name)
+    return inner(folder / found[0]) if found else None
 
 
 def _few(folder: Path) -> list[Path]:

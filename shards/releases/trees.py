@@ -9,6 +9,8 @@ from shards.release import Item, LeftOut
 from shards.releases.layout import fold, inner
 from shards.releases.source import Keys, Source, entries, walk
 
+OTHER_NAMES = "class folders of any names are packed as `folder`"
+
 
 class Skip:
     """The folders that are passed over, by their names or their paths in the source."""
@@ -85,7 +87,7 @@ def list_classes(
         if fnmatchcase(name, ignored):
             continue
         if name not in known:
-            raise ValueError(f"{home}: expected one of {', '.join(labels)}")
+            raise ValueError(f"{home}: expected one of {', '.join(labels)}; {OTHER_NAMES}")
         for image in images_of(home, source, left_out):
             key = keys.make(f"{name}_{image.stem}", f"{name}_{image.name}")
             items.append(Item(key, known[name], source.relative(image)))
