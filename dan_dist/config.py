@@ -96,7 +96,11 @@ def _read(file: Path, readers: Sequence[Path] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str) or file in readers:
         raise ValueError(f"{file}: base is {base!r}, expected another configuration's name")
-    return overlay(_read(find_config(base), [*readers, file]), tree)
+    try:
+        below = find_config(base)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{file}: base is {error}") from error
+    return overlay(_read(below, [*readers, file]), tree)
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FAILED, USAGE, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+JOINERS = "\u200c\u200d"  # invisible, but letters of Persian and of emoji
 REPEAT_S = 3.0  # schedulers and launchers both pass a signal on: that is still the first one
 
 
@@ -116,13 +117,23 @@ def _opened(stream: TextIO, number: int) -> TextIO:
     )  # fmt: skip
 
 
+def is_printable(text: str) -> bool:
+    """Whether a text is one line that a terminal shows and does not obey."""
+    return all(c.isprintable() or c in JOINERS for c in text)
+
+
+def escape(text: str) -> str:
+    """A text in one line of a terminal, whatever is in it."""
+    return "".join(c if is_printable(c) else ascii(c)[1:-1] for c in text)
+
+
 def words(error: BaseException) -> str:
-    """An error in one line: the file where it names one, and the reason in plain words."""
+    """An error in one line of a terminal: the file where it names one, and the reason in words."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+        return escape(f"{os.fsdecode(error.filename)}: {error.strerror}")
     if isinstance(error, OSError) and error.errno and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return escape(" ".join(str(error).split())) or type(error).__name__
 
 
 def guarded(work: Callable[[], int]) -> int:

@@ -68,7 +68,7 @@ def checkpoints(trial: Trial) -> None:
 def backbone_of(path: Path) -> float:
     network = DAN(8, 0)
     load_backbone(network, str(path))
-    found = float(sum(p.double().abs().sum() for p in network.state_dict().values()))
+    found = float(sum(p.double().abs().sum() for p in network.backbone.state_dict().values()))
     assert found == found and abs(found) != float("inf")
     return found
 

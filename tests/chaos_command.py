@@ -107,7 +107,7 @@ def main() -> int:
     print(f"seed {seed}", flush=True)
     shared_memory = set(Path("/dev/shm").iterdir())
     tallies: dict[str, Tally] = collections.defaultdict(Tally)
-    parts, rest = shares(kinds, options.faults)
+    (parts, rest), undisturbed = shares(kinds, options.faults), ""
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         folder = Path(name)
         if parts:
@@ -120,8 +120,12 @@ def main() -> int:
             print(table({kind: tallies[kind]}).splitlines()[2], flush=True)
         if rest:
             own = [kind for kind in kinds if kind in TRAININGS]
-            run(folder, Plan(own, rest, options.task, until_s), seed, tallies)
+            try:
+                run(folder, Plan(own, rest, options.task, until_s), seed, tallies)
+            except AssertionError as error:
+                undisturbed = f"FELL, undisturbed: {error}"
     print(table(tallies))
+    print(undisturbed, end="\n" * bool(undisturbed))
     if left := unused(set(Path("/dev/shm").iterdir()) - shared_memory):
         print(f"left in shared memory: {left}", file=sys.stderr)
-    return int(bool(left) or any(t.held < t.tried for t in tallies.values()))
+    return int(bool(left or undisturbed) or any(t.held < t.tried for t in tallies.values()))

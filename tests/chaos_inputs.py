@@ -226,7 +226,10 @@ def odd_text(dice: Random) -> str:
              "${HOME}", "$X", "/dev/zero", "/proc/self/mem", "..", "a\0b", "True", "off", "9" * 500,
              "x" * 5000, "!!int 3", "*a", "-1", "0", "2", "64", "1e9", "http://u:p@127.0.0.1:1/",
              "file:///etc", "adam", "sgd", "cosine", "none", "[0.5, 1]", "[1]")  # fmt: skip
-    return dice.choice(texts) if dice.random() < 0.8 else str(odd_value(dice))[:200]
+    if dice.random() < 0.8:
+        return dice.choice(texts)
+    value = odd_value(dice)
+    return "[" * 30 if isinstance(value, list) else str(value)[:200]
 
 
 def odd_word(dice: Random) -> str:

@@ -9,12 +9,12 @@ import torch
 Change = Callable[[dict[str, Any]], object]
 
 
-def aliased(depth: int) -> list[Any]:
-    """2^depth values in as many bytes as `depth` takes."""
-    value: list[Any] = [1]
+def aliased(depth: int, value: Any = 1) -> list[Any]:
+    """2^depth times a value, in as many bytes as `depth` takes."""
+    found = [value]
     for _ in range(depth):
-        value = [value, value]
-    return value
+        found = [found, found]
+    return found
 
 
 def put(*keys: str, value: Any) -> Change:

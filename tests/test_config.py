@@ -121,6 +121,13 @@ def test_an_installed_package_brings_its_configurations(
     assert shipped_folder() == tmp_path / "site" / "dan_dist" / "configs"
 
 
+def test_a_base_that_is_missing_is_named_with_its_reader(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("base: rafbd\n")
+    message = rf"^{tmp_path}/c\.yaml: base is rafbd: no such configuration; did you mean rafdb\?"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_config(tmp_path / "c.yaml")
+
+
 @pytest.mark.parametrize("word", ["optim.lr:1e-4", "optim.lr", "train.epochs 3", "schedule"])
 def test_a_key_without_its_value_is_no_recipe(word: str) -> None:
     key = word.replace(":", " ").split()[0]

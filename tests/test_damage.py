@@ -56,7 +56,7 @@ def test_shards_that_fail_in_flight(
     if fault == "slow":
         assert reader.read(0).tobytes() == intact and not reader.bad
         return
-    with pytest.raises(TooMuchDamageError, match=f"no intact image .* {shard.name}/#0"):
+    with pytest.raises(TooMuchDamageError, match=f"shards: no intact image .* {shard.name}/#0"):
         reader.read(0)  # a class of one shard
     assert (
         f"damaged image {shard.name}/#0 (" in caplog.text and "replaced by another" in caplog.text

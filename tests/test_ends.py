@@ -159,10 +159,12 @@ def test_commands_on_shards_end_with_their_code_without_a_reader(
         (BlockingIOError("the folder is in use"), "the folder is in use"),
         (TimeoutError(), "TimeoutError"),
         (ValueError("two\n  lines"), "two lines"),
+        (ValueError("key '\x1b[31m\udc80'"), r"key '\x1b[31m\udc80'"),
+        (FileNotFoundError(2, "No such file", "a\nb\x07"), r"a\nb\x07: No such file"),
     ],
 )
 def test_an_error_in_words(error: Exception, line: str) -> None:
-    assert words(error).startswith(line) and "\n" not in words(error)
+    assert words(error).startswith(line) and words(error).isprintable()
 
 
 def test_an_account_without_a_home_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,8 @@ class Reader:
                 return candidate, content
             self.report(candidate, fault)
         raise TooMuchDamageError(
-            f"no intact image is left of the class of {readable_key(self.split, sample)}"
+            f"{self.split.root}: no intact image is left of the class of "
+            f"{readable_key(self.split, sample)}"
         )
 
     def advise(self, ids: list[int]) -> None:

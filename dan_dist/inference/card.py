@@ -6,7 +6,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from dan_dist.model.weights import Trained
-from dan_dist.run.plain import escape
+from shards.command import escape
 
 EXAMPLE = '''\
 """python {stem}-example.py FACE.jpg …  needs pip install onnxruntime pillow numpy"""

@@ -22,6 +22,7 @@ from dan_dist.inference.outputs import FEATURES, Files, Row, Write, writing
 from dan_dist.model.dan import Output, features, probabilities
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import PredictOptions
+from shards.command import escape
 from shards.files import scratch_folder
 
 CHUNK = 1024  # images at a time: what memory and the temporary folder hold of any number
@@ -142,4 +143,4 @@ def print_table(names: tuple[str, ...], paths: Sequence[Path]) -> Write:
 
 def readable(text: object) -> str:
     """A file's name in one line of a terminal, whatever is in it."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+    return escape(str(text))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dan_dist.run.plain import escape, is_printable
+from shards.command import escape, is_printable
 from shards.releases import affectnet, rafdb, sfew
 
 # Label orders by the name of the recipe whose data set has them

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dan_dist.model.classes import join_names
 from dan_dist.model.dan import DAN, Fusion
-from dan_dist.run.plain import escape, refuse_not_finite, refuse_odd
+from dan_dist.run.plain import refuse_not_finite, refuse_odd
+from shards.command import escape
 
 USUAL = (
     "state_dict",

@@ -13,8 +13,8 @@ from dan_dist.model.dan import DAN, Fusion
 from dan_dist.model.state_dict import fill_network
 from dan_dist.options import Precision
 from dan_dist.run.checkpoint import BEST, FORMAT, NETWORK, check, learned, read
-from dan_dist.run.plain import escape
 from dan_dist.schema import MOST_HEADS, MOST_PIXELS
+from shards.command import escape
 from shards.files import read_regular
 from shards.kinds import HEAD_BYTES, ONNX, ZIP, begins_as_picture, describe
 

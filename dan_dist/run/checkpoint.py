@@ -14,9 +14,16 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from dan_dist.run.plain import escape, is_count, is_printable, leaves, refuse_not_finite, refuse_odd
+from dan_dist.run.plain import (
+    dotted,
+    is_count,
+    leaves,
+    part_of,
+    refuse_not_finite,
+    refuse_odd,
+)
 from dan_dist.run.state import TrainState
-from shards.command import words
+from shards.command import escape, is_printable, words
 from shards.files import replacing
 
 FORMAT = "dan_dist checkpoint, version 1"
@@ -130,15 +137,20 @@ def check(path: Path, content: Mapping[str, Any], keys: tuple[str, ...]) -> None
         if missing := [key for key in keys if key not in content]:
             raise ValueError(f"it lacks {', '.join(missing)}")
         _check_kinds(content)
-        for name, value in leaves(content):
-            part = name.partition(".")[0]
-            if isinstance(value, Tensor):
-                if part in ("config", "class_names"):
-                    raise ValueError(f"{name} is a tensor, expected a plain value")
-                refuse_odd(name, value)
-            if part in ("objective", "average"):
-                if not isinstance(value, Tensor):
-                    raise ValueError(f"{name} is a {type(value).__name__}, expected a tensor")
+        seen: set[tuple[Any, int]] = set()  # a few bytes can give one tensor a million names
+        for place, value in leaves(content):
+            part = part_of(place)
+            is_weight = part in ("objective", "average")
+            if not (is_weight or isinstance(value, Tensor)) or (part, id(value)) in seen:
+                continue
+            seen.add((part, id(value)))
+            name = dotted(place)
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{name} is a {type(value).__name__}, expected a tensor")
+            if part in ("config", "class_names"):
+                raise ValueError(f"{name} is a tensor, expected a plain value")
+            refuse_odd(name, value)
+            if is_weight:
                 refuse_not_finite(name, value)
     except ValueError as error:
         raise ValueError(f"{path}: not a readable checkpoint ({error})") from error

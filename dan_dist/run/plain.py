@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shards.command import escape
+
 MOST_VALUES = 4_000_000  # a checkpoint of a million identities holds as many names
 MOST_DEPTH = 32
 LONGEST_TEXT = 10_000  # characters
@@ -14,14 +16,14 @@ LARGEST = 2**63
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.int32,
           torch.uint8, torch.bool)  # fmt: skip
-JOINERS = "\u200c\u200d"  # invisible, but letters of Persian and of emoji
 
 
-def leaves(content: Any) -> Iterator[tuple[str, Any]]:
-    """The values in nested dicts, lists and tuples with their dotted names; keys are checked too.
+def leaves(content: Any) -> Iterator[tuple[Any, Any]]:
+    """The values in nested dicts, lists and tuples with their places; keys are checked too.
 
-    A few bytes of a file can describe 2^34 values, a number or a name without end: more than the
-    bounds above are a ValueError.
+    A place is the pair of the place around it and a key; `dotted` makes a name of it, which takes
+    longer than the walk. A few bytes of a file can describe 2^34 values, a number or a name without
+    end: more than the bounds above are a ValueError.
     """
     left: list[tuple[Any, Any, int]] = [(content, (), 0)]
     count = 0
@@ -40,7 +42,7 @@ def leaves(content: Any) -> Iterator[tuple[str, Any]]:
             left += [(v, (place, k), depth + 1) for k, v in enumerate(value)]
         else:
             check_bounds(value, place)
-            yield dotted(place), value
+            yield place, value
 
 
 def check_bounds(value: Any, place: Any) -> None:
@@ -51,8 +53,16 @@ def check_bounds(value: Any, place: Any) -> None:
         raise ValueError(f"{dotted(place)}: a whole number of {value.bit_length():,} bits")
 
 
+def part_of(place: Any) -> Any:
+    """The outermost key of a place that `leaves` gives."""
+    key = None
+    while place:
+        place, key = place
+    return key
+
+
 def dotted(place: Any) -> str:
-    """The name of a place in nested dicts: what `leaves` keeps while it walks."""
+    """The name of a place that `leaves` gives."""
     keys = []
     while place:
         place, key = place
@@ -91,13 +101,3 @@ def is_count(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
     return type(value) in (int, float) and math.isfinite(value)
-
-
-def is_printable(text: str) -> bool:
-    """Whether a text is one line that a terminal shows and does not obey."""
-    return all(c.isprintable() or c in JOINERS for c in text)
-
-
-def escape(text: str) -> str:
-    """A text in one line of a terminal, whatever is in it."""
-    return "".join(c if is_printable(c) else ascii(c)[1:-1] for c in text)
