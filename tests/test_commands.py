@@ -64,6 +64,10 @@ EXECUTED = {
         "test_verification.py::test_a_backbone_from_training_to_dan",
     "torchrun launch/train.py model.backbone=runs/demo-backbone/backbone.pth *":
         "test_verification.py::test_a_backbone_from_training_to_dan",
+    "torchrun launch/train.py demo model.heads=0 *":
+        "test_weights.py::test_a_dan_starts_from_the_trunk_of_a_baseline",
+    "torchrun launch/train.py demo model.backbone=runs/trunk/best.pt *":
+        "test_weights.py::test_a_dan_starts_from_the_trunk_of_a_baseline",
     "torchrun launch/train.py rafdb model.weights=affecnet8_epoch5_acc0.6209.pth":
         "test_weights.py::test_a_training_starts_from_it",
     "torchrun --nproc-per-node=8 launch/train.py demo data.shards=data/faces *": DRY,
@@ -178,7 +182,8 @@ def lines() -> list[str]:
         rest = FENCED.sub("", text)
         inline = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
         for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-            found.append(" ".join(re.sub(r"(^|\s)# .*$|\s+&$", "", line).split()))
+            whole = " ".join(re.sub(r"(^|\s)# .*$|\s+&$", "", line).split())
+            found += re.split(r" && (?=torchrun )", whole)  # one after the other
         found += [span for span in inline if span.startswith(STARTS) and " " in span]
     return sorted(filter(None, {*found}))
 
