@@ -77,20 +77,18 @@ def find_leaks(
 def recorded_leaks(shards: ShardSet) -> list[Leaks] | None:
     """The leaks between the splits of a set, by the groups that its pack recorded; None: by none.
 
-    Two images of a group need not be alike themselves: others of it may stand between them.
+    Each image once, with the first of its group; others of it may stand between the two.
     """
     leaks = []
     for a, b in combinations(map(shards.split, shards.splits), 2):
         left, right = recorded_groups(a.index), recorded_groups(b.index)
         if left is None or right is None:
             return None
-        order = np.argsort(left, kind="stable")
-        first, last = (np.searchsorted(left[order], right, side) for side in ("left", "right"))
-        pairs = [
-            (k, own) for own in np.flatnonzero(last > first) for k in order[first[own] : last[own]]
-        ]
-        samples = np.array(pairs, np.int64).reshape(-1, 2)
-        leaks.append(Leaks((a, b), samples, np.full(len(samples), np.nan, np.float32)))
+        groups, first = np.unique(left, return_index=True)
+        images = np.flatnonzero(np.isin(right, groups))
+        partners = first[np.searchsorted(groups, right[images])]
+        alike = np.full(len(images), np.nan, np.float32)
+        leaks.append(Leaks((a, b), np.stack([partners, images], 1), alike))
     return leaks
 
 

@@ -121,8 +121,8 @@ def near(root: Path) -> Path:
     for k in range(160):
         original = np.asarray(scene(k, 48).convert("L"), float)
         save(Image.fromarray(original.astype(np.uint8)), root / "train" / "face" / f"{k}.png")
-        noise = gaussian_filter(rng.standard_normal((48, 48)), 1.5) * original.std() * (1 + k / 160)
-        copy = np.clip(original + 1.5 * noise, 0, 255).astype(np.uint8)
+        noise = gaussian_filter(rng.standard_normal((48, 48)), 1.5) * (25 + k / 8)
+        copy = np.clip(original + noise, 0, 255).astype(np.uint8)
         save(Image.fromarray(copy), root / "val" / "face" / f"{k}.png")
     for split in ("train", "val"):
         save(Image.new("L", (48, 48), 7), root / split / "face" / "flat.png")
