@@ -248,7 +248,7 @@ def test_a_training_starts_from_it(
         single(tiny("other"), *options)
 
 
-def test_a_dan_starts_from_the_trunk_of_a_baseline(
+def test_a_dan_from_a_baseline(
     baseline_run: Path, tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The second of two stages: the backbone is the baseline's, the heads are new."""
