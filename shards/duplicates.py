@@ -1,7 +1,7 @@
-"""Images that stand in a set more than once, byte for byte.
+"""Images that stand in a set more than once, byte for byte, and groups of images.
 
-`duplicate_groups` is the place where images of one index are found to belong together; whoever
-keeps such images on one side of a cut needs nothing else.
+`duplicate_groups` and `join_groups` are the place where images of one index are found to belong
+together; whoever keeps such images on one side of a cut needs nothing else.
 """
 
 import hashlib
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from shards.format import ShardSet, Split
 
@@ -25,11 +27,11 @@ class _Image(NamedTuple):
 
     @property
     def label(self) -> str:
-        return self.split.class_names[int(self.split.index["label"][self.sample])]
+        return self.split.class_of(self.sample)
 
     @property
     def name(self) -> str:
-        return f"{self.split.name}/{self.split.key(self.sample).split('/', 1)[-1]}"
+        return self.split.name_of(self.sample)
 
 
 def duplicate_groups(index: NDArray[Any]) -> NDArray[np.int64]:
@@ -37,6 +39,25 @@ def duplicate_groups(index: NDArray[Any]) -> NDArray[np.int64]:
     marks = index["crc32"].astype(np.uint64) << np.uint64(32) | index["size"].astype(np.uint64)
     groups: NDArray[np.int64] = np.unique(marks, return_inverse=True)[1]
     return groups
+
+
+def join_groups(groups: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+    """One number for images that any of several groupings puts together, be it over others.
+
+    groups: of each grouping, a number or name for each image. The joined groups stand in the order
+    of the first grouping's.
+    """
+    numbers = [np.unique(own, return_inverse=True)[1] for own in groups]
+    size = len(numbers[0])
+    # The parts of a graph of images, and of the groups that each of them is in
+    ends = np.concatenate([own + (k + 1) * size for k, own in enumerate(numbers)])
+    edges = (np.ones(len(ends)), (np.tile(np.arange(size), len(numbers)), ends))
+    graph = coo_array(edges, ((len(numbers) + 1) * size,) * 2)
+    parts = connected_components(graph, directed=False)[1][:size]
+    first = np.full(parts.max(initial=0) + 1, size, np.int64)
+    np.minimum.at(first, parts, numbers[0])
+    joined: NDArray[np.int64] = first[parts]
+    return joined
 
 
 def describe_duplicates(shards: ShardSet) -> list[str]:

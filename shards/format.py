@@ -25,6 +25,7 @@ from shards.index import INDEX_DTYPE, check_present, read_index
 
 FORMAT = "dan_dist shards, version 1"
 MANIFEST = "manifest.json"
+DRAWN = "synthetic"  # the data set of drawn faces
 MANIFEST_BYTES = 64 * 2**20  # at most; 300,000 shards take as many
 MAX_KEY = 90  # bytes: a USTAR header has 100 for `<key>.json`
 
@@ -56,7 +57,7 @@ class Split:
     name: str
     root: Path
     shards: tuple[Shard, ...]
-    index: NDArray[Any]  # (samples,) INDEX_DTYPE, read-only; offset and size are the JPEG's
+    index: NDArray[Any]  # (samples,) index_dtype, read-only; offset and size are the JPEG's
     class_names: tuple[str, ...]
     image_size: int | None  # pixels, where all images are squares of one size
 
@@ -79,6 +80,14 @@ class Split:
         row = self.index[sample]
         with self.path(row["shard"]).open("rb") as file:
             return f"{self.shards[row['shard']].name}/{_key_at(file, int(row['offset']))}"
+
+    def name_of(self, sample: int) -> str:
+        """`<split>/<key>` of a sample, for people."""
+        return f"{self.name}/{self.key(sample).split('/', 1)[-1]}"
+
+    def class_of(self, sample: int) -> str:
+        """The name of a sample's class."""
+        return self.class_names[int(self.index["label"][sample])]
 
     def keys(self) -> Iterator[str]:
         """The key of every sample, likewise, in the order of the index."""

@@ -1,6 +1,7 @@
 """A split's index: a row for each image, by which every rank finds it, checked as it is read.
 
-Where the release has votes or shares of the classes beside each label, a row ends with them.
+A row ends with the group of images that show one photograph, where the pack has looked for such,
+and with the share of each class, where the release has votes or shares beside each label.
 """
 
 import hashlib
@@ -21,31 +22,50 @@ HEADER_BYTES = 4096  # of the file, at most
 SOFT_TOLERANCE = 1e-4  # of the sum of an image's shares
 
 
-def index_dtype(classes: int) -> np.dtype[Any]:
-    """A row with the share of each class, which add up to 1."""
-    return np.dtype([*INDEX_DTYPE.descr, ("soft", "<f4", (classes,))])
+def index_dtype(classes: int = 0, *, grouped: bool = False) -> np.dtype[Any]:
+    """A row with its group, and with the share of each of some classes, which add up to 1."""
+    group = [("group", "<i4")] if grouped else []
+    soft = [("soft", "<f4", (classes,))] if classes else []
+    return np.dtype([*INDEX_DTYPE.descr, *group, *soft])
 
 
 def most_bytes(samples: int, classes: int) -> int:
     """The size of an index's file, at most."""
-    return samples * index_dtype(classes).itemsize + HEADER_BYTES
+    return samples * index_dtype(classes, grouped=True).itemsize + HEADER_BYTES
 
 
 def with_soft(rows: NDArray[Any], shares: NDArray[Any]) -> NDArray[Any]:
     """The rows with shares of classes, (samples, classes), each made to add up to 1."""
-    found = np.empty(len(rows), index_dtype(shares.shape[1]))
-    for name in INDEX_DTYPE.names or ():
-        found[name] = rows[name]
+    grouped = recorded_groups(rows) is not None
+    found = _recast(rows, index_dtype(shares.shape[1], grouped=grouped))
     found["soft"] = shares / shares.sum(axis=1, keepdims=True)
     return found
 
 
-def without_soft(rows: NDArray[Any]) -> NDArray[Any]:
-    """The rows alone, in memory."""
-    found = np.empty(len(rows), INDEX_DTYPE)
-    for name in INDEX_DTYPE.names or ():
+def with_groups(rows: NDArray[Any], groups: NDArray[Any]) -> NDArray[Any]:
+    """The rows with the group of each image."""
+    soft = soft_of(rows)
+    found = _recast(rows, index_dtype(0 if soft is None else soft.shape[1], grouped=True))
+    found["group"] = groups
+    return found
+
+
+def plain_rows(rows: NDArray[Any]) -> NDArray[Any]:
+    """The rows without groups and shares, in memory."""
+    return _recast(rows, INDEX_DTYPE)
+
+
+def _recast(rows: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A copy with the fields of `dtype`, of which new ones are empty."""
+    found = np.empty(len(rows), dtype)
+    for name in set(dtype.names or ()) & set(rows.dtype.names or ()):
         found[name] = rows[name]
     return found
+
+
+def recorded_groups(index: NDArray[Any]) -> NDArray[np.int32] | None:
+    """The group of each image, where the rows have it: images of one show one photograph."""
+    return index["group"] if "group" in (index.dtype.names or ()) else None
 
 
 def soft_of(index: NDArray[Any]) -> NDArray[np.float32] | None:
@@ -74,7 +94,7 @@ def read_index(
     except Exception as error:  # the header is parsed as Python text: errors of many kinds
         raise ValueError(f"{path}: not an index: {error}") from error
     rows = (len(content) - file.tell()) / dtype.itemsize if dtype.itemsize else 0
-    is_known = dtype in (INDEX_DTYPE, index_dtype(classes))
+    is_known = any(dtype == index_dtype(k, grouped=g) for k in (0, classes) for g in (False, True))
     if not is_known or shape != (samples,) or rows != samples:
         found = f"{rows:g} rows, {shape} of {dtype} by its header"
         raise ValueError(f"{path}: {found}; the manifest lists {samples} samples")
@@ -94,7 +114,9 @@ def _check_rows(path: Path, index: NDArray[Any], sizes: NDArray[Any], classes: i
     last = sizes[index["shard"]] - size  # a difference cannot overflow, offset + size can
     if size.min() < 1 or offset.min() < 0 or (offset > last).any():
         raise ValueError(f"{path}: an image lies outside its shard")
-    shares = soft_of(index)
+    groups, shares = recorded_groups(index), soft_of(index)
+    if groups is not None and groups.min() < 0:
+        raise ValueError(f"{path}: group {groups.min()}, expected 0 or more")
     if shares is None:
         return
     is_whole = np.abs(shares.sum(axis=1) - 1) <= SOFT_TOLERANCE  # not a number: is not

@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterator
 
+import numpy as np
 import simplejpeg
+from numpy.typing import NDArray
 
 from shards.orientation import EXIF_HEADER, UPRIGHT, XMP_HEADER, orientation
 
@@ -69,13 +71,27 @@ def _table_numbers(segment: bytes) -> Iterator[int]:
         at += 129 if segment[at] >> 4 else 65
 
 
+def small_gray(jpeg: bytes, side: int) -> NDArray[np.uint8]:
+    """A JPEG's brightness, (height, width), from all of its data, by a strict decoder.
+
+    At an eighth to the whole of its size: the smallest of which both sides have `side` pixels.
+
+    Raises:
+        ValueError: its image data are damaged; other decoders show the rest in silence.
+    """
+    gray: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+        jpeg, "GRAY", min_height=side, min_width=side, min_factor=1, strict=True
+    )
+    return gray[:, :, 0]
+
+
 def jpeg_fault(jpeg: bytes) -> str | None:
-    """A strict decoder's error on a JPEG's image data; other decoders show the rest in silence.
+    """A strict decoder's error on a JPEG's image data, or None.
 
     Decodes to an eighth of the size, which is a third of the work.
     """
     try:
-        simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
+        small_gray(jpeg, 1)
     except ValueError as error:
         return str(error)
     return None

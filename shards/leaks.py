@@ -1,79 +1,94 @@
 """Photographs of one split, or set, that another holds too, in whatever form.
 
 The same bytes are found by `duplicates`; here are those that were saved anew, resized, cut by up
-to 5 %, mirrored, made lighter or darker.
+to 5 %, mirrored, made lighter or darker. A pack records which images show one photograph (`group`
+of an index); `find_leaks` looks at the images again.
 """
 
 import csv
 import io
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from shards.duplicates import join_groups
 from shards.files import write_atomically
 from shards.format import ShardSet, Split
-from shards.images import decode
-from shards.likeness import Likenesses, joined, likenesses, same_photographs
+from shards.images import to_jpeg
+from shards.index import recorded_groups
+from shards.likeness import (
+    Likenesses,
+    jpeg_picture_or_blank,
+    likenesses,
+    photograph_groups,
+    same_photographs,
+)
 from shards.packing.pool import in_processes
 from shards.release import Item, Read, Release
 from shards.show import pair_sheet
 
 ITEMS = 256  # of a release, that a process reads at once
 NAMED, SHOWN = 3, 60  # pairs in a line, on a sheet
-DRAFT = 48  # pixels: a JPEG is decoded at a half or a quarter of its size, but not below
+
+T = TypeVar("T")
 
 
 class Leaks(NamedTuple):
     """The pairs of pictures of two splits that are one photograph."""
 
-    names: tuple[str, str]  # of the splits, with the set's folder where there are two
     splits: tuple[Split, Split]
     samples: NDArray[np.int64]  # (N, 2)
-    alike: NDArray[np.float32]  # (N,)
+    alike: NDArray[np.float32]  # (N,); not a number where the images were not looked at
 
-    def labels(self, pair: int) -> tuple[str, str]:
+    def classes(self, pair: int) -> tuple[str, str]:
         """The names of both images' classes."""
-        a, b = (s.class_names[int(s.index["label"][i])] for s, i in self._of(pair))
+        a, b = (split.class_of(sample) for split, sample in self._of(pair))
         return a, b
 
-    def keys(self, pair: int) -> tuple[str, str]:
+    def names(self, pair: int) -> tuple[str, str]:
         """split/key of both images."""
-        a, b = (
-            f"{name}/{split.key(sample).split('/', 1)[-1]}"
-            for name, (split, sample) in zip(self.names, self._of(pair), strict=True)
-        )
+        a, b = (split.name_of(sample) for split, sample in self._of(pair))
         return a, b
 
     def _of(self, pair: int) -> list[tuple[Split, int]]:
         return [(s, int(i)) for s, i in zip(self.splits, self.samples[pair], strict=True)]
 
 
-def find_leaks(shards: ShardSet, workers: int, against: ShardSet | None = None) -> list[Leaks]:
-    """The leaks between the splits of a set, or between it and another one; drawn faces have none.
-
-    Raises:
-        OSError: a tar cannot be read.
-    """
-    if "synthetic" in (shards.dataset, against and against.dataset):
-        return []  # they are alike without being copies
-    own = {name: shards.split(name) for name in shards.splits}
-    found = {name: of_split(split, workers) for name, split in own.items()}
-    if against is None:
-        return [
-            _pairs((a, b), (own[a], own[b]), (found[a], found[b])) for a, b in combinations(own, 2)
-        ]
-    others = {f"{against.root}/{name}": against.split(name) for name in against.splits}
+def find_leaks(
+    own: Sequence[tuple[Split, Likenesses]], others: Sequence[tuple[Split, Likenesses]] | None,
+    workers: int,
+) -> list[Leaks]:  # fmt: skip
+    """The leaks between the splits of a set, or between these and those of another one."""
     leaks = []
-    for other, split in others.items():
-        theirs = of_split(split, workers)
-        leaks += [_pairs((name, other), (own[name], split), (found[name], theirs)) for name in own]
+    for (a, of_a), (b, of_b) in combinations(own, 2) if others is None else product(own, others):
+        pairs = same_photographs(of_a, of_b, workers)
+        leaks.append(Leaks((a, b), np.stack([pairs.a, pairs.b], 1), pairs.alike))
+    return leaks
+
+
+def recorded_leaks(shards: ShardSet) -> list[Leaks] | None:
+    """The leaks between the splits of a set, by the groups that its pack recorded; None: by none.
+
+    Each image once, with the first of its group; others of it may stand between the two.
+    """
+    leaks = []
+    for a, b in combinations(map(shards.split, shards.splits), 2):
+        left, right = recorded_groups(a.index), recorded_groups(b.index)
+        if left is None or right is None:
+            return None
+        groups, first = np.unique(left, return_index=True)
+        images = np.flatnonzero(np.isin(right, groups))
+        partners = first[np.searchsorted(groups, right[images])]
+        alike = np.full(len(images), np.nan, np.float32)
+        leaks.append(Leaks((a, b), np.stack([partners, images], 1), alike))
     return leaks
 
 
@@ -82,7 +97,7 @@ def describe_leaks(found: Sequence[Leaks]) -> Iterator[str]:
     for leaks in found:
         if not len(leaks.alike):
             continue
-        a, b = leaks.names
+        a, b = (split.name for split in leaks.splits)
         right = leaks.splits[1]
         images = np.unique(leaks.samples[:, 1])
         counts = np.bincount(right.index["label"][images], minlength=len(right.class_names))
@@ -91,8 +106,8 @@ def describe_leaks(found: Sequence[Leaks]) -> Iterator[str]:
             for name, count in zip(right.class_names, counts, strict=True)
             if count
         )
-        torn = sum(len(set(leaks.labels(k))) > 1 for k in range(len(leaks.alike)))
-        named = ", ".join(" = ".join(leaks.keys(k)) for k in range(min(NAMED, len(leaks.alike))))
+        torn = sum(len(set(leaks.classes(k))) > 1 for k in range(len(leaks.alike)))
+        named = ", ".join(" = ".join(leaks.names(k)) for k in range(min(NAMED, len(leaks.alike))))
         more = f" and {len(leaks.alike) - NAMED} more pairs" if len(leaks.alike) > NAMED else ""
         yield (f"leaks: {len(images)} of {len(right)} images of {b} show photographs of {a} "
                f"({classes}); {torn} of {len(leaks.alike)} pairs under two labels "
@@ -107,7 +122,7 @@ def write_leaks(found: Sequence[Leaks], folder: Path) -> None:
     writer.writerow(("image", "label", "also", "label there", "alike"))
     for leaks in found:
         for k, alike in enumerate(leaks.alike.tolist()):
-            (a, b), (label_a, label_b) = leaks.keys(k), leaks.labels(k)
+            (a, b), (label_a, label_b) = leaks.names(k), leaks.classes(k)
             writer.writerow((b, label_b, a, label_a, f"{alike:.3f}"))
     write_atomically(folder / "leaks.csv", text.getvalue().encode(errors="replace"))
     pairs = [(float(leaks.alike[k]), leaks, k) for leaks in found for k in range(len(leaks.alike))]
@@ -120,10 +135,11 @@ def write_leaks(found: Sequence[Leaks], folder: Path) -> None:
         pair_sheet(shown, folder / "leaks.png")
 
 
-def without_leaks(release: Release, workers: int) -> Release:
+def without_leaks(release: Release, size: int | None, workers: int) -> Release:
     """A release without the training images that show a photograph of another split.
 
-    They are counted among what is left out. All images of the release are read for it.
+    They are counted among what is left out. All images of the release are read for it, and compared
+    as a pack at this size will have them.
 
     Raises:
         ValueError: the release has no split 'train', or none beside it.
@@ -131,77 +147,87 @@ def without_leaks(release: Release, workers: int) -> Release:
     if "train" not in release.splits or len(release.splits) < 2:
         raise ValueError(f"{release.dataset}: --drop-leaks needs 'train' and another split, "
                          f"found {', '.join(release.splits)}")  # fmt: skip
-    found = {name: _of_items(release.read, items, name, workers)
-             for name, items in release.splits.items()}  # fmt: skip
-    gone: dict[int, str] = {}
-    for name, others in found.items():
-        if name != "train":
-            for k in same_photographs(found["train"], others).a.tolist():
-                gone.setdefault(k, name)
-    train = release.splits["train"]
-    for k, name in sorted(gone.items()):
-        release.left_out.add(f"shows a photograph of {name}", train[k].key)
-    kept = [item for k, item in enumerate(train) if k not in gone]
-    splits: Mapping[str, Sequence[Item]] = {**release.splits, "train": kept}
+    owner = np.repeat([*release.splits], [*map(len, release.splits.values())])
+    found = [_of_items(release.read, items, size, name, workers)
+             for name, items in release.splits.items()]  # fmt: skip
+    kept, marks = (np.concatenate(part) for part in zip(*found, strict=True))
+    groups = join_groups([photograph_groups(kept, workers), marks])
+    is_train = owner == "train"
+    other = dict(
+        zip(groups[~is_train][::-1].tolist(), owner[~is_train][::-1].tolist(), strict=True)
+    )
+    train = []
+    for item, group in zip(release.splits["train"], groups[is_train].tolist(), strict=True):
+        if group in other:
+            release.left_out.add(f"shows a photograph of {other[group]}", item.key)
+        else:
+            train.append(item)
+    splits: Mapping[str, Sequence[Item]] = {**release.splits, "train": train}
     return replace(release, splits=splits)
-
-
-def _pairs(
-    names: tuple[str, str], splits: tuple[Split, Split], found: tuple[Likenesses, Likenesses]
-) -> Leaks:
-    pairs = same_photographs(*found)
-    return Leaks(names, splits, np.stack([pairs.a, pairs.b], 1), pairs.alike)
 
 
 def of_split(split: Split, workers: int) -> Likenesses:
     """What is kept of all images of a split, in the order of the index."""
     rows = [np.flatnonzero(split.index["shard"] == k) for k in range(len(split.shards))]
     tasks = ((split.path(k), split.index[own]) for k, own in enumerate(rows))
-    return _in_order(_of_shard, tasks, [len(own) for own in rows], split.name, workers)
+    return np.concatenate(
+        _in_order(_of_shard, tasks, [len(own) for own in rows], split.name, workers)
+    )
 
 
-def _of_items(read: Read, items: Sequence[Item], name: str, workers: int) -> Likenesses:
-    """What is kept of a release's images; of one that cannot be read, an empty picture."""
+def _of_items(
+    read: Read, items: Sequence[Item], size: int | None, name: str, workers: int
+) -> tuple[Likenesses, NDArray[np.uint64]]:
+    """What is kept of a release's images, and a mark of the bytes of each.
+
+    Of one that cannot be read, an empty picture: packing names it.
+    """
     starts = range(0, len(items), ITEMS)
-    tasks = ((read, list(items[k : k + ITEMS])) for k in starts)
+    tasks = ((read, list(items[k : k + ITEMS]), size) for k in starts)
     sizes = [min(ITEMS, len(items) - k) for k in starts]
-    return _in_order(_read_items, tasks, sizes, name, workers)
+    parts = _in_order(_read_items, tasks, sizes, name, workers)
+    kept, marks = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return kept, marks
 
 
 def _in_order(
-    function: Callable[..., Likenesses], tasks: Iterable[tuple[Any, ...]], sizes: list[int],
-    name: str, workers: int,
-) -> Likenesses:  # fmt: skip
-    """What processes find, joined in the order of their tasks; sizes: pictures of each."""
-    parts: dict[int, Likenesses] = {}
+    function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], sizes: list[int], name: str,
+    workers: int,
+) -> list[T]:  # fmt: skip
+    """What processes find, in the order of their tasks; sizes: pictures of each."""
+    parts: dict[int, T] = {}
     bar = tqdm(desc=f"looking at {name}", total=sum(sizes), unit="img", leave=False, disable=None)
     with bar, in_processes(function, tasks, min(workers, len(sizes))) as finished:
         for number, part in finished:
             parts[number] = part
             bar.update(sizes[number])
-    return joined([parts[k] for k in sorted(parts)])
+    return [parts[k] for k in sorted(parts)]
 
 
 def _of_shard(path: Path, rows: NDArray[np.void]) -> Likenesses:
     with path.open("rb") as file:
 
-        def pictures() -> Iterator[Image.Image]:
+        def jpegs() -> Iterator[bytes]:
             for row in rows:
                 file.seek(int(row["offset"]))
-                picture = Image.open(io.BytesIO(file.read(int(row["size"]))))
-                picture.draft("L", (DRAFT, DRAFT))
-                yield picture
+                yield file.read(int(row["size"]))
 
-        return likenesses(pictures())
+        return likenesses(map(jpeg_picture_or_blank, jpegs()))
 
 
-def _read_items(read: Read, items: list[Item]) -> Likenesses:
+def _read_items(
+    read: Read, items: list[Item], size: int | None
+) -> tuple[Likenesses, NDArray[np.uint64]]:
+    marks: list[int] = []
+
     def pictures() -> Iterator[Image.Image]:
         for item in items:
             try:
-                image = read(item).image
-                yield decode(image) if isinstance(image, bytes) else image
-            except ValueError:  # packing names it
-                yield Image.new("L", (1, 1))
+                jpeg = to_jpeg(read(item).image, size)[0]
+            except ValueError:
+                jpeg = b""
+            marks.append(zlib.crc32(jpeg or item.key.encode()) << 32 | len(jpeg))
+            yield jpeg_picture_or_blank(jpeg)
 
-    return likenesses(pictures())
+    kept = likenesses(pictures())
+    return kept, np.array(marks, np.uint64)

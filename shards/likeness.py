@@ -1,36 +1,42 @@
 """Whether two image files show the same photograph, however each was saved, cut or mirrored.
 
-A perceptual hash (imagehash's DCT hash, of the picture and of its mirror image) finds candidates;
-whether they are the same is decided by their pixels: by the largest correlation of the fine
-structure of one with that of the other, over cuts of up to 5 % on each side of either. Light and
-contrast do not count. 1,040 bytes an image are kept.
+A perceptual hash (imagehash's DCT hash, of the picture and of its mirror image) finds candidates,
+and their coarse structure sorts out most; whether the others are the same is decided by their
+pixels: by the largest correlation of the fine structure of one with that of the other, over cuts of
+up to 5 % on each side of either. Light and contrast do not count. 1,040 bytes an image are kept.
 """
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.fft import dctn
 from scipy.ndimage import uniform_filter1d
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
+
+from shards.jpeg import small_gray
 
 SIDE = 32  # pixels of what is kept of a picture
 BITS = 14  # of 64, in which the hashes of one photograph differ at most
+COARSE = 10  # frequencies of each axis
+NEAR = 0.74  # correlation of the coarse structure, below which pictures are not compared
 PLAUSIBLE = 0.4  # correlation without a cut, below which none is tried
 SAME = 0.9  # correlation with the best cut, from which on two pictures are one
 CUTS = (0.0, 0.025, 0.05)  # of a side
 TRIED = 12  # cuts, of those that come nearest
-BLOCK_BYTES = 2**27  # of hashes that are compared at once
+DECODED = 48  # pixels: a JPEG is decoded at a half or less of its size, but not below
+ROWS, COLUMNS = 128, 8192  # pictures of two lists whose hashes are compared at once: 8 MB
 
+LIKENESS = np.dtype(
+    [("hashes", "<u8", (2,)), ("thumb", "u1", (SIDE, SIDE))]  # of the picture, its mirror image
+)
+Likenesses = NDArray[Any]  # (N,) LIKENESS: what is kept of N pictures
 Images = NDArray[Any]  # (N, SIDE, SIDE) float32
-
-
-class Likenesses(NamedTuple):
-    """What is kept of N pictures."""
-
-    hashes: NDArray[np.uint64]  # (N, 2): of the picture, of its mirror image
-    thumbs: NDArray[np.uint8]  # (N, SIDE, SIDE), gray
 
 
 class Pairs(NamedTuple):
@@ -41,56 +47,118 @@ class Pairs(NamedTuple):
     alike: NDArray[np.float32]  # SAME to 1
 
 
+class _Kept(NamedTuple):
+    """A list of pictures, as they are compared."""
+
+    hashes: tuple[NDArray[np.uint64], NDArray[np.uint64]]  # of the pictures, of their mirror images
+    coarse: NDArray[np.float32]  # (N, COARSE²)
+    thumbs: NDArray[np.uint8]
+
+
 def likenesses(pictures: Iterable[Image.Image]) -> Likenesses:
     """What is kept of pictures of any size and mode."""
     import imagehash  # with its parts of SciPy and PyWavelets, which no training needs
 
-    hashes, thumbs = [], []
+    kept = []
     for picture in pictures:
         gray = picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=3.0)
         thumb = np.asarray(gray)
         forms = (gray, Image.fromarray(np.ascontiguousarray(thumb[:, ::-1])))
-        hashes.append([int(str(imagehash.phash(form)), 16) for form in forms])
-        thumbs.append(thumb)
-    shape = (len(thumbs), SIDE, SIDE)
-    return Likenesses(
-        np.array(hashes, np.uint64).reshape(len(thumbs), 2),
-        np.array(thumbs, np.uint8).reshape(shape),
-    )
+        kept.append(([int(str(imagehash.phash(form)), 16) for form in forms], thumb))
+    return np.array(kept, LIKENESS)
 
 
-def joined(parts: list[Likenesses]) -> Likenesses:
-    """Of several lists, one."""
-    empty = likenesses([])
-    return Likenesses(
-        np.concatenate([empty.hashes, *(p.hashes for p in parts)]),
-        np.concatenate([empty.thumbs, *(p.thumbs for p in parts)]),
-    )
+def jpeg_picture(jpeg: bytes) -> Image.Image:
+    """The picture by which a JPEG is compared; all who compare packed images compare this one.
+
+    Raises:
+        ValueError: its data are damaged.
+    """
+    return Image.fromarray(np.ascontiguousarray(small_gray(jpeg, DECODED)))
 
 
-def same_photographs(a: Likenesses, b: Likenesses) -> Pairs:
-    """All pairs of a picture of `a` and one of `b` that are the same photograph."""
-    found: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []
-    rows = max(1, BLOCK_BYTES // max(1, 8 * len(a.hashes)))
-    with tqdm(desc="comparing pictures", total=len(b.hashes), leave=False, disable=None) as bar:
-        for first in range(0, len(b.hashes), rows):
-            own = b.hashes[first : first + rows, 0]
-            for mirrored in (0, 1):
-                differing = np.bitwise_count(own[:, None] ^ a.hashes[None, :, mirrored])
-                right, left = np.nonzero(differing <= BITS)
-                if len(left):
-                    alike = _alike(a.thumbs, left, b.thumbs, right + first, mirrored=bool(mirrored))
-                    same = alike >= SAME
-                    found.append((left[same], right[same] + first, alike[same]))
-            bar.update(len(own))
-    if not found:
-        return Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+def jpeg_picture_or_blank(jpeg: bytes) -> Image.Image:
+    """The same; of damaged data a picture that is like no other."""
+    try:
+        return jpeg_picture(jpeg)
+    except ValueError:
+        return Image.new("L", (1, 1))
+
+
+def same_photographs(a: Likenesses, b: Likenesses | None = None, workers: int = 1) -> Pairs:
+    """All pairs of a picture of `a` and one of `b` that are the same photograph.
+
+    Without `b`, of two pictures of `a`: each pair once. workers: threads.
+    """
+    one = _kept(a)
+    other = one if b is None else _kept(b)
+    starts = range(0, len(other.thumbs), ROWS)
+    found = [Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+    with (
+        tqdm(desc="comparing pictures", total=len(starts), leave=False, disable=None) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        for pairs in pool.map(lambda first: _compare(one, other, first), starts):
+            found.append(pairs)
+            bar.update()
     left, right, alike = (np.concatenate(part) for part in zip(*found, strict=True))
     # A picture that is its own mirror image is found twice
     order = np.lexsort((-alike, left, right))
     left, right, alike = left[order], right[order], alike[order]
     new = (np.diff(right, prepend=-1) != 0) | (np.diff(left, prepend=-1) != 0)
     return Pairs(left[new], right[new], alike[new])
+
+
+def photograph_groups(pictures: Likenesses, workers: int = 1) -> NDArray[np.int32]:
+    """A number for each picture, the same for those that show one photograph, be it over others."""
+    pairs = same_photographs(pictures, workers=workers)
+    edges = coo_array((np.ones(len(pairs.a)), (pairs.a, pairs.b)), (len(pictures),) * 2)
+    groups: NDArray[np.int32] = connected_components(edges, directed=False)[1]
+    return groups
+
+
+def _kept(pictures: Likenesses) -> _Kept:
+    hashes = (np.ascontiguousarray(pictures["hashes"][:, k]) for k in (0, 1))
+    coarse = np.empty((len(pictures), COARSE**2), np.float32)
+    for first in range(0, len(pictures), COLUMNS):
+        own = slice(first, first + COLUMNS)
+        waves = dctn(pictures["thumb"][own].astype(np.float32), axes=(1, 2), norm="ortho")
+        waves = (waves[:, :COARSE, :COARSE] * _FREQUENCY).reshape(-1, COARSE**2)
+        coarse[own] = waves / np.maximum(np.linalg.norm(waves, axis=1, keepdims=True), 1e-3)
+    return _Kept((next(hashes), next(hashes)), coarse, pictures["thumb"])
+
+
+def _compare(a: _Kept, b: _Kept, first: int) -> Pairs:
+    """The pairs of ROWS pictures of `b` and all of `a`; of one list, with those before them."""
+    rows = slice(first, min(first + ROWS, len(b.thumbs)))
+    last = rows.stop if a is b else len(a.thumbs)
+    found = []
+    for mirrored in (False, True):
+        left, right = _candidates(a, b, rows, last, mirrored=mirrored)
+        is_pair = left < right if a is b else np.ones(len(left), bool)
+        left, right = left[is_pair], right[is_pair]
+        alike = _alike(a.thumbs, left, b.thumbs, right, mirrored=mirrored)
+        same = alike >= SAME
+        found.append((left[same], right[same], alike[same]))
+    return Pairs(*(np.concatenate(part) for part in zip(*found, strict=True)))
+
+
+def _candidates(
+    a: _Kept, b: _Kept, rows: slice, last: int, *, mirrored: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pictures of `a`, up to the `last`, and of these `rows` of `b` whose pixels are compared."""
+    hashes, coarse = b.hashes[0][rows], b.coarse[rows]
+    if mirrored:
+        coarse = coarse * _MIRRORED
+    found = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+    for start in range(0, last, COLUMNS):
+        others = a.hashes[mirrored][start : min(start + COLUMNS, last)]
+        right, left = np.nonzero(np.bitwise_count(hashes[:, None] ^ others) <= BITS)
+        left += start
+        near = np.einsum("ij,ij->i", a.coarse[left], coarse[right]) >= NEAR
+        found.append((left[near], right[near] + rows.start))
+    left, right = (np.concatenate(part) for part in zip(*found, strict=True))
+    return left, right
 
 
 def _alike(
@@ -158,6 +226,9 @@ def _resampling(low: float, high: float) -> Images:
     return matrix
 
 
+_FREQUENCY: NDArray[np.float32] = np.hypot(*np.indices((COARSE, COARSE))).astype(np.float32)
+# Of a mirror image, the coefficients of odd frequencies across are negative
+_MIRRORED: NDArray[np.float32] = np.tile(1 - 2 * (np.arange(COARSE) % 2), COARSE).astype(np.float32)
 _SMOOTH: Images = uniform_filter1d(np.eye(SIDE, dtype=np.float32), 9, axis=0)
 _CUTS = [_resampling(low, 1 - high) for low in CUTS for high in CUTS]
 _CUT: Images = np.concatenate(_CUTS)  # (9 * SIDE, SIDE)

@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from shards.duplicates import describe_duplicates
-from shards.format import ShardSet, open_shardset
-from shards.leaks import describe_leaks, find_leaks, without_leaks
+from shards.format import DRAWN, ShardSet, open_shardset
+from shards.leaks import describe_leaks, recorded_leaks, without_leaks
 from shards.limits import core_count
+from shards.packing.plan import MOST_COMPARED
 from shards.packing.writer import SHARD_SIZE, merge, pack
 from shards.release import Release
 from shards.releases import (
@@ -37,7 +38,6 @@ from shards.releases.source import FOLLOW, LEADS_OUT, Source, plain_name
 from shards.show import draw_overview, table
 
 MOST_PIXELS = 4096  # of a packed image's side
-MOST_FOR_LEAKS = 1_000_000  # images, above which a pack does not look for leaks
 log = logging.getLogger(__name__)
 
 
@@ -59,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     shards = open_shardset(options.out)
     draw_overview(shards)
-    repeated = [*describe_duplicates(shards), *_leaks(shards, options)]
+    repeated = [*describe_duplicates(shards), *_leaks(shards)]
     print(plain_name("\n".join([table(shards), f"packed into {options.out}", *repeated])))
     return 0
 
@@ -67,8 +67,8 @@ def _run(options: argparse.Namespace) -> int:
 def _pack(options: argparse.Namespace) -> Path | None:
     """The manifest; None: there are other parts to pack, then to merge."""
     release = _release(options)
-    if options.drop_leaks:
-        release = without_leaks(release, options.workers or core_count())
+    if getattr(options, "drop_leaks", False):
+        release = without_leaks(release, options.size, options.workers or core_count())
     return pack(
         release, options.out,
         size=options.size, workers=options.workers, shard_size=options.shard_size,
@@ -76,13 +76,14 @@ def _pack(options: argparse.Namespace) -> Path | None:
     )  # fmt: skip
 
 
-def _leaks(shards: ShardSet, options: argparse.Namespace) -> list[str]:
+def _leaks(shards: ShardSet) -> list[str]:
     """A line on each two splits that share photographs."""
-    images = sum(sum(counts) for counts in shards.counts.values())
-    if images > MOST_FOR_LEAKS:
-        return [f"leaks: not looked for among {images} images; python -m shards.verify does"]
-    workers = getattr(options, "workers", 0) or core_count()
-    return [*describe_leaks(find_leaks(shards, workers))]
+    if shards.dataset == DRAWN:
+        return []  # they are alike without being copies
+    if (found := recorded_leaks(shards)) is None:
+        return ["leaks: not looked for, in a pack of a former version or of more than "
+                f"{MOST_COMPARED} images; python -m shards.verify does"]  # fmt: skip
+    return [*describe_leaks(found)]
 
 
 def _release(options: argparse.Namespace) -> Release:
@@ -158,6 +159,10 @@ def _parser() -> argparse.ArgumentParser:
             "--follow-links", type=Path, metavar="FOLDER",
             help="follow links that lead into FOLDER too (default: within the source alone)",
         )  # fmt: skip
+        kind.add_argument(
+            "--drop-leaks", action="store_true",
+            help="leave out training images that show a photograph of another split",
+        )  # fmt: skip
     _add_own_options(sources)
     faces = kinds.add_parser("synthetic", help="drawn faces of eight expressions")
     _add_drawing(faces)
@@ -167,9 +172,6 @@ def _parser() -> argparse.ArgumentParser:
     for kind in (*sources.values(), faces):
         kind.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
         kind.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="images a shard")
-        kind.add_argument("--drop-leaks", action="store_true",
-                             help="leave out training images that show a photograph of another "
-                             "split")  # fmt: skip
         kind.add_argument("--overwrite", action="store_true", help="replace shards in --out")
         kind.add_argument(
             "--part", type=_part, default=(1, 1), metavar="I/N",

@@ -15,7 +15,18 @@ from PIL import Image
 
 NAMES_KEPT = 100  # left-out images named in the manifest
 
+# Of expressions, as data sets call them, in small letters
+SYNONYMS = {
+    "happiness": "happy", "sadness": "sad", "angry": "anger", "surprised": "surprise",
+    "fearful": "fear", "disgusted": "disgust",
+}  # fmt: skip
+
 log = logging.getLogger(__name__)
+
+
+def common_name(class_name: str) -> str:
+    """The one name of a class that data sets call differently."""
+    return SYNONYMS.get(class_name.casefold(), class_name.casefold())
 
 
 class Item(NamedTuple):

@@ -18,26 +18,41 @@ import json
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
 from shards.duplicates import describe_duplicates
 from shards.files import read_regular, sha256_of
-from shards.format import MANIFEST, Shard, ShardSet, check_key, copy_name, open_shardset
+from shards.format import DRAWN, MANIFEST, Shard, ShardSet, check_key, copy_name, open_shardset
 from shards.images import MAX_PIXELS
 from shards.index import read_index
-from shards.jpeg import jpeg_fault, plain_jpeg_size
-from shards.leaks import describe_leaks, find_leaks, write_leaks
+from shards.jpeg import plain_jpeg_size
+from shards.leaks import Leaks, describe_leaks, find_leaks, of_split, write_leaks
+from shards.likeness import Likenesses, jpeg_picture, likenesses
 from shards.limits import core_count
 from shards.packing.pool import in_processes
 from shards.releases.source import plain_name
 
 Parts = dict[str, tuple[int, int]]  # of one sample: kind → offset and size in the tar
+
+
+class Checked(NamedTuple):
+    """What is found in one tar."""
+
+    faults: list[str]
+    keys: NDArray[np.uint64]  # a hash of each key
+    kept: Likenesses  # of each image, where they are compared and there are no faults
+
+
+NOTHING = Checked([], np.empty(0, np.uint64), likenesses([]))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,13 +72,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     shards, faults = open_shardset(options.shards), 0
     other = open_shardset(options.against) if options.against else None
-    workers = options.workers or core_count()
-    for fault in verify(shards, workers):
+    workers, kept = options.workers or core_count(), dict[str, Likenesses]()
+    # Drawn faces are alike without being copies
+    is_compared = DRAWN not in (shards.dataset, other and other.dataset)
+    for fault in verify(shards, workers, kept if is_compared else None):
         faults += 1
         print(plain_name(fault), flush=True)
     repeated = [] if faults else describe_duplicates(shards)
-    if not faults:
-        leaks = find_leaks(shards, workers, other)
+    if is_compared and not faults:
+        leaks = _leaks(shards, kept, other, workers)
         repeated += describe_leaks(leaks)
         if options.leaks:
             write_leaks(leaks, options.leaks)
@@ -76,11 +93,28 @@ def _run(options: argparse.Namespace) -> int:
     return command.FAILED if faults else 0
 
 
-def verify(shards: ShardSet, workers: int) -> Iterator[str]:
-    """Yields each fault as a line that begins with the file's name."""
+def _leaks(
+    shards: ShardSet, kept: Mapping[str, Likenesses], other: ShardSet | None, workers: int
+) -> list[Leaks]:
+    own = [(shards.split(name), pictures) for name, pictures in kept.items()]
+    others = None if other is None else [
+        (replace(split, name=f"{other.root}/{split.name}"), of_split(split, workers))
+        for split in map(other.split, other.splits)
+    ]  # fmt: skip
+    return find_leaks(own, others, workers)
+
+
+def verify(
+    shards: ShardSet, workers: int, kept: dict[str, Likenesses] | None = None
+) -> Iterator[str]:
+    """Yields each fault as a line that begins with the file's name.
+
+    kept: receives what `likeness` keeps of each split's images, in the order of the index, as they
+    are decoded once. Of a set with faults it may be anything.
+    """
     expected = {"manifest.json", "contact_sheet.png", *shards.index_names.values()}
     for split in shards.splits:
-        yield from _verify_split(shards, split, workers)
+        yield from _verify_split(shards, split, workers, kept)
         for shard in shards.shards[split]:
             expected |= {shard.name, Path(shard.name).with_suffix(".idx").name}
     for path in sorted(shards.root.iterdir()):
@@ -88,7 +122,9 @@ def verify(shards: ShardSet, workers: int) -> Iterator[str]:
             yield f"{path.name}: not part of the set"
 
 
-def _verify_split(shards: ShardSet, split: str, workers: int) -> Iterator[str]:
+def _verify_split(
+    shards: ShardSet, split: str, workers: int, kept: dict[str, Likenesses] | None
+) -> Iterator[str]:
     name, own = shards.index_names[split], shards.shards[split]
     path, classes = shards.root / name, len(shards.class_names)
     try:
@@ -111,54 +147,58 @@ def _verify_split(shards: ShardSet, split: str, workers: int) -> Iterator[str]:
             index[index["shard"] == number],
             shards.image_size,
             is_copy,
+            kept is not None,
         )
         for number, shard in enumerate(own)
     )
-    keys: list[NDArray[np.uint64]] = []
+    found: dict[int, Checked] = {}
     bar = tqdm(desc=f"verifying {split}", total=len(index), unit="img", disable=None)
     with bar, in_processes(_verify_shard, tasks, min(workers, len(own))) as finished:
-        for number, (faults, hashes) in finished:
-            yield from faults
-            keys.append(hashes)
+        for number, found[number] in finished:
+            yield from found[number].faults
             bar.update(own[number].samples)
-    together = np.concatenate(keys) if keys else np.empty(0, np.uint64)
+    checked = [found[number] for number in sorted(found)]
+    together = np.concatenate([NOTHING.keys, *(shard.keys for shard in checked)])
     if (twice := len(together) - len(np.unique(together))) > 0:
         yield f"{split}: {twice} keys stand there twice"
+    if kept is not None:
+        kept[split] = np.concatenate([NOTHING.kept, *(shard.kept for shard in checked)])
 
 
 def _verify_shard(
-    path: Path, shard: Shard, rows: NDArray[np.void], image_size: int | None, is_copy: bool
-) -> tuple[list[str], NDArray[np.uint64]]:
-    """The faults of one tar, and a hash of each key."""
-    nothing = np.empty(0, np.uint64)
+    path: Path, shard: Shard, rows: NDArray[np.void], image_size: int | None, is_copy: bool,
+    is_compared: bool,
+) -> Checked:  # fmt: skip
     if not path.is_file():
-        return [f"{shard.name}: missing"], nothing
+        return NOTHING._replace(faults=[f"{shard.name}: missing"])
     if (size := path.stat().st_size) != shard.size_bytes:
-        return [f"{shard.name}: {size} bytes, the manifest lists {shard.size_bytes}"], nothing
+        fault = f"{shard.name}: {size} bytes, the manifest lists {shard.size_bytes}"
+        return NOTHING._replace(faults=[fault])
     faults = []
     if sha256_of(path) != shard.sha256:
         faults.append(f"{shard.name}: its sha256 differs from the manifest's")
     try:
         samples, odd = _members(path)
     except Exception as error:  # tarfile raises errors of many kinds on damaged headers
-        return [*faults, f"{shard.name}: no readable tar: {error}"], nothing
+        return NOTHING._replace(faults=[*faults, f"{shard.name}: no readable tar: {error}"])
     faults += [f"{shard.name}: {fault}" for fault in odd]
     if len(samples) != len(rows) or len(rows) != shard.samples:
         faults.append(
             f"{shard.name}: {len(samples)} samples, the index has {len(rows)} and the manifest "
             f"{shard.samples}"
         )
-    data = path.read_bytes()
+    data, pictures = path.read_bytes(), list[Image.Image]()
     for (key, parts), row in zip(samples.items(), rows, strict=False):
         faults += [
             f"{shard.name}: {key}: {fault}"
-            for fault in _sample(data, parts, row, shard, image_size)
+            for fault in _sample(data, parts, row, shard, image_size, pictures)
         ]
     if not is_copy or path.with_suffix(".idx").exists():
         faults += _verify_idx(path.with_suffix(".idx"), samples)
     raw = (key.encode(errors="surrogateescape") for key in samples)
     digests = [hashlib.blake2b(key, digest_size=8).digest() for key in raw]
-    return faults, np.frombuffer(b"".join(digests), np.uint64)
+    keys = np.frombuffer(b"".join(digests), np.uint64)
+    return Checked(faults, keys, likenesses(pictures if is_compared else []))
 
 
 def _members(path: Path) -> tuple[dict[str, Parts], list[str]]:
@@ -183,8 +223,11 @@ def _members(path: Path) -> tuple[dict[str, Parts], list[str]]:
 
 
 def _sample(
-    data: bytes, parts: Parts, row: np.void, shard: Shard, size: int | None
-) -> Iterator[str]:
+    data: bytes, parts: Parts, row: np.void, shard: Shard, size: int | None,
+    pictures: list[Image.Image],
+) -> Iterator[str]:  # fmt: skip
+    """The faults of a sample; its picture is added to `pictures`."""
+
     def content(kind: str) -> bytes:
         offset, length = parts[kind]
         return data[offset : offset + length]
@@ -210,9 +253,13 @@ def _sample(
     pixels = plain_jpeg_size(jpeg)
     if pixels and pixels[0] * pixels[1] > MAX_PIXELS:
         yield f"its image has {pixels} pixels, at most {MAX_PIXELS} are read"
-    elif fault := jpeg_fault(jpeg):
-        yield f"its image cannot be decoded: {fault}"
-    elif pixels is None:
+        return
+    try:
+        pictures.append(jpeg_picture(jpeg))
+    except ValueError as error:
+        yield f"its image cannot be decoded: {error}"
+        return
+    if pixels is None:
         yield "its image is no plain JPEG"
     elif size is not None and pixels != (size, size):
         yield f"its image has {pixels} pixels, the manifest has {size}×{size}"

@@ -65,6 +65,7 @@ EXECUTED = {
         "test_verification.py::test_a_backbone_from_training_to_dan",
     "torchrun launch/train.py model.backbone=runs/demo-backbone/backbone.pth *":
         "test_verification.py::test_a_backbone_from_training_to_dan",
+    "torchrun launch/train.py demo model.*": "test_weights.py::test_a_dan_from_a_baseline",
     "torchrun launch/train.py rafdb model.weights=affecnet8_epoch5_acc0.6209.pth":
         "test_weights.py::test_a_training_starts_from_it",
     "torchrun --nproc-per-node=8 launch/train.py affectnet8 data.shards=data/faces *": DRY,
@@ -180,7 +181,7 @@ def lines() -> list[str]:
         blocks = [block for language, block in FENCED.findall(text) if language == "bash"]
         rest = FENCED.sub("", text)
         inline = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", rest)]
-        for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        for line in "\n".join(blocks).replace("&& \\\n", "\n").replace("\\\n", " ").splitlines():
             found.append(" ".join(re.sub(r"(^|\s)# .*$|\s+&$", "", line).split()))
         found += [span for span in inline if span.startswith(STARTS) and " " in span]
     return sorted(filter(None, {*found}))

@@ -8,8 +8,17 @@ import pytest
 from trees import packed, replace_index, tree
 
 from shards import pack, verify
-from shards.duplicates import describe_duplicates
+from shards.duplicates import describe_duplicates, join_groups
 from shards.format import ShardSet, open_shardset
+
+
+def test_groupings_are_joined_over_each_other() -> None:
+    """Numbers are those of the first grouping, the least of each group; names count as well."""
+    marks, films = np.array([9, 7, 8, 9, 5]), np.array(["b", "a", "a", "c", "d"])
+    assert join_groups([marks]).tolist() == [3, 1, 2, 3, 0]
+    assert join_groups([marks, films]).tolist() == [3, 1, 1, 3, 0]
+    assert join_groups([marks, films, np.array([0, 1, 2, 3, 1])]).tolist() == [3, 0, 0, 3, 0]
+    assert join_groups([np.empty(0, int)] * 2).tolist() == []
 
 
 def test_a_set_without_them_has_no_line(faces: ShardSet) -> None:

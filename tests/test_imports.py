@@ -38,10 +38,10 @@ SHARDS = [
     ["packing"],
     ["releases"],
     ["folders"],
-    ["release", "images", "duplicates"],
+    ["release", "images", "duplicates", "likeness"],
     ["format", "jpeg", "jpeg2000", "kinds", "pixels"],
     ["index", "orientation"],
-    ["files", "limits", "likeness", "command"],
+    ["files", "limits", "command"],
 ]
 ROWS = [[f"dan_dist.{n}" for n in row] for row in DAN_DIST]
 ROWS += [[f"shards.{n}" for n in row] for row in SHARDS]

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from planted import altered
 from scipy.ndimage import gaussian_filter
+from trees import digests
 
 from shards import pack, verify
 from shards.format import open_shardset
@@ -107,6 +110,83 @@ def test_leaks_between_two_sets(tmp_path: Path, capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert f"leaks: 1 of 1 images of {tmp_path / 'B'}/train show photographs of train" in printed
     assert "/val show" not in printed
+
+
+def near(root: Path) -> Path:
+    """48 px faces of one class, and in val copies of them from near to past the limit of a leak.
+
+    Two pictures of a single value, of the same bytes, stand in both splits.
+    """
+    rng = np.random.default_rng(5)
+    for k in range(160):
+        original = np.asarray(scene(k, 48).convert("L"), float)
+        save(Image.fromarray(original.astype(np.uint8)), root / "train" / "face" / f"{k}.png")
+        noise = gaussian_filter(rng.standard_normal((48, 48)), 1.5) * (25 + k / 8)
+        copy = np.clip(original + noise, 0, 255).astype(np.uint8)
+        save(Image.fromarray(copy), root / "val" / "face" / f"{k}.png")
+    for split in ("train", "val"):
+        save(Image.new("L", (48, 48), 7), root / split / "face" / "flat.png")
+    return root
+
+
+def test_nothing_is_found_where_leaks_were_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Copies about the limit: what the pack compares are the pixels that verify will see."""
+    words = ["folder", "--source", str(near(tmp_path / "faces")), "--workers", "1"]
+    assert pack.main([*words, "--out", str(tmp_path / "out"), "--drop-leaks"]) == 0
+    dropped = open_shardset(tmp_path / "out").dropped["shows a photograph of val"]
+    assert 40 < dropped < 140
+    assert verify.main([str(tmp_path / "out"), "--workers", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "leaks:" not in printed and "duplicates, val and train" not in printed
+    assert "all as they should be" in printed
+
+
+def test_groups_are_recorded_and_verify_decodes_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Copies of copies are of one group, across splits too, with any number of workers."""
+    root = release(tmp_path / "faces")
+    dice = random.Random(3)
+    for k in range(3):
+        save(altered(scene(1), dice).convert("RGB"), root / "train" / "right" / f"again{k}.png")
+    words = ["folder", "--source", str(root), "--size", "96", "--shard-size", "5"]
+    for workers in (1, 2):
+        out = str(tmp_path / f"out{workers}")
+        assert pack.main([*words, "--out", out, "--workers", str(workers)]) == 0
+    assert digests(tmp_path / "out1") == digests(tmp_path / "out2")
+    shards = open_shardset(tmp_path / "out1")
+    together: dict[int, set[str]] = {}
+    for split in map(shards.split, shards.splits):
+        for sample, group in enumerate(split.index["group"].tolist()):
+            together.setdefault(group, set()).add(split.name_of(sample))
+    assert sorted(sorted(own) for own in together.values() if len(own) > 1) == [
+        ["train/left_1", "train/right_again0", "train/right_again1", "train/right_again2"],
+        ["train/left_3", "val/left_again"],
+        ["train/right_2", "val/right_again"],
+        ["train/right_4", "val/left_torn"],
+    ]
+    decoded = []
+    plain = simplejpeg.decode_jpeg
+    monkeypatch.setattr(
+        simplejpeg, "decode_jpeg", lambda *a, **k: decoded.append(1) or plain(*a, **k)
+    )
+    monkeypatch.setattr(JpegImageFile, "load", lambda self: pytest.fail("decoded once more"))
+    assert verify.main([out, "--workers", "1"]) == 0
+    assert "leaks: 3 of 11" in capsys.readouterr().out and len(decoded) == 19 + 11
+
+
+def test_two_names_for_one_class_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("happy", "Happiness", "sad"):
+        save(scene(1), tmp_path / "faces" / "train" / name / "1.png")
+    words = ["folder", "--source", str(tmp_path / "faces"), "--out", str(tmp_path / "out")]
+    assert pack.main(words) == 2
+    line = "error: folder: classes 'Happiness' and 'happy' are two names for one class; "
+    assert line in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert pack.main([*words, "--skip", "happy", "--workers", "1"]) == 0
 
 
 def test_leaks_cannot_be_dropped_where_there_is_one_split(

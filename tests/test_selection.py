@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from ranks import ranks
+from trees import replace_index
 
 from conftest import copied, history, outcome, single, train
 from dan_dist.config import load_config
@@ -25,6 +26,7 @@ from dan_dist.options import EvaluateOptions
 from dan_dist.run.plan import make_plan
 from shards.duplicates import duplicate_groups
 from shards.format import INDEX_DTYPE, ShardSet, Split, open_shardset
+from shards.index import with_groups
 from shards.packing.writer import pack
 from shards.releases import synthetic
 from shards.releases.sfew import film_of
@@ -34,11 +36,15 @@ Write = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def tested(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """Faces as `faces` has them, with a test split of 24 more."""
+    """Faces as `faces` has them, with a test split of 24 more; each two happy ones are a group."""
     release = synthetic.release(80, 16, size=32, seed=7)
     others = synthetic.release(8, 24, size=32, seed=9).splits["val"]
     folder = tmp_path_factory.mktemp("tested") / "shards"
     pack(replace(release, splits={**release.splits, "test": others}), folder, size=32, workers=1)
+    for split in ("train", "val", "test"):
+        index = open_shardset(folder).split(split).index
+        own, happy = np.arange(len(index)), index["label"] == 1
+        replace_index(folder, with_groups(index, np.where(happy, own // 2, 100 + own)), split)
     return open_shardset(folder)
 
 
@@ -96,6 +102,28 @@ def test_equal_images_and_films_are_groups(
     index[1] = index[0]  # an image that stands in two films makes them one group
     joined = image_groups(faces, replace(split, index=index)).tolist()
     assert joined[0] == joined[1]
+
+
+def test_photographs_that_a_pack_recorded_stand_on_one_side(
+    tested: ShardSet, faces: ShardSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A set without such groups says so in a line; drawn faces are not looked at."""
+    pairs = 0
+    for seed in range(20):
+        sides = hold_out(tested, tested.split("train"), [0.3, 0.7], 0, seed, "data.holdout")
+        kept, held = (set(side.index["group"].tolist()) for side in sides)
+        assert not kept & held
+        pairs += len(sides[1]) - len(held)
+    assert pairs > 20 * 4
+    both = join([Part(tested, 1, {}), Part(faces, 1, {}), Part(tested, 1, {})], None)
+    groups = image_groups(both, both.split("train"))
+    own = len(np.unique(tested.split("train").index["group"]))
+    assert (groups.reshape(3, 80) == groups[:80]).all()  # they are the same bytes
+    assert len(np.unique(groups)) == own < 80  # and no more than these: numbers are each set's
+    assert "recorded no groups" not in caplog.text
+    former = replace(faces, dataset="folder")
+    hold_out(former, former.split("train"), [0.3, 0.7], 0, 0, "data.holdout")
+    assert caplog.text.count(f"{faces.root}: its pack recorded no groups of one photograph") == 1
 
 
 def test_a_set_of_each_has_its_own_share(faces: ShardSet) -> None:
@@ -240,9 +268,9 @@ def held(root: str, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_every_rank_holds_out_the_same(faces: ShardSet, size: int) -> None:
-    expected = hold_out(faces, faces.split("train"), [0.3, 0.7], 0, 5, "data.holdout")[1]
-    for own in ranks(size, held, str(faces.root), 5):
+def test_every_rank_holds_out_the_same(tested: ShardSet, size: int) -> None:
+    expected = hold_out(tested, tested.split("train"), [0.3, 0.7], 0, 5, "data.holdout")[1]
+    for own in ranks(size, held, str(tested.root), 5):
         assert own == expected.index["offset"].tolist()
 
 

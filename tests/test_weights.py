@@ -248,6 +248,21 @@ def test_a_training_starts_from_it(
         single(tiny("other"), *options)
 
 
+def test_a_dan_from_a_baseline(
+    baseline_run: Path, tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second of two stages: the backbone is the baseline's, the heads are new."""
+    caplog.set_level("INFO")
+    start = f"model.backbone={baseline_run / 'best.pt'}"
+    single(tiny("run"), *OPTIONS, start, "optim.backbone_lr=0", "train.max_steps=2")
+    assert str(baseline_run / "best.pt") in caplog.text
+    trunk, dan = (checkpoint.load(run / "best.pt")["objective"]
+                  for run in (baseline_run, tmp_path / "run"))  # fmt: skip
+    learned = [name for name in trunk if ".backbone." in name and name.endswith("weight")]
+    assert len(learned) > 40 and any("heads" in name for name in dan)
+    assert all(torch.equal(trunk[name], dan[name]) for name in learned)
+
+
 def test_evaluated_under_classes_in_another_order(authors: Path, faces: ShardSet) -> None:
     """The same network with its classes named in another order: as many are right."""
     state = torch.load(authors, weights_only=True)

@@ -4,22 +4,24 @@ A function of the index, the shares and the seed alone: the same at every number
 every resume. Each class gives its share; images of one group stay on one side.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from dan_dist.data.mixture import JoinedSet, JoinedSplit, bounds_of, groups_of
-from shards.duplicates import duplicate_groups
-from shards.format import ShardSet, Split
+from shards.duplicates import duplicate_groups, join_groups
+from shards.format import DRAWN, ShardSet, Split
+from shards.index import recorded_groups
 from shards.releases.sfew import film_of
 
 HELD_OUT = "holdout"  # the name of the split that is held out
 RELEASE_GROUPS = {"SFEW 2.0": film_of}  # data set → an image's group by its key
+log = logging.getLogger(__name__)
+
 STREAM = (1 << 63) + 1  # second Philox key word: apart from those of `sampler`
 
 
@@ -33,6 +35,7 @@ def hold_out(
     Raises:
         ValueError: a class is left without an image on one side.
     """
+    _log_unlooked(shards, split.name)
     is_held = deal(groups_of(split), image_groups(shards, split), shares, seed) == part
     labels = split.index["label"]
     for side, own in (("to train on", ~is_held), ("held out", is_held)):
@@ -79,24 +82,39 @@ def deal(
 
 
 def image_groups(shards: ShardSet, split: Split) -> NDArray[np.int64]:
-    """The group of each image: those of equal bytes, and of one film where the release has any."""
-    same = duplicate_groups(split.index)
-    parts = [part.shards for part in shards.parts] if isinstance(shards, JoinedSet) else [shards]
-    if not split.shards or not any(part.dataset in RELEASE_GROUPS for part in parts):
-        return same  # an outline of a set that is not here yet has no keys
-    keys, names = [*split.keys()], list[str]()
-    for number, (part, own) in enumerate(zip(parts, bounds_of(split), strict=True)):
-        group_of = RELEASE_GROUPS.get(part.dataset)
-        names += [
-            f"{number} {group_of(keys[k])}" if group_of else f"{number} alone {k}"
-            for k in range(own.start, own.stop)
-        ]
-    films = np.unique(names, return_inverse=True)[1]
-    # Equal images of two films join the films: the parts of a graph of films and equal images
-    size = int(films.max()) + int(same.max()) + 2
-    edges = coo_array((np.ones(len(films)), (films, int(films.max()) + 1 + same)), (size, size))
-    joined: NDArray[np.int64] = connected_components(edges, directed=False)[1][films]
-    return joined
+    """The group of each image: those of equal bytes, those of which the pack found that they show
+    one photograph, and those of one film where the release has any.
+    """
+    groups: list[NDArray[Any]] = [duplicate_groups(split.index)]
+    parts = _parts(shards)
+    if split.shards and any(part.dataset in RELEASE_GROUPS for part in parts):
+        keys, names = [*split.keys()], list[str]()
+        for number, (part, own) in enumerate(zip(parts, bounds_of(split), strict=True)):
+            group_of = RELEASE_GROUPS.get(part.dataset)
+            names += [
+                f"{number} {group_of(keys[k])}" if group_of else f"{number} alone {k}"
+                for k in range(own.start, own.stop)
+            ]
+        groups.insert(0, np.array(names))  # in whose order they are dealt
+    if (recorded := recorded_groups(split.index)) is not None:
+        groups.append(recorded)
+    return join_groups(groups)
+
+
+def _parts(shards: ShardSet) -> list[ShardSet]:
+    return [part.shards for part in shards.parts] if isinstance(shards, JoinedSet) else [shards]
+
+
+def _log_unlooked(shards: ShardSet, name: str) -> None:
+    """A line on each set in which nobody has looked for copies that were saved anew."""
+    for part in _parts(shards):
+        split = part.split(name)
+        if split.shards and recorded_groups(split.index) is None and part.dataset != DRAWN:
+            log.warning(
+                "%s: its pack recorded no groups of one photograph; of such images, only those of "
+                "the same bytes are held out together; python -m shards.pack … --overwrite records "
+                "them", part.root,
+            )  # fmt: skip
 
 
 def take(split: Split, samples: NDArray[np.intp]) -> Split:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dan_dist.data import shares
 from dan_dist.data.shares import Shares
 from shards.format import Shard, ShardSet, Split, open_shardset
-from shards.index import soft_of, with_soft, without_soft
+from shards.index import plain_rows, recorded_groups, soft_of, with_groups, with_soft
 
 
 class Part(NamedTuple):
@@ -53,8 +53,10 @@ class JoinedSet(ShardSet):
         shards, rows = list[Shard](), []
         splits = [part.shards.split(name) for part in self.parts]
         has_soft = all(soft_of(own.index) is not None for own in splits)
+        has_groups = any(recorded_groups(own.index) is not None for own in splits)
+        first_group = 0  # of a set: groups do not reach over sets
         for part, own in zip(self.parts, splits, strict=True):
-            index = without_soft(own.index)  # a copy in memory, as labels and shards change
+            index = plain_rows(own.index)  # a copy in memory, as labels and shards change
             columns = [self.class_names.index(n) for n in _names(part)]
             index["label"] = np.array(columns)[index["label"]]
             index["shard"] += len(shards)
@@ -63,6 +65,11 @@ class JoinedSet(ShardSet):
                 for column, share in zip(columns, own.index["soft"].T, strict=True):
                     shares[:, column] += share
                 index = with_soft(index, shares)
+            if has_groups:
+                found = recorded_groups(own.index)
+                groups = np.arange(len(own)) if found is None else np.array(found, np.int64)
+                index = with_groups(index, first_group + np.unique(groups, return_inverse=True)[1])
+                first_group += len(own)
             rows.append(index)
             shards += [replace(s, name=str(own.root / s.name), label=None) for s in own.shards]
         return JoinedSplit(

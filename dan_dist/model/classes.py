@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shards.command import escape, is_printable
+from shards.release import common_name
 from shards.releases import affectnet, rafdb, sfew
 
 # Label orders by the name of the recipe whose data set has them
@@ -13,11 +14,6 @@ ORDERS = {
     "rafdb": rafdb.CLASSES,
     "sfew": tuple(sfew.CLASSES.values()),
 }
-# As data sets call them, in small letters
-SYNONYMS = {
-    "happiness": "happy", "sadness": "sad", "angry": "anger", "surprised": "surprise",
-    "fearful": "fear", "disgusted": "disgust",
-}  # fmt: skip
 
 
 def class_order(classes: str) -> tuple[str, ...]:
@@ -47,15 +43,12 @@ def columns_of(class_names: tuple[str, ...], wanted: tuple[str, ...]) -> list[in
 def meet(class_names: tuple[str, ...], others: tuple[str, ...]) -> list[tuple[int, int]]:
     """Each class that both have, by its place in both, in the order of `others`.
 
-    Data sets order their classes differently, and call some of them differently (SYNONYMS). Two
-    names for one class on one side are a ValueError.
+    Data sets order their classes differently, and have different names for some (`common_name`).
+    Two names for one class on one side are a ValueError.
     """
     own, other = list(class_names), list(others)
     if set(own) != set(other):
-        own, other = (
-            [SYNONYMS.get(name.casefold(), name.casefold()) for name in names]
-            for names in (own, other)
-        )
+        own, other = ([common_name(name) for name in names] for names in (own, other))
     for known, names in ((own, class_names), (other, others)):
         if len(set(known)) < len(known):
             twice = next(name for name in known if known.count(name) > 1)

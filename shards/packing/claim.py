@@ -13,7 +13,7 @@ from shards.packing.plan import Plan
 
 STATE, CONTACT_SHEET = "packing.json", "contact_sheet.png"
 _OURS = re.compile(
-    rf"({STATE}|{MANIFEST}|{CONTACT_SHEET}|index-.+\.npy|.+-\d{{5}}\.(tar|idx|done))"
+    rf"({STATE}|{MANIFEST}|{CONTACT_SHEET}|index-.+\.npy|.+-\d{{5}}\.(tar|idx|npy|done))"
     r"(\.[0-9a-f]{8}\.partial)?"
 )
 

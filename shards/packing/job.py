@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from shards.files import write_atomically
+from shards.files import replacing, write_atomically
 from shards.format import Sample, Shard, write_shard
 from shards.images import holds_one_value, to_jpeg
 from shards.index import INDEX_DTYPE, with_soft
+from shards.likeness import jpeg_picture_or_blank, likenesses
 from shards.release import Item, Read
 
-SUFFIXES = (".tar", ".idx")
+LIKENESSES = ".npy"
+SUFFIXES = (".tar", ".idx", LIKENESSES)  # the last one goes when the set is finished
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,18 @@ class Record:
     drops: list[str]  # names and reasons of the images left out
     verbatim: int  # images whose bytes are the original ones
     flat: list[str]  # keys of images all of whose pixels have one value
+    likenesses: Path  # what is kept of each image, LIKENESS; of none where none are compared
 
 
 def write_job(
-    name: str, split: str, items: list[Item], read: Read, out: Path, size: int | None
-) -> list[str]:
+    name: str, split: str, items: list[Item], read: Read, out: Path, size: int | None,
+    is_compared: bool,
+) -> list[str]:  # fmt: skip
     """Writes one shard and its record; returns the names and reasons of the images left out."""
     drops: list[str] = []
     flat: list[str] = []
     soft: list[tuple[float, ...]] = []
+    pictures: list[Image.Image] = []
     verbatim = 0
 
     def samples() -> Iterator[Sample]:
@@ -53,11 +59,15 @@ def write_job(
                 flat.append(f"{split}/{item.key}")
             if content.soft is not None:
                 soft.append(content.soft)
+            if is_compared:
+                pictures.append(jpeg_picture_or_blank(jpeg))
             yield Sample(item.key, jpeg, item.label, content.meta)
 
     path = out / f"{name}.tar"
     shard, rows = write_shard(path, samples())
     assert len(soft) in (0, len(rows)), "a release has votes of all its images, or of none"
+    with replacing(path.with_suffix(LIKENESSES)) as file:
+        np.save(file, likenesses(pictures), allow_pickle=False)
     sizes = {suffix: path.with_suffix(suffix).stat().st_size for suffix in SUFFIXES}
     record = {"shard": asdict(shard), "rows": rows.tolist(), "soft": soft, "drops": drops,
               "verbatim": verbatim, "flat": flat, "size_bytes": sizes}  # fmt: skip
@@ -75,7 +85,8 @@ def read_record(out: Path, name: str) -> Record | None:
         if soft := record.get("soft"):  # neither is in records of former versions
             rows = with_soft(rows, np.array(soft))
         flat = record.get("flat", [])
-        found = Record(Shard(**record["shard"]), rows, record["drops"], record["verbatim"], flat)
+        shard, kept = Shard(**record["shard"]), out / f"{name}{LIKENESSES}"
+        found = Record(shard, rows, record["drops"], record["verbatim"], flat, kept)
         return found if sizes == record["size_bytes"] else None
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         return None

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.format import check_key
-from shards.release import Release
+from shards.format import DRAWN, check_key
+from shards.release import Release, common_name
 
 MIXING_SEED = 0
+MOST_COMPARED = 1_000_000  # images: the time grows with their square
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Plan:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
+    def is_compared(self) -> bool:
+        """Whether photographs that stand there twice are looked for; drawn faces are no such."""
+        return self.dataset != DRAWN and self.images <= MOST_COMPARED
+
+    @property
     def images(self) -> int:
         return sum(self.listed.values())
 
@@ -57,6 +63,7 @@ def read_plan(path: Path) -> Plan:
 
 def plan_pack(release: Release, size: int | None, shard_size: int) -> tuple[Plan, list[Job]]:
     """The plan and its shards; refuses what could not be packed or trained on."""
+    _check_classes(release)
     digest, jobs = hashlib.sha256(), []
     for split, items in release.splits.items():
         if not split.isprintable():
@@ -90,6 +97,17 @@ def plan_pack(release: Release, size: int | None, shard_size: int) -> tuple[Plan
         shards={split: [j.name for j in jobs if j.split == split] for split in release.splits},
     )
     return plan, jobs
+
+
+def _check_classes(release: Release) -> None:
+    """Two names for one class tear it: the network would have to tell the data's sources apart."""
+    met: dict[str, str] = {}
+    for name in release.class_names if not release.mixed else ():  # those are persons
+        if (other := met.setdefault(common_name(name), name)) != name:
+            raise ValueError(
+                f"{release.dataset}: classes '{other}' and '{name}' are two names for one class; "
+                "move the images of one folder into the other, or leave one out with --skip"
+            )
 
 
 def _check_unique(release: Release, split: str, hashes: NDArray[np.int64]) -> None:

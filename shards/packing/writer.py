@@ -8,18 +8,23 @@ left out; one that cannot be read stops the pack, as another time it may be.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from shards.duplicates import duplicate_groups, join_groups
 from shards.folders import describe
 from shards.format import MANIFEST, Manifest, open_shardset, write_index, write_manifest
 from shards.images import JPEG_QUALITY
+from shards.index import plain_rows, with_groups
+from shards.likeness import photograph_groups
 from shards.limits import core_count
 from shards.packing.claim import STATE, claim, is_finished, locked_for_packing, remove_partials
-from shards.packing.job import SUFFIXES, Record, read_record, write_job
+from shards.packing.job import LIKENESSES, SUFFIXES, Record, read_record, write_job
 from shards.packing.plan import Job, Plan, plan_pack, read_plan
 from shards.packing.pool import in_processes
 from shards.release import NAMES_KEPT, Release
@@ -67,7 +72,7 @@ def pack(
     if passed_over := release.left_out.passed_over:
         log.info("passed over: %s", describe(passed_over))
     plan, jobs = plan_pack(release, size, shard_size)
-    out = Path(out)
+    out, workers = Path(out), workers or core_count()
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, expected a folder")
     if not overwrite and is_finished(out, plan) and not (out / STATE).exists():
@@ -81,9 +86,8 @@ def pack(
             claim(out, plan, parts, overwrite=overwrite)
             if parts == 1:
                 remove_partials(out)
-            workers = workers or core_count()
             _write_shards(release, plan, jobs[number - 1 :: parts], out, workers, progress)
-        return _finish(out, plan) if parts == 1 else None
+        return _finish(out, plan, workers) if parts == 1 else None
 
 
 def merge(out: str | Path) -> Path:
@@ -100,7 +104,7 @@ def merge(out: str | Path) -> Path:
     with locked_for_packing(out):
         if not (out / STATE).is_file():
             return out / MANIFEST
-        return _finish(out, read_plan(out / STATE))
+        return _finish(out, read_plan(out / STATE), core_count())
 
 
 def _write_shards(
@@ -120,7 +124,7 @@ def _write_shards(
     def arguments(job: Job) -> tuple[Any, ...]:
         items = release.splits[job.split]
         own = [items[int(k)] for k in job.positions]
-        return job.name, job.split, own, release.read, out, plan.size
+        return job.name, job.split, own, release.read, out, plan.size, plan.is_compared
 
     with bar, in_processes(write_job, map(arguments, todo), min(len(todo), workers)) as finished:
         for number, job_drops in finished:
@@ -157,18 +161,19 @@ def _remaining(jobs: list[Job], out: Path, limit: int) -> tuple[list[Job], int]:
     return [job for job in jobs if job.name not in dropped], sum(dropped.values())
 
 
-def _finish(out: Path, plan: Plan) -> Path:
+def _finish(out: Path, plan: Plan, workers: int) -> Path:
     """Joins the shards' records into indexes and manifest, then removes them."""
     names = [name for own in plan.shards.values() for name in own]
     if not is_finished(out, plan):
-        _join(out, plan, names)
+        _join(out, plan, names, workers)
     found = open_shardset(out)
     shipped = {shard.name for split in found.splits for shard in found.split(split).shards}
     for name in names:
         if f"{name}.tar" not in shipped:  # all its images were unreadable
             for suffix in SUFFIXES:
                 (out / f"{name}{suffix}").unlink(missing_ok=True)
-        (out / f"{name}.done").unlink(missing_ok=True)
+        for suffix in (".done", LIKENESSES):
+            (out / f"{name}{suffix}").unlink(missing_ok=True)
     remove_partials(out)
     (out / STATE).unlink(missing_ok=True)
     return out / MANIFEST
@@ -208,7 +213,7 @@ def _check_classes(plan: Plan, split: str, shipped: set[str]) -> None:
         log.warning("WARNING: class '%s' has no image left in split '%s'", lost, split)
 
 
-def _join(out: Path, plan: Plan, names: list[str]) -> None:
+def _join(out: Path, plan: Plan, names: list[str], workers: int) -> None:
     found = {name: read_record(out, name) for name in names}
     records = {name: record for name, record in found.items() if record}
     if missing := [name for name in names if name not in records]:
@@ -219,7 +224,8 @@ def _join(out: Path, plan: Plan, names: list[str]) -> None:
     drops = [name for record in records.values() for name in record.drops]
     if drops:
         _check_readable(len(drops), plan.images, drops[-1])
-    splits = {}
+    shipped: dict[str, list[Record]] = {}
+    indexes: dict[str, NDArray[Any]] = {}
     for split, own_names in plan.shards.items():
         own = [records[name] for name in own_names if records[name].shard.samples]
         if not own:
@@ -227,10 +233,16 @@ def _join(out: Path, plan: Plan, names: list[str]) -> None:
         _check_classes(plan, split, {record.shard.name for record in own})
         for number, record in enumerate(own):
             record.rows["shard"] = number
-        rows = np.concatenate([record.rows for record in own])
-        shards = [record.shard for record in own]
         _warn_of_flat(plan, split, own)
-        splits[split] = write_index(out, split, shards, rows, len(plan.class_names))
+        shipped[split], indexes[split] = own, np.concatenate([record.rows for record in own])
+    if plan.is_compared:
+        indexes = _grouped(shipped, indexes, workers)
+    splits = {
+        split: write_index(
+            out, split, [record.shard for record in own], indexes[split], len(plan.class_names)
+        )
+        for split, own in shipped.items()
+    }
     verbatim = sum(record.verbatim for record in records.values())
     total = sum(split["samples"] for split in splits.values())
     size = f"{plan.size}×{plan.size}" if plan.size else "their own size"
@@ -247,3 +259,20 @@ def _join(out: Path, plan: Plan, names: list[str]) -> None:
         pack_sha256=plan.sha256,
     )
     write_manifest(out, manifest)
+
+
+def _grouped(
+    records: Mapping[str, list[Record]], indexes: Mapping[str, NDArray[Any]], workers: int
+) -> dict[str, NDArray[Any]]:
+    """Each split's index, with a number for the images, of all splits, of one photograph."""
+    kept = np.concatenate(
+        [np.load(r.likenesses, allow_pickle=False) for own in records.values() for r in own]
+    )
+    marks = duplicate_groups(np.concatenate([plain_rows(rows) for rows in indexes.values()]))
+    groups = join_groups([marks, photograph_groups(kept, workers)])
+    ends = np.cumsum([len(rows) for rows in indexes.values()])
+    own = np.split(groups, ends[:-1])
+    return {
+        split: with_groups(rows, number)
+        for (split, rows), number in zip(indexes.items(), own, strict=True)
+    }

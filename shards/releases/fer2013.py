@@ -23,7 +23,8 @@ from shards.releases.trees import list_classes
 CLASSES = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")  # labels 0 to 6
 SPLITS = {"Training": "train", "PublicTest": "val", "PrivateTest": "test"}
 # Their sums are those of Goodfellow et al. 2013 (arXiv 1307.0414): 4953, 547, 5121, 8989, 6077,
-# 4002, 6198; the folders' are of kaggle.com/datasets/msambare/fer2013, whose test is val and test.
+# 4002, 6198; those of val and test are what public code expects of the CSV, independently (searched
+# 2026-11-27). The folders are kaggle.com/datasets/msambare/fer2013, whose test is val and test.
 OFFICIAL = {
     "train": (3995, 436, 4097, 7215, 4830, 3171, 4965),
     "val": (467, 56, 496, 895, 653, 415, 607),
