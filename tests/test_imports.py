@@ -41,7 +41,7 @@ SHARDS = [
     ["release", "images", "duplicates"],
     ["format", "jpeg", "jpeg2000", "kinds", "pixels"],
     ["index", "orientation"],
-    ["files", "limits", "likeness", "command"],
+    ["files", "limits", "likeness", "command", "cut", "detect"],
 ]
 ROWS = [[f"dan_dist.{n}" for n in row] for row in DAN_DIST]
 ROWS += [[f"shards.{n}" for n in row] for row in SHARDS]
