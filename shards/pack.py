@@ -206,7 +206,7 @@ def _add_own_options(sources: dict[str, argparse.ArgumentParser]) -> None:
     for name in ("folder", "identities"):
         sources[name].add_argument(
             "--face-cut", type=_face_cut, metavar="CUT",
-            help=f"how faces were cut out of photographs, so that predictions cut alike: {EXPECTED} "
+            help=f"how faces were cut out of photographs, for predictions to repeat: {EXPECTED} "
             "(default as_released)",
         )  # fmt: skip
     sources["affectnet"].add_argument("--classes", type=int, choices=(7, 8), default=8)

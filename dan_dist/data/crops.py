@@ -18,7 +18,7 @@ from dan_dist.data.photographs import FindFaces
 from shards import folders
 from shards.files import read_regular
 from shards.format import Sample, Split, write_shard
-from shards.images import MAX_BYTES, SUFFIXES, decode, holds_one_value, to_jpeg
+from shards.images import MAX_BYTES, SUFFIXES, decode, holds_one_value, kept_jpeg, to_jpeg
 from shards.index import INDEX_DTYPE
 from shards.pixels import is_flat
 from shards.releases.boxes import Box
@@ -28,6 +28,7 @@ STDIN = "-"
 LIST_SUFFIX = ".txt"
 MAX_LIST_BYTES = 1 << 30  # of a list of paths
 NO_FACE = "no face found"
+NEAR_SQUARE = 0.02  # of the shorter side, by which a crop may be longer
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/.*")  # pathlib keeps one slash of two
 
@@ -42,6 +43,7 @@ class Given(NamedTuple):
     fault: str  # why there is no crop; "": there is one
     face: int | None = None  # of a photograph, from 1; None: the crop is the whole image
     box: Box | None = None  # of that face
+    changed: tuple[int, int] | None = None  # width and height, where the crop's ratio is another
 
 
 class PackedImages(NamedTuple):
@@ -69,6 +71,7 @@ class Prepared(NamedTuple):
     is_flat: bool = False  # all its pixels have one value
     face: int | None = None
     box: Box | None = None
+    changed: tuple[int, int] | None = None
 
 
 def find_images(given: Sequence[Path]) -> list[Path]:
@@ -148,7 +151,9 @@ def pack_images(
         for position, (path, images) in enumerate(zip(paths, everything, strict=True)):
             done()
             for image in images:
-                given.append(Given(path, position, image.fault, image.face, image.box))
+                given.append(
+                    Given(path, position, image.fault, image.face, image.box, image.changed)
+                )
                 if image.is_flat:
                     log.warning("%s: all its pixels have one value", path)
                 if not image.fault:
@@ -158,8 +163,16 @@ def pack_images(
         desc="reading", total=len(paths), disable=bool(progress) or len(paths) <= AHEAD
     ) as bar:
         shard, index = write_shard(folder / "crops.tar", samples(progress or bar.update))
+    _tell_of_changed([own for own in given if own.changed])
     index = index if shard.samples else np.empty(0, INDEX_DTYPE)
     return PackedImages(Split("crops", folder, (shard,), index, (), size), given)
+
+
+def _tell_of_changed(changed: list[Given]) -> None:
+    if changed:
+        width, height = changed[0].changed or (0, 0)
+        log.warning("%d images are no squares: their aspect ratio was changed to one; the first: "
+                    "%s, %d×%d pixels", len(changed), changed[0].path, width, height)  # fmt: skip
 
 
 def _prepared(
@@ -177,10 +190,13 @@ def _prepare(path: Path, size: int, find_faces: FindFaces | None) -> list[Prepar
         data = read_regular(path, MAX_BYTES)
         if find_faces is not None:
             return _faces(decode(data), size, find_faces)
-        jpeg, is_original = to_jpeg(data, size)
-        if is_original:  # its bytes have not been decoded yet
-            return [Prepared(jpeg, is_flat=is_flat(decode(jpeg)))]
-        return [Prepared(jpeg, is_flat=holds_one_value(jpeg))]
+        if (kept := kept_jpeg(data, size)) is not None:  # its bytes have not been decoded yet
+            return [Prepared(kept, is_flat=is_flat(decode(kept)))]
+        image = decode(data)
+        jpeg, _ = to_jpeg(image, size)
+        is_square = max(image.size) <= (1 + NEAR_SQUARE) * min(image.size)
+        return [Prepared(jpeg, is_flat=holds_one_value(jpeg),
+                         changed=None if is_square else image.size)]  # fmt: skip
     except OSError as error:
         if _ADDRESS.fullmatch(str(path)):
             return [Prepared(b"", "an address; download the file first")]

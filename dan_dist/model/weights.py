@@ -82,6 +82,16 @@ class Trained(NamedTuple):
         return escape(Path(self.config["train"]["output"]).name if self.config else self.path.stem)
 
     @property
+    def age(self) -> str:
+        """The epoch of the best checkpoint and of the authors' files; the step of others."""
+        best = self.facts.get("best", {})
+        if not self.config:
+            return f"epoch {self.step}"
+        if self.path.name == BEST and "epoch" in best:
+            return f"epoch {best['epoch']:g}"
+        return f"step {self.step}"
+
+    @property
     def task(self) -> str:
         """The task that it was trained on: "expression" or "identity"."""
         return str(self.config.get("task", "expression"))
