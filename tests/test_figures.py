@@ -41,7 +41,7 @@ def test_a_class_without_images_is_not_one_that_is_all_wrong() -> None:
     (hatched,) = axis.patches
     assert hatched.get_hatch() and hatched.get_y() == 0.5
     title = " ".join(axis.get_title().split())
-    assert title == f"{TITLE}; accuracy 86.54% of 104 images"
+    assert title == f"{TITLE} accuracy 86.54% of 104 images"
 
 
 def test_the_legend_of_a_reliability_diagram_covers_nothing() -> None:

@@ -33,7 +33,7 @@ def confusion_figure(matrix: NDArray[np.int64], class_names: tuple[str, ...], ti
     axes.set_yticks(range(len(class_names)), named)
     accuracy = f"accuracy {matrix.trace() / matrix.sum():.2%} of {matrix.sum():,} images"
     axes.set(xlabel="predicted", ylabel="true (images)")
-    axes.set_title(_fit(f"{title}; {accuracy}", side), fontsize=10)
+    axes.set_title(f"{_fit(title, side)}\n{accuracy}", fontsize=10)
     for (row, column), count in np.ndenumerate(matrix):
         if totals[row]:
             share, color = shares[row, column], "white" if shares[row, column] > 0.5 else "black"
@@ -114,11 +114,11 @@ def reliability_figure(calibration: Calibration, title: str) -> Figure:
     )  # fmt: skip
     above.plot(
         calibration.confidence[filled], calibration.accuracy[filled], "o", color="black",
-        markersize=4, label="at their mean confidence",
+        markersize=4, clip_on=False, label="at their mean confidence",
     )  # fmt: skip
     error = f"expected calibration error {calibration.error:.2%}"
     above.set(ylabel="accuracy", ylim=(0, 1))
-    above.set_title(_fit(f"{title}; {error}", 5), fontsize=10)
+    above.set_title(f"{_fit(title, 5)}\n{error}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     below.bar(centres, calibration.images, 1 / BINS, edgecolor="white", color="gray")
     below.set(xlabel="confidence of the predicted class", ylabel="images", xlim=(0, 1))
@@ -144,7 +144,7 @@ def mistakes_figure(images: Sequence[Image.Image], mistakes: Sequence[Any], titl
             f"{mistake.true}\ntaken for {mistake.predicted}\n{mistake.confidence:.1%} sure",
             fontsize=9,
         )
-    figure.suptitle(_fit(f"{title}; the surest mistakes", width), fontsize=11)
+    figure.suptitle(f"{_fit(title, width)}\nthe surest mistakes", fontsize=11)
     return figure
 
 
