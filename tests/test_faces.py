@@ -270,7 +270,11 @@ def test_yunets_two_looks_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(yunet.YuNetDetector, "detect", detect)
         found = load_detector(None, 0.6, option="--detector")(Image.new("L", (2560, 1280)))
-    assert seen[-2:] == [(160, 320, 3), (640, 1280, 3)]
+        detect_more = load_detector(None, 0.6, option="--detector")
+        patch.setattr(yunet.YuNetDetector, "detect", lambda *_, **__: 1 / 0)
+        with pytest.raises(ValueError, match="cannot be searched for faces: division by zero"):
+            detect_more(Image.new("RGB", (64, 64)))
+    assert seen[1:3] == [(160, 320, 3), (640, 1280, 3)]
     assert [face.box for face in found] == [pytest.approx(known[1]), pytest.approx(known[0])]
     assert found[0].landmarks == pytest.approx(np.full((5, 2), 1000))
 
