@@ -241,7 +241,7 @@ def test_faces_are_aligned_or_cut_by_their_boxes() -> None:
     photograph = picture(3, (448, 448))
     marks = ((TEMPLATE + 0.5) * 2 - 0.5 + 56).astype(np.float32)
     whole = Face((56.2, 55.8, 223.9, 224.2), marks, 0.9)
-    outside = Face((-90, -90, 80, 80), np.zeros((5, 2), np.float32), 0.8)
+    outside = Face((-190, -190, 80, 80), np.zeros((5, 2), np.float32), 0.8)
     (face, nothing) = face_finder(lambda _: [whole, outside], Cut("similarity"), TEMPLATE_SIDE)(
         photograph
     )
