@@ -39,7 +39,7 @@ def confusion_figure(matrix: NDArray[np.int64], class_names: tuple[str, ...], ti
             share, color = shares[row, column], "white" if shares[row, column] > 0.5 else "black"
             text = f"{count:,}\n{share:.1%}" if count else "0"
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
-    for row in np.flatnonzero(totals == 0):
+    for row in np.flatnonzero(totals == 0).tolist():
         axes.add_patch(Rectangle((-0.5, row - 0.5), len(class_names), 1, facecolor="0.9",
                                  edgecolor="0.7", hatch="///"))  # fmt: skip
         axes.text((len(class_names) - 1) / 2, row, "no images", ha="center", va="center",
