@@ -104,7 +104,8 @@ def describe_cut(face_cut: str | None) -> str:
         return "how they were cut out of photographs is not known"
     cut = parse_cut(face_cut)
     if cut.kind == BOX:
-        return f"cut out by their boxes, with {cut.margin:g} of their size more on each side"
+        margin = f"with {cut.margin:g} of their size more" if cut.margin else "without a margin"
+        return f"cut out by their boxes, {margin} on each side"
     if cut.kind == SIMILARITY:
         return "aligned by five landmarks to the 112-pixel template of ArcFace"
     return "cut out by the makers of the data set"
