@@ -63,8 +63,8 @@ class TrainingData:
     @property
     def splits(self) -> dict[str, Split]:
         """The images, by what they are used for."""
-        found = {"train": self.train, "val": self.task.val}
-        return found if self.test is None else {**found, "test": self.test.val}
+        found = {"train": self.train, "val": self.task.images}
+        return found if self.test is None else {**found, "test": self.test.images}
 
     def describe(self, config: Config) -> dict[str, Any]:
         """What a checkpoint holds of its origin, as plain values."""
@@ -88,7 +88,7 @@ def open_data(config: Config, world: World) -> TrainingData:
     for path in config.data.paths:
         folders.append(world.run_once(partial(localise, path, cache), per_node=True))
     data = world.run_on_all(
-        lambda: check_data(config, world, join_sets(config, [*map(open_shardset, folders)]))
+        lambda: assemble_data(config, world, join_sets(config, [*map(open_shardset, folders)]))
     )
     world.check_equal(f"{data.shards.root}: the images' fingerprint", data.shards.fingerprint)
     return data
@@ -113,23 +113,21 @@ def make_synthetic(config: Config) -> None:
     """Packs the drawn faces of the configuration where they are not yet."""
     if (faces := config.data.synthetic) is not None:
         path = config.data.paths[0]
-        demo.ensure(path, list_faces(faces, path), size=faces.size)
+        demo.ensure(path, drawn_release(faces, path), size=faces.size)
 
 
-def list_faces(faces: Synthetic, shards: str) -> Release:
+def drawn_release(faces: Synthetic, shards: str) -> Release:
     """The faces that are to be drawn for the folder `shards`."""
     if is_remote(shards):
         raise ValueError(f"data.synthetic: faces cannot be packed into {redact(shards)}")
-    if faces.by == "identity":
-        return synthetic.identity_release(
-            faces.train, faces.val, identities=faces.identities, held_out=faces.held_out,
-            size=faces.size, seed=faces.seed,
-        )  # fmt: skip
-    return synthetic.release(faces.train, faces.val, size=faces.size, seed=faces.seed)
+    return synthetic.release_by(
+        faces.by, faces.train, faces.val, identities=faces.identities, held_out=faces.held_out,
+        size=faces.size, seed=faces.seed,
+    )  # fmt: skip
 
 
-def check_data(config: Config, world: World, shards: ShardSet) -> TrainingData:
-    """The shards and the task, checked against the configuration and the ranks.
+def assemble_data(config: Config, world: World, shards: ShardSet) -> TrainingData:
+    """The images of each use and the task, checked against the configuration and the ranks.
 
     Raises:
         FileNotFoundError, ValueError: classes, splits or the global batch do not fit, or
@@ -158,13 +156,13 @@ def check_data(config: Config, world: World, shards: ShardSet) -> TrainingData:
     return TrainingData(shards, train, task, test)
 
 
-def build_objective(config: Config, class_names: tuple[str, ...], *, is_new: bool) -> Objective:
-    """Network and losses at their start: 1. the seed, 2. a file of weights, later a checkpoint.
+def initial_objective(config: Config, class_names: tuple[str, ...], *, is_new: bool) -> Objective:
+    """Network and losses as a run starts: random from the seed, then a file of weights.
 
-    is_new: there is no checkpoint to come, which would make the file of weights pointless.
+    is_new: no checkpoint is loaded afterwards, which would make the file of weights pointless.
     """
     torch.manual_seed(config.train.seed)
-    objective = make_objective(config, len(class_names))
+    objective = random_objective(config, len(class_names))
     network = objective.network
     if is_new and (source := config.model.weights) is not None:
         log.info(load_weights(network, class_names, source, config.model.weights_classes))
@@ -173,8 +171,8 @@ def build_objective(config: Config, class_names: tuple[str, ...], *, is_new: boo
     return objective
 
 
-def make_objective(config: Config, classes: int) -> Objective:
-    """Network and losses as torch's generator gives them."""
+def random_objective(config: Config, classes: int) -> Objective:
+    """Network and losses whose weights torch's generator draws."""
     model, loss = config.model, config.loss
     is_cosine = loss.classification == "arcface"
     return Objective(

@@ -22,7 +22,7 @@ import nvidia.dali
 import torch
 import torch.distributed as dist
 
-from dan_dist.build import build_engine, build_objective, open_data, open_train_loader
+from dan_dist.build import build_engine, initial_objective, open_data, open_train_loader
 from dan_dist.config import Config, flatten, load_config
 from dan_dist.data.augment import UNIFORMS
 from dan_dist.data.sampler import augmentation_uniforms, rank_columns
@@ -108,7 +108,7 @@ def record(config: Config, options: CertifyOptions) -> None:
     kept = options.part.parent / "half.pt"
     with session(train.device, timeout_s=train.timeout_s, on_loss=lambda _: None) as (world, heart):
         data = open_data(config, world)
-        objective = build_objective(config, data.class_names, is_new=True)
+        objective = initial_objective(config, data.class_names, is_new=True)
         engine = build_engine(config, world, objective)
         if start:
             engine.load_state(torch.load(kept, map_location="cpu", weights_only=True))

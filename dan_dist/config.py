@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from dan_dist.data_schema import Augmentation, Synthetic
-from dan_dist.keys import GONE, RENAMED, kind_of, names_in, suggest
+from dan_dist.keys import GONE, RENAMED, kind_of, names, names_in, suggest
 from dan_dist.reading import NUMBER, advice, as_written, locate, read_file, read_overrides
 from dan_dist.redaction import redact_tree
 from dan_dist.schema import Config, EngineChoice, Loss, Optim, Schedule, Tracking, Train
@@ -115,6 +115,7 @@ def find_config(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is none; names the nearest, and all that are shipped.
+        ValueError: it is a key, without its value.
     """
     given = Path(path)
     places = [given]
@@ -128,8 +129,10 @@ def find_config(path: str | Path) -> Path:
     if given.exists() and not is_name:
         kind = "a folder" if given.is_dir() else "not a file"
         raise FileNotFoundError(f"{path}: no such configuration: {kind}, expected a YAML file")
+    if (key := re.split(r"[:=\s]", str(path), maxsplit=1)[0]) in names():
+        raise ValueError(f"{path}: a key, expected {key}=value")
     known = sorted(file.stem for file in shipped_folder().glob("*.yaml"))
-    near = difflib.get_close_matches(given.stem, known, 1)
+    near = difflib.get_close_matches(given.stem.lower(), known, 1)
     hint = f"did you mean {near[0]}? There are" if near else "there are"
     raise FileNotFoundError(f"{path}: no such configuration; {hint} {', '.join(known)}")
 

@@ -14,10 +14,10 @@ import torchvision
 
 from dan_dist.build import (
     TrainingData,
-    build_objective,
-    check_data,
+    assemble_data,
+    drawn_release,
+    initial_objective,
     join_sets,
-    list_faces,
     make_synthetic,
 )
 from dan_dist.config import Config, Synthetic
@@ -27,7 +27,7 @@ from dan_dist.distributed.world import World
 from dan_dist.header import log_data, log_place
 from dan_dist.redaction import redact
 from dan_dist.room import check_room
-from dan_dist.run.folder import check_writable, checkpoint_to_resume, run_folder
+from dan_dist.run.folder import check_writable, checkpoint_to_resume, locked_run_folder
 from dan_dist.run.plan import make_plan
 from dan_dist.tracking.faults import ClosedError, reason_of
 from dan_dist.tracking.names import check_written
@@ -73,9 +73,9 @@ def check(config: Config, ranks: int) -> None:
     world = World(0, 0, ranks, min(ranks, gpus), device)
     log_place(config, world)
     shards = find_shards(config)
-    with no_new_folders(folder), run_folder(folder):
-        data = check_data(without_pairs_file(config, shards), world, shards)
-        log_data(config, world, shards, data.train, data.task.val)
+    with no_new_folders(folder), locked_run_folder(folder):
+        data = assemble_data(without_pairs_file(config, shards), world, shards)
+        log_data(config, world, shards, data.train, data.task.images)
         check_room(config, world, data.task.classes)
         check_start(config, data)
     if config.engine.name == "deepspeed":
@@ -100,7 +100,7 @@ def _find(config: Config, source: str, faces: Synthetic | None) -> ShardSet:
     """One set; faces: that are drawn for it."""
     cache = config.data.cache
     if faces is not None and not (Path(source) / MANIFEST).exists():
-        drawn = list_faces(faces, source)
+        drawn = drawn_release(faces, source)
         with no_new_folders(Path(source)):
             check_writable(Path(source), "data.shards")
         labels = {name: Counter(i.label for i in items) for name, items in drawn.splits.items()}
@@ -150,7 +150,7 @@ def check_start(config: Config, data: TrainingData) -> None:
     is_missing = is_wanted and not file.is_file()
     if is_missing:
         log.info("backbone: imagenet; the training downloads it to %s", file)
-    objective = build_objective(config, data.class_names, is_new=not path and not is_missing)
+    objective = initial_objective(config, data.class_names, is_new=not path and not is_missing)
     if not path:
         log.info("no checkpoint in %s: a new run", config.train.output)
     elif not data.shards.fingerprint:

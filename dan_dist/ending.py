@@ -1,7 +1,9 @@
-"""The end of a run: its result, on disk, in MLflow and in the log."""
+"""What a run leaves: predictions, its result on the test split, outcome, MLflow, last lines."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dan_dist.build import TrainingData
@@ -31,7 +33,8 @@ class RunResult(NamedTuple):
 
     status: Status
     metrics: dict[str, float]  # of the last evaluation, on the images that choose the best epoch
-    test: dict[str, Any]  # of the test split, see `evaluation.result`; empty without one
+    saved: int  # the step of the last checkpoint that is on the disk
+    test: Mapping[str, Any] = MappingProxyType({})  # of the test split, see `evaluation.result`
 
 
 def keep_predictions(
@@ -42,7 +45,7 @@ def keep_predictions(
         return
     path, facts = Path(config.train.output) / PREDICTIONS, {"step": step, **origin(config, data)}
     try:
-        write_predictions(path, data.task.val, rows, facts)
+        write_predictions(path, data.task.images, rows, facts)
     except OSError as error:  # a full disk ends no training
         log.warning("no %s: %s", path, error.strerror or error)
 
@@ -56,35 +59,38 @@ def origin(config: Config, data: TrainingData) -> dict[str, Any]:
 
 
 def look_at_test(
-    config: Config, world: World, data: TrainingData, state: TrainState, heart: Heartbeat,
-    stop: StopRequest,
-) -> dict[str, Any]:  # fmt: skip
-    """The result on the test split of a run at its end, whose last checkpoint is on the disk."""
-    if data.test is None or not world.run_once(lambda: "yes" if stop.step == state.step else ""):
+    config: Config, world: World, data: TrainingData, heart: Heartbeat, *, step: int, saved: int
+) -> dict[str, Any]:
+    """The result on the test split after the last step; none if its checkpoint is not saved.
+
+    saved: the step of the last checkpoint, on rank 0, which alone writes them.
+    """
+    if data.test is None or int(world.run_once(lambda: str(saved))) != step:
         return {}
     folder, facts = Path(config.train.output), origin(config, data)
-    result = look_once(folder, data.test, world, heart, step=state.step, facts=facts)
+    result = look_once(folder, data.test, world, heart, step=step, facts=facts)
     heart.finish()
     return result
 
 
 def finish(
     config: Config, world: World, data: TrainingData, result: RunResult, state: TrainState,
-    tracker: NullTracker, stop: StopRequest,
+    tracker: NullTracker, stop: StopRequest, heart: Heartbeat,
 ) -> RunResult:  # fmt: skip
-    """Records the end, in the folder, in MLflow, in the log.
-
-    stop.step: the last one whose checkpoint is on the disk.
+    """Looks at the test split, if there is one; records the end in the folder, MLflow and the log.
 
     Raises:
         OSError: the run is at its end, but its last checkpoint or its outcome cannot be written.
     """
+    if result.status == "finished":
+        test = look_at_test(config, world, data, heart, step=state.step, saved=result.saved)
+        result = result._replace(test=test)
     if world.is_main:
-        is_whole = result.status == "finished" and stop.step == state.step
-        model = save_result(config, data, tracker) if is_whole else None
+        is_whole = result.status == "finished" and result.saved == state.step
+        model = hand_over_weights(config, data, tracker) if is_whole else None
         if result.test:
             record_test(Path(config.train.output), result.test, tracker)
-        record_exit(config, data, result, state, stop)
+        write_final_outcome(config, data, result, state, stop.signal)
         tracker.conclude("FINISHED" if result.status == "finished" else "KILLED", model)
         if result.status == "finished":  # from here on a signal ends the wait for MLflow
             replay = f"python -m dan_dist.tracking replay {config.train.output}"
@@ -95,10 +101,10 @@ def finish(
     return result
 
 
-def save_result(config: Config, data: TrainingData, tracker: NullTracker) -> Path | None:
-    """The checkpoint of a finished run that becomes its model in MLflow.
+def hand_over_weights(config: Config, data: TrainingData, tracker: NullTracker) -> Path | None:
+    """The best checkpoint of a finished run, which becomes its model in MLflow.
 
-    A run that has trained a backbone writes that into a file of its own instead; then None.
+    A backbone becomes a file of its own instead, which is an artifact of the run; then None.
     """
     best = Path(config.train.output) / BEST
     if not data.task.is_backbone:
@@ -109,7 +115,7 @@ def save_result(config: Config, data: TrainingData, tracker: NullTracker) -> Pat
     return None
 
 
-def record_test(folder: Path, test: dict[str, Any], tracker: NullTracker) -> None:
+def record_test(folder: Path, test: Mapping[str, Any], tracker: NullTracker) -> None:
     """The result on the test split in MLflow: test/… at the run's last step, files, a figure."""
     values = {f"test/{name}": value for name, value in test["metrics"].items()}
     tracker.metrics({**values, "test/looks": len(test["looks"])}, test["step"])
@@ -117,29 +123,29 @@ def record_test(folder: Path, test: dict[str, Any], tracker: NullTracker) -> Non
         tracker.artifact(folder / name, "")
 
 
-def record_exit(
-    config: Config, data: TrainingData, result: RunResult, state: TrainState, stop: StopRequest
+def write_final_outcome(
+    config: Config, data: TrainingData, result: RunResult, state: TrainState, signal: str | None
 ) -> None:
-    """Writes the run's outcome; logs the way on for a preempted run.
+    """Writes how the run ended into its folder; logs how to resume a preempted run.
 
-    stop.step: the last one whose checkpoint is on the disk, from which it would go on.
+    signal: the stop signal that this rank has had.
 
     Raises:
         OSError: the run finished, but its last checkpoint or its outcome could not be written.
     """
     folder = Path(config.train.output)
-    require_checkpoint(folder, done=state.step, saved=stop.step or 0)
+    require_checkpoint(folder, done=state.step, saved=result.saved)
     if result.status == "preempted":
-        reason = f"{stop.signal or 'a signal to another rank'}: stopped after a checkpoint"
-        log.info("%s of step %d; the same command goes on from there", reason, stop.step)
-        write_outcome(folder, result.status, step=stop.step, reason=reason)
+        reason = f"{signal or 'a signal to another rank'}: stopped after a checkpoint"
+        log.info("%s of step %d; the same command goes on from there", reason, result.saved)
+        write_outcome(folder, result.status, step=result.saved, reason=reason)
         return
-    if stop.step != state.step:
+    if result.saved != state.step:
         raise OSError(
             f"all {state.step} steps are done, but the last checkpoint that could be written is "
-            f"that of step {stop.step}; the same command goes on from there"
+            f"that of step {result.saved}; the same command goes on from there"
         )
-    figures, split = result.test.get("metrics") or result.metrics, (data.test or data.task).val
+    figures, split = result.test.get("metrics") or result.metrics, (data.test or data.task).images
     facts = {
         "split": split.name,
         "selected_on": selected_on(config.data.model_dump()),
@@ -149,7 +155,7 @@ def record_exit(
         facts["looks"] = len(result.test["looks"])
     is_early = state.step < make_plan(config, images=len(data.train), start=0).total
     reason = f"no better epoch in {config.train.patience}" if is_early else "all steps done"
-    write_outcome(folder, "finished", step=stop.step, reason=reason, result=facts)
+    write_outcome(folder, "finished", step=result.saved, reason=reason, result=facts)
 
 
 def require_checkpoint(folder: Path, *, done: int, saved: int) -> None:

@@ -1,5 +1,10 @@
 """The configuration's keys by name: their texts for people, and the right one for a wrong one."""
 
+from shards.command import listen
+
+if __name__ == "__main__":
+    listen()  # a signal may come during the imports below
+
 import difflib
 import json
 import textwrap

@@ -128,6 +128,8 @@ def _unknown_option(option: str, value: str) -> str:
     from dan_dist.keys import candidates, names
 
     name = option.lstrip("-").replace("-", "_")
+    if option in OPTIONS:
+        return f"{option} takes no value"
     if near := difflib.get_close_matches(option, OPTIONS, 1, cutoff=0.8):
         return f"unknown option {option}; did you mean {near[0]}?"
     value = "…" if not value or "=" in value or value.startswith("-") else value

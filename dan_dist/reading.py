@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 MOST_VALUES, LONGEST_NUMBER = 50_000, 40
 NULLS = ("null", "none", "~")
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-INTEGER = re.compile(r"[-+]?(0|[1-9]\d*)")
-NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+INTEGER = re.compile(r"[-+]?(0|[1-9]\d*)", re.ASCII)
+NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.IGNORECASE | re.ASCII)
 NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
 YAML_1_1: Any = Resolver()
 PLAIN_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
@@ -166,7 +166,7 @@ class _Reading:
             return self._read(node, hint, self.name)
         except yaml.YAMLError as error:
             line = " ".join(str(error).replace('in "<unicode string>",', "at").split())
-            advice = "; indent by spaces" if "'\\t'" in line else ""
+            advice = "; write spaces, not tabs" if "'\\t'" in line else ""
             raise ValueError(f"{self.where}: not YAML: {line}{advice}") from error
         except RecursionError as error:
             raise ValueError(f"{self.where}: values are nested too deeply") from error
@@ -244,7 +244,7 @@ class _Reading:
             return text
         if not word:
             raise ValueError(
-                f"{self.where}: {name} has no value; write null, or '\"\"' for no text"
+                f"{self.where}: {name or 'it'} has no value; write null, or '\"\"' for no text"
             )
         if word in NULLS and types.NoneType in forms:
             return None
@@ -327,16 +327,18 @@ def advice(found: Any, hint: Any) -> str:
     if not isinstance(found, str):
         return "; write it in quotes" if str in forms and isinstance(found, dict | list) else ""
     if any(get_origin(form) is list for form in forms):
-        return f"; write [{found}]"
+        return f"; write [{found.strip('()')}]"
     if bool in forms and found.strip() in ("0", "1"):
         return f"; write {'true' if found.strip() == '1' else 'false'}"
+    if types.NoneType in forms and SWITCHES.get(found.strip().lower()) is False:
+        return "; write null"
     if not {int, float} & {form for form in forms if isinstance(form, type)}:
         return ""
     if INTEGER.fullmatch(found) or (float in forms and NUMBER.fullmatch(found)):
         return "; write it without quotes" if len(found) < LONGEST_NUMBER else ""
     if re.fullmatch(r"0[0-7]+", found):
         return f"; write {int(found)}, or {int(found, 8)} where it is octal"
-    if re.fullmatch(r"[-+]?0\d*(\.\d*)?", found):
+    if re.fullmatch(r"[-+]?0[0-9]*(\.[0-9]*)?", found):
         return f"; write {found.lstrip('+-0') or 0}"
     try:
         number = float(found) if NUMBER.fullmatch(found) else yaml.safe_load(found)
@@ -344,4 +346,4 @@ def advice(found: Any, hint: Any) -> str:
         return ""
     if isinstance(number, float) and number.is_integer() and abs(number) < 1e15:
         number = int(number)
-    return f"; write {number}" if type(number) in (int, float) else ""
+    return f"; write {number}" if type(number) in (int, float) and number - number == 0 else ""

@@ -14,12 +14,22 @@ HIDDEN = "***"
 SHORTEST = 6  # characters: a shorter one stands by chance in texts that have nothing to do with it
 
 _USER = re.compile(r"(?<=://)[^\s/?#'\"<>]*@")
+_USER_ALONE = re.compile(
+    r"(?<![\w/.@:-])[\w.+-]+:[^\s/?#@:'\"<>]+@(?=[\w.-]+(?::\d|/))"
+)  # no scheme
 # A signed address may name its signature as it likes: every value of a query is hidden. What
 # follows a '#' is no query: MLflow's pages have theirs there.
 _QUERY = re.compile(r"#\S*|\?[^\s?#'\"<>=]+=[^\s#'\"<>]*")
 _VALUE = re.compile(r"=[^&\s)\]},]*")
-_KEYS = "signature|credential|password|passwd|secret|token|access[_-]?key(?:[_-]?id)?|api[_-]?key"
-_PAIR = re.compile(rf"\b((?:[\w-]*[_-])?(?:{_KEYS})=)[^\s&,;'\")\]}}]+", re.IGNORECASE)
+_KEYS = (
+    "signature|credential|password|passwd|secret|token|(?:access|api|account|secret)[_-]?key"
+    "(?:[_-]?id)?"
+)
+# key=value, and as JSON and Python have it
+_PAIR = re.compile(
+    rf"\b((?:[\w-]*[_-])?(?:{_KEYS})(?:=|['\"]\s*:\s*)['\"]?)[^\s&,;'\")\]}}]+", re.IGNORECASE
+)
+_KEY = re.compile(rf"(?:^|[\W_])(?:{_KEYS})$", re.IGNORECASE)
 _HEADER = re.compile(
     r"\b(authorization['\"]?\s*[:=]\s*['\"]?)[^'\"}\n]+|\b(Bearer\s+)[\w.~+/=-]{6,}",
     re.IGNORECASE,
@@ -39,19 +49,25 @@ def redact(text: str) -> str:
     """
     for secret in _secrets():
         text = text.replace(secret, HIDDEN)
-    text = _USER.sub(f"{HIDDEN}@", text)
+    text = _USER_ALONE.sub(f"{HIDDEN}@", _USER.sub(f"{HIDDEN}@", text))
     text = _QUERY.sub(lambda m: m[0] if m[0][0] == "#" else _VALUE.sub(f"={HIDDEN}", m[0]), text)
     text = _HEADER.sub(lambda m: f"{m[1] or m[2]}{HIDDEN}", text)
     return _PAIR.sub(rf"\1{HIDDEN}", text)
 
 
 def redact_tree(tree: T) -> T:
-    """Plain values with each text in them redacted, a dict's keys left as they are."""
+    """Plain values with each text in them redacted, a dict's keys left as they are.
+
+    The text of a key that is called password, token and the like is hidden as a whole.
+    """
     found: Any = tree
     if isinstance(tree, str):
         found = redact(tree)
     elif isinstance(tree, dict):
-        found = {key: redact_tree(value) for key, value in tree.items()}
+        found = {
+            key: HIDDEN if isinstance(value, str) and _KEY.search(str(key)) else redact_tree(value)
+            for key, value in tree.items()
+        }
     elif isinstance(tree, list | tuple):
         found = type(tree)(redact_tree(value) for value in tree)
     return cast(T, found)

@@ -1,7 +1,6 @@
 """The story of a training run: data, network, resume, loop, evaluation, checkpoints."""
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -13,18 +12,18 @@ import torch
 from dan_dist.build import (
     TrainingData,
     build_engine,
-    build_objective,
-    make_objective,
+    initial_objective,
     open_data,
     open_train_loader,
     open_val_loader,
     open_writer,
+    random_objective,
 )
 from dan_dist.config import Config, flatten, resolve, write_config
 from dan_dist.data.mixture import describe_sets, replaced_folders
 from dan_dist.distributed.heartbeat import Heartbeat, session
 from dan_dist.distributed.world import World
-from dan_dist.ending import RunResult, finish, keep_predictions, look_at_test
+from dan_dist.ending import RunResult, finish, keep_predictions
 from dan_dist.engine.ddp import Engine
 from dan_dist.engine.resumed import check_state
 from dan_dist.header import log_data, log_place
@@ -35,18 +34,12 @@ from dan_dist.run.checkpoint import RESUMED, load
 from dan_dist.run.folder import (
     check_continues,
     checkpoint_to_resume,
-    run_folder,
+    locked_run_folder,
     set_aside_after,
     step_path,
     steps_saved,
 )
-from dan_dist.run.outcome import (
-    Status,
-    keep_room,
-    open_outcome,
-    write_failure,
-    write_outcome,
-)
+from dan_dist.run.outcome import keep_room, open_outcome, write_failure, write_outcome
 from dan_dist.run.plan import Plan, make_plan
 from dan_dist.run.signals import Stopped, StopRequest
 from dan_dist.run.state import TrainState
@@ -67,10 +60,12 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
     """
     folder, stop = Path(config.train.output), stop or StopRequest()
     stop.where = "before training"
-    began_s = math.inf  # as long as the folder may be another training's, nothing is written there
+    began_s: float | None = (
+        None  # when the folder became this training's; nothing is written before
+    )
 
     def fail(reason: str) -> None:
-        if began_s < math.inf:
+        if began_s is not None:
             write_failure(folder, step=stop.step, reason=reason, since_s=began_s)
 
     try:
@@ -82,22 +77,21 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
                 on_loss=fail,
                 signalled=lambda: stop.signal,
                 stacks=folder,
-            ) as joint,
+            ) as (world, heart),
         ):
-            world, heart = joint
             stop.raise_if_signalled()
-            lock = run_folder(folder) if world.is_main else ExitStack()
+            lock = locked_run_folder(folder) if world.is_main else ExitStack()
             world.run_on_all(lambda: held.enter_context(lock))
             world.run_on_all(lambda: keep_room(folder) if world.is_main else None)
             began_s = time.time()
-            if world.is_main and not steps_saved(folder):  # an earlier run's stays until it goes on
+            if world.is_main and not steps_saved(folder):  # an earlier run's stays until it resumes
                 write_config(config, folder)
             return run(config, world, stop, heart)
     except Exception as error:
         fail(words(error))
         raise
     except Stopped as stopped:
-        if began_s < math.inf and world.is_main and stop.step is None:
+        if began_s is not None and world.is_main and stop.step is None:
             with suppress(OSError):
                 line = f"{stopped}: stopped before training"
                 write_outcome(folder, "preempted", step=None, reason=line)
@@ -116,15 +110,14 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
         world.run_on_all(lambda: sample_system(config, world, tracker)),
         claim_folder(config, world, plan.start),
         open_train_loader(config, world, data.train, start=plan.start) as batches,
-        open_val_loader(config, world, data.task.val) as validation,
+        open_val_loader(config, world, data.task.images) as validation,
         open_writer(config, world) as writer,
         Monitor(config.train, world, plan, state, tracker, batches, stop) as monitor,
         save_evidence(config, world, data.train, state),
     ):
-        stop.wait_for_step = True
-        if plan.start == 0:  # the start's own accuracy, chance, is where curves begin
-            monitor.start(data.task.judge(engine.evaluate(validation, data.task.select, heart)))
-        for step in range(plan.start, plan.total + 1):  # one more than steps: the end is due there
+
+        def close(step: int) -> bool:
+            """Evaluates and saves after `step`, where that is due; returns whether the run ends."""
             due = plan.due(step, evaluated=state.evaluated, asked=monitor.asks)
             if due.save:
                 monitor.check()  # nothing that is not finite is evaluated or kept
@@ -140,22 +133,25 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
                 warn_of_replaced(world, data)
                 monitor.saved()
             is_over = plan.is_over(step, best_epoch=state.best.get("epoch"))
-            if is_over or (due.save and monitor.stop):
-                break
-            stop.step = step + 1
-            heart.beat("reading", step + 1)
+            return is_over or (due.save and monitor.stop)
+
+        stop.wait_for_step, step = True, plan.start
+        if step == 0:  # the start's own accuracy, chance, is where curves begin
+            monitor.start(data.task.judge(engine.evaluate(validation, data.task.select, heart)))
+        while not close(step):
+            step += 1
+            stop.step = step
+            heart.beat("reading", step)
             batch = next(batches)
-            heart.beat("step", step + 1)
-            result = engine.train_step(batch, lr=plan.lr(step + 1), flags=monitor.flags())
-            monitor.step(step + 1, batch, result)
+            heart.beat("step", step)
+            result = engine.train_step(batch, lr=plan.lr(step), flags=monitor.flags())
+            monitor.step(step, batch, result)
         heart.finish()
         writer.wait()
-        if world.is_main:
-            stop.step = plan.start if writer.saved is None else writer.saved
-        test = look_at_test(config, world, data, state, heart, stop) if is_over else {}
-        status: Status = "finished" if is_over else "preempted"
-        ended = RunResult(status, dict(state.metrics), test)
-        return finish(config, world, data, ended, state, tracker, stop)
+        is_over = plan.is_over(step, best_epoch=state.best.get("epoch"))
+        saved = plan.start if writer.saved is None else writer.saved
+        ended = RunResult("finished" if is_over else "preempted", dict(state.metrics), saved)
+        return finish(config, world, data, ended, state, tracker, stop, heart)
 
 
 class Prepared(NamedTuple):
@@ -172,11 +168,11 @@ def prepare(config: Config, world: World) -> Prepared:
     folder = Path(config.train.output)
     log_place(config, world)
     data = open_data(config, world)
-    log_data(config, world, data.shards, data.train, data.task.val)
+    log_data(config, world, data.shards, data.train, data.task.images)
     world.run_on_all(lambda: check_room(config, world, data.task.classes))
     resumed = world.run_once(lambda: checkpoint_to_resume(folder, config.train.resume))
     objective = world.run_on_all(
-        lambda: build_objective(config, data.class_names, is_new=not resumed)
+        lambda: initial_objective(config, data.class_names, is_new=not resumed)
     )
     steps = make_plan(config, images=len(data.train), start=0).total
     engine = build_engine(config, world, objective, steps=steps)
@@ -227,7 +223,7 @@ def read_checkpoint(path: str, config: Config, data: TrainingData) -> dict[str, 
         same_data=content["fingerprint"] == data.shards.fingerprint,
     )
     with torch.device("meta"):
-        objective = make_objective(config, len(data.class_names))
+        objective = random_objective(config, len(data.class_names))
     try:
         check_state(content, objective, config.optim)
     except ValueError as error:

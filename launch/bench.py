@@ -33,6 +33,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this clone's code comes first
 
+from shards.command import listen
+
+if __name__ == "__main__":
+    listen()  # a signal may come during the imports below
+
 import torch
 from nvidia import dali
 

@@ -32,10 +32,12 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
     """The content of a file that may come from elsewhere.
 
     Raises:
-        ValueError: it is longer than that. OSError: it cannot be read.
+        ValueError: it is longer than that, or no regular file. OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        content = file.read(limit_bytes + 1)
+    try:
+        content = read_regular(path, limit_bytes + 1, cut=True)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if len(content) > limit_bytes:
         raise ValueError(f"{path} has more than {limit_bytes:,} bytes, expected that many at most")
     return content

@@ -36,10 +36,26 @@ def entries(folder: Path, passed_over: Counter[str]) -> Entries:
     return found
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or leads to one; a link that leads round is none."""
+    try:
+        return entry.is_dir()
+    except OSError:  # it cannot be followed
+        return False
+
+
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Likewise, whether it is a regular file."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
 def is_picture(entry: os.DirEntry[str], passed_over: Counter[str]) -> bool:
     """Whether an entry that is no folder may be a picture; a file that is none is counted."""
     _, dot, ending = entry.name.lower().rpartition(".")  # pathlib takes ten times as long
-    if dot + ending in SUFFIXES or not entry.is_file():
+    if dot + ending in SUFFIXES or not is_file(entry):
         return True
     try:
         head = read_regular(entry.path, HEAD_BYTES, cut=True)
@@ -85,7 +101,7 @@ def walk(
             continue
         seen.add(own)
         for entry in reversed(found):
-            if entry.is_dir():
+            if is_folder(entry):
                 coming.append((Path(entry.path), around | {own}))
             elif is_picture(entry, passed_over):
                 coming.append((Path(entry.path), None))

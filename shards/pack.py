@@ -39,7 +39,7 @@ from shards.releases.source import FOLLOW, LEADS_OUT, Source, plain_name
 from shards.show import draw_overview, table
 
 MOST_PIXELS = 4096  # of a packed image's side
-MANY = 1_000_000  # images, above which a pack does not look for leaks
+MOST_FOR_LEAKS = 1_000_000  # images, above which a pack does not look for leaks
 log = logging.getLogger(__name__)
 
 
@@ -81,7 +81,7 @@ def _pack(options: argparse.Namespace) -> Path | None:
 def _leaks(shards: ShardSet, options: argparse.Namespace) -> list[str]:
     """A line on each two splits that share photographs."""
     images = sum(sum(counts) for counts in shards.counts.values())
-    if images > MANY:
+    if images > MOST_FOR_LEAKS:
         return [f"leaks: not looked for among {images} images; python -m shards.verify does"]
     workers = getattr(options, "workers", 0) or core_count()
     return [*describe_leaks(find_leaks(shards, workers))]
@@ -90,21 +90,15 @@ def _leaks(shards: ShardSet, options: argparse.Namespace) -> list[str]:
 def _release(options: argparse.Namespace) -> Release:
     """The data set that the command names, as its module in shards/releases lists it."""
     if options.dataset != "synthetic":
-        return _downloaded(options, Source(Path(options.source), options.follow_links))
-    match options.by:
-        case "identity":
-            return synthetic.identity_release(
-                options.train, options.val, identities=options.identities,
-                held_out=options.held_out, size=options.size, seed=options.seed,
-            )  # fmt: skip
-        case _:
-            return synthetic.release(
-                options.train, options.val, size=options.size, seed=options.seed
-            )
+        return _listed(options, Source(Path(options.source), options.follow_links))
+    return synthetic.release_by(
+        options.by, options.train, options.val, identities=options.identities,
+        held_out=options.held_out, size=options.size, seed=options.seed,
+    )  # fmt: skip
 
 
-def _downloaded(options: argparse.Namespace, source: Source) -> Release:
-    """The release in a folder."""
+def _listed(options: argparse.Namespace, source: Source) -> Release:
+    """The release in the folder `source`, as its module lists it, in the splits asked for."""
     match options.dataset:
         case "affectnet":
             found = affectnet.release(
@@ -126,8 +120,10 @@ def _downloaded(options: argparse.Namespace, source: Source) -> Release:
             found = caers.release(source, boxes=options.boxes, margin=options.margin)
         case "identities":
             found = identities.release(source, options.held_out)
-        case _:
+        case "folder":
             found = folder.release(source, skip=options.skip, is_divided=options.split is not None)
+        case name:
+            raise NotImplementedError(f"{name} is in RELEASES, but nothing here lists it")
     if getattr(options, "face_cut", None) is not None:
         found = replace(found, face_cut=options.face_cut)
     if getattr(options, "split", None) is not None:
@@ -191,13 +187,13 @@ def _add_own_options(sources: dict[str, argparse.ArgumentParser]) -> None:
     for name in ("folder", "expw"):
         sources[name].add_argument(
             "--split", type=_share, metavar="SHARE",
-            help="where there are no splits: the part of each class for training, by the order of "
-            "the sha256 of files' names; the others are 'val'",
+            help="where the release has no splits: the fraction of each class for training, first "
+            "in the order of sha256 of the files' names; the rest becomes 'val'",
         )  # fmt: skip
     for name in sources.keys() - {"identities"}:
         sources[name].add_argument(
             "--splits", type=Path, metavar="FILE",
-            help="a published partition in place of the own: lines of <path or key>,<split>",
+            help="lines of <path or key>,<split>, which replace the release's own splits",
         )  # fmt: skip
     sources["folder"].add_argument(
         "--skip", action="append", default=[], metavar="NAME",

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from shards.duplicates import describe_duplicates
-from shards.files import sha256_of
+from shards.files import read_regular, sha256_of
 from shards.format import MANIFEST, Shard, ShardSet, check_key, copy_name, open_shardset
 from shards.images import MAX_PIXELS
 from shards.index import read_index
@@ -222,9 +222,15 @@ def _verify_idx(path: Path, samples: dict[str, Parts]) -> Iterator[str]:
     if not path.is_file():
         yield f"{path.name}: missing"
         return
-    lines = [
+    expected = [f"v1.2 {len(samples)}"] + [
         " ".join(f"{kind} {at} {size} {key}.{kind}" for kind, (at, size) in parts.items())
         for key, parts in samples.items()
     ]
-    if path.read_text(errors="replace").splitlines() != [f"v1.2 {len(samples)}", *lines]:
+    longest = 2 * sum(len(line.encode(errors="replace")) + 1 for line in expected)
+    try:
+        data = read_regular(path, longest, cut=True)
+    except (OSError, ValueError) as error:
+        yield f"{path.name}: {command.words(error)}"
+        return
+    if data.decode(errors="replace").splitlines() != expected:
         yield f"{path.name}: differs from its tar"

@@ -4,34 +4,40 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
+import psutil
+from chaos_disks import fill
 from chaos_runs import Attempt, Campaign
 
 from dan_dist.run.folder import steps_saved
+from shards.command import PREEMPTED, USAGE
 
 
 def sigkill_rank(campaign: Campaign, attempt: Attempt) -> None:
-    for worker in campaign.dice.sample(attempt.workers(), 1):
-        worker.kill()
+    for worker in campaign.dice.sample(attempt.family, 1):
+        with suppress(psutil.NoSuchProcess):
+            worker.kill()
     assert attempt.end() != 0 or '"finished"' in campaign.outcome(), attempt.text
 
 
 def sigkill_all(campaign: Campaign, attempt: Attempt) -> None:
     time.sleep(campaign.dice.uniform(0, 0.2))  # in the middle of a step, a checkpoint …
-    attempt.process.kill()  # the workers end with it
+    attempt.send(signal.SIGKILL)  # torchrun's workers end with it
     attempt.end()
 
 
 def sigterm(campaign: Campaign, attempt: Attempt) -> None:
-    attempt.process.send_signal(signal.SIGTERM)  # to torchrun, as a scheduler does
+    attempt.send(signal.SIGTERM)
     attempt.end()
     assert '"preempted"' in campaign.outcome() or '"finished"' in campaign.outcome(), attempt.text
 
 
 def sigusr1(campaign: Campaign, attempt: Attempt) -> None:
-    for worker in campaign.dice.sample(attempt.workers(), 1):  # to any rank
-        worker.send_signal(signal.SIGUSR1)
-    assert attempt.end() == 0, attempt.text
+    for worker in campaign.dice.sample(attempt.family, 1):  # to any rank
+        with suppress(psutil.NoSuchProcess):
+            worker.send_signal(signal.SIGUSR1)
+    assert attempt.end() in (0, PREEMPTED), attempt.text
     assert '"preempted"' in campaign.outcome() or '"finished"' in campaign.outcome(), attempt.text
 
 
@@ -83,6 +89,24 @@ def tracker_outage(campaign: Campaign, attempt: Attempt) -> None:
         attempt.end()
 
 
+def full_disk(campaign: Campaign, attempt: Attempt) -> None:
+    """The disk of the run's folder has little room for some steps, or until the run has ended."""
+    assert campaign.disk is not None
+    filler = fill(campaign.disk, campaign.dice.choice((0, campaign.dice.randrange(2**26))))
+    goes_on = attempt.reach(min(attempt.step + 9, campaign.total - 1))
+    is_for_good = campaign.dice.random() < 0.5
+    if not is_for_good:
+        filler.unlink()
+    if goes_on and not is_for_good:
+        goes_on = attempt.reach(min(attempt.step + 5, campaign.total - 1))
+    if goes_on and campaign.dice.random() < 0.5:
+        attempt.send(signal.SIGTERM)
+    code = attempt.end()
+    filler.unlink(missing_ok=True)
+    assert code in (0, USAGE, PREEMPTED), attempt.text
+    assert code == 0 or "error: " in attempt.text or '"preempted"' in campaign.outcome()
+
+
 def resize(campaign: Campaign, attempt: Attempt) -> None:
     """The attempt had one, two or three ranks; the next one has another number."""
     campaign.dice.choice([sigterm, sigkill_rank, sigkill_all])(campaign, attempt)
@@ -91,5 +115,5 @@ def resize(campaign: Campaign, attempt: Attempt) -> None:
 KINDS: dict[str, Callable[[Campaign, Attempt], None]] = {
     f.__name__: f
     for f in (sigkill_rank, sigkill_all, sigterm, sigusr1, corrupt_checkpoint, truncate_shard,
-              tracker_outage, resize)
+              tracker_outage, full_disk, resize)
 }  # fmt: skip

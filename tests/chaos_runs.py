@@ -12,16 +12,20 @@ from pathlib import Path
 
 import psutil
 from mlflow_server import Server
+from ranks import start_ranks
 
+from conftest import call_program
 from dan_dist.run.outcome import OUTCOME
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EPOCH = 10  # steps
+OURS = re.compile(r'File "[^"]*/(dan_dist|shards)/[^"]*", line')  # of a traceback
 ATTEMPT_S = 180.0  # hard limit of anything that is waited for
 DAN = ["model.heads=2", "loss.fcn=affinity", "loss.afn=partition"]
 IDENTITY = ["task=identity", "model.heads=0", "loss.fcn=none", "loss.afn=none", "data.pairs=60",
             "loss.classification=arcface", "data.sampling=shuffle"]  # fmt: skip
-TASKS = {"expression": DAN, "identity": IDENTITY}
+BASELINE = ["model.heads=0", "loss.fcn=none", "loss.afn=none"]  # the quickest
+TASKS = {"baseline": BASELINE, "expression": DAN, "identity": IDENTITY}
 EXACT = ["optim.name=adam", "optim.lr=1e-3", "train.precision=float32"]  # bit for bit
 ELASTIC = ["optim.lr=1e-7", "optim.momentum=0.0", "train.precision=float64"]  # see tests/README.md
 CONFIG = """
@@ -37,10 +41,79 @@ tracking: {{experiment: chaos}}
 class Attempt:
     """One start of the documented command, followed by what it prints."""
 
+    def __init__(self, ranks: int) -> None:
+        self.ranks, self.family = ranks, list[psutil.Process]()
+
+    @property
+    def text(self) -> str:
+        raise NotImplementedError
+
+    def code(self) -> int | None:
+        """The exit code; None as long as it runs."""
+        raise NotImplementedError
+
+    def send(self, number: int) -> None:
+        """Sends a signal to who was started: torchrun, as a scheduler does, or all ranks."""
+        raise NotImplementedError
+
+    @property
+    def step(self) -> int:
+        """The last step that the log holds."""
+        return int((re.findall(r" step (\d+) loss", self.text) or ["0"])[-1])
+
+    @property
+    def resumed(self) -> int:
+        found = re.search(r"resumed after step (\d+)", self.text)
+        return int(found[1]) if found else 0
+
+    def reach(self, step: int) -> bool:
+        """Waits for a step; False if the process ended before."""
+        deadline_s = time.monotonic() + ATTEMPT_S
+        while self.step < step:
+            if self.code() is not None:
+                return False
+            self.look()
+            assert time.monotonic() < deadline_s, f"stuck before step {step}:\n{self.text}"
+            time.sleep(0.02)
+        return True
+
+    def look(self) -> None:
+        """Keeps the ranks' processes in `family`, as far as they are there."""
+
+    def workers(self) -> list[psutil.Process]:
+        """The ranks that are alive."""
+        alive = []
+        for process in self.family:
+            with suppress(psutil.NoSuchProcess):
+                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    alive.append(process)
+        return alive
+
+    def end(self) -> int:
+        """Waits for the end, after which nothing of it may be left; returns the exit code."""
+        deadline_s = time.monotonic() + ATTEMPT_S
+        while (code := self.code()) is None and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        deadline_s = time.monotonic() + 5
+        while time.monotonic() < deadline_s and self.workers():
+            time.sleep(0.05)
+        stayed = self.workers()
+        for process in stayed:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        assert code is not None, f"no end after {ATTEMPT_S} s\n{self.text}"
+        assert not stayed, f"left behind: {stayed}\n{self.text}"
+        assert not OURS.search(self.text), self.text
+        return code
+
+
+class Launched(Attempt):
+    """Ranks under torchrun."""
+
     def __init__(self, config: Path, ranks: int, options: list[str], uri: str) -> None:
+        super().__init__(ranks)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         script = str(REPOSITORY / "launch" / "train.py")
-        self.ranks, self.family = ranks, list[psutil.Process]()
         self.log = config.with_suffix(f".{time.time_ns()}.log")
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MLFLOW_TRACKING_URI": uri,
                        "OMP_NUM_THREADS": "1"}  # fmt: skip
@@ -55,46 +128,52 @@ class Attempt:
     def text(self) -> str:
         return self.log.read_text()
 
-    @property
-    def step(self) -> int:
-        """The last step that the log holds."""
-        return int((re.findall(r" step (\d+) loss", self.text) or ["0"])[-1])
+    def code(self) -> int | None:
+        return self.process.poll()
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def look(self) -> None:
+        if len(self.family) < self.ranks:
+            with suppress(psutil.NoSuchProcess):
+                self.family = psutil.Process(self.process.pid).children()
+
+
+class Forked(Attempt):
+    """Ranks of the fork server, which spares each the imports of the command; see `ranks.py`."""
+
+    def __init__(self, config: Path, ranks: int, options: list[str], uri: str) -> None:
+        super().__init__(ranks)
+        folder = config.with_suffix(f".{time.time_ns()}.logs")
+        folder.mkdir()
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+        self.started = start_ranks(
+            ranks, call_program, "train", [str(config), *options], cwd=config.parent, folder=folder
+        )
+        for rank in self.started:
+            with suppress(psutil.NoSuchProcess):
+                self.family.append(psutil.Process(rank.process.pid))
 
     @property
-    def resumed(self) -> int:
-        found = re.search(r"resumed after step (\d+)", self.text)
-        return int(found[1]) if found else 0
+    def text(self) -> str:
+        logs = [path for rank in self.started for path in rank.logs]
+        return "".join(path.read_text() for path in logs if path.is_file())
 
-    def reach(self, step: int) -> bool:
-        """Waits for a step; False if the process ended before."""
-        deadline = time.monotonic() + ATTEMPT_S
-        while self.step < step:
-            if self.process.poll() is not None:
-                return False
-            if len(self.family) < self.ranks:
-                with suppress(psutil.NoSuchProcess):
-                    self.family = psutil.Process(self.process.pid).children()
-            assert time.monotonic() < deadline, f"stuck before step {step}:\n{self.text}"
-            time.sleep(0.02)
-        return True
+    def code(self) -> int | None:
+        codes = [rank.process.exitcode for rank in self.started]
+        if any(codes):  # as torchrun, and Slurm, do it
+            for rank in self.started:
+                if rank.process.exitcode is None:
+                    rank.process.terminate()
+        if None in codes:
+            return None
+        return max(code or 0 for code in codes) or min(code or 0 for code in codes)
 
-    def workers(self) -> list[psutil.Process]:
-        return [p for p in self.family if p.is_running()] or [psutil.Process(self.process.pid)]
-
-    def end(self) -> int:
-        """Waits for the end, after which nothing of it may be left; returns the exit code."""
-        try:
-            code = self.process.wait(ATTEMPT_S)
-        finally:
-            left = self.family  # torchrun's workers have sessions of their own
-            deadline = time.monotonic() + 5
-            while time.monotonic() < deadline and any(p.is_running() for p in left):
-                time.sleep(0.05)
-            stayed = [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-            for process in stayed:
-                process.kill()
-        assert not stayed, f"left behind: {stayed}\n{self.text}"
-        return code
+    def send(self, number: int) -> None:
+        for worker in self.workers():
+            with suppress(psutil.NoSuchProcess):
+                worker.send_signal(number)
 
 
 @dataclass
@@ -103,25 +182,29 @@ class Campaign:
 
     folder: Path
     config: Path
+    output: Path
     options: list[str]
     uri: str
     dice: random.Random
     epochs: int
+    ranks: int = 2
+    disk: Path | None = None  # small, and the run's folder alone is there
+    launched: float = 0.0  # the share of starts by torchrun
     server: Server | None = None
     reached: int = 0  # the furthest step so far
+    faults: list[str] = field(default_factory=list)  # their kinds
+    attempts: list[Attempt] = field(default_factory=list)
     owed: list[tuple[str, int, float]] = field(default_factory=list)  # fault, step, when
-
-    @property
-    def output(self) -> Path:
-        return self.config.with_suffix("")
 
     @property
     def total(self) -> int:
         """Steps of the run."""
         return EPOCH * self.epochs
 
-    def start(self, ranks: int = 2) -> Attempt:
-        return Attempt(self.config, ranks, self.options, self.uri)
+    def start(self, ranks: int | None = None) -> Attempt:
+        kind = Launched if self.dice.random() < self.launched else Forked
+        self.attempts.append(kind(self.config, ranks or self.ranks, self.options, self.uri))
+        return self.attempts[-1]
 
     def somewhere(self) -> int:
         """A step a little further on."""

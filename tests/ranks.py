@@ -62,25 +62,33 @@ def run_ranks(
 
     As under torchrun, the others get SIGTERM once one has failed. Nothing outlives the call.
     """
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        started = start_ranks(n, function, *arguments, cwd=cwd, folder=Path(folder))
+        late = _wait(started, timeout_s)
+        found = [rank.ended() for rank in started]
+    assert not late, f"ranks {late} took more than {timeout_s} s\n{_texts(found)}"
+    return found
+
+
+def start_ranks(
+    n: int, function: Callable[..., Any], *arguments: Any, cwd: Path | None = None, folder: Path
+) -> "list[Rank]":
+    """Starts n ranks, which are the caller's to wait for; their output goes into `folder`."""
     _start_server()
     common = {**os.environ, "OMP_NUM_THREADS": "1"}
     if n > 1:
         common |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        started = list[_Rank]()
-        for rank in range(n):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if n > 1 else {}
-            logs = Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err"
-            result = Path(folder) / f"{rank}.result"  # a pipe would hold 64 KiB of it
-            job = (logs, cwd or Path.cwd(), {**common, **own}, result, function, arguments)
-            process = _context.Process(target=_work, args=job)
-            process.start()
-            started.append(_Rank(process, result, logs))
-        late = _wait(started, timeout_s)
-        found = [rank.ended() for rank in started]
-    assert not late, f"ranks {late} took more than {timeout_s} s\n{_texts(found)}"
-    return found
+    started = list[Rank]()
+    for rank in range(n):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if n > 1 else {}
+        logs = folder / f"{rank}.out", folder / f"{rank}.err"
+        result = folder / f"{rank}.result"  # a pipe would hold 64 KiB of it
+        job = (logs, cwd or Path.cwd(), {**common, **own}, result, function, arguments)
+        process = _context.Process(target=_work, args=job)
+        process.start()
+        started.append(Rank(process, result, logs))
+    return started
 
 
 def free_port() -> int:
@@ -138,7 +146,7 @@ def _work(
         raise SystemExit(1) from error
 
 
-class _Rank(NamedTuple):
+class Rank(NamedTuple):
     process: BaseProcess
     result: Path
     logs: tuple[Path, Path]
@@ -152,7 +160,7 @@ class _Rank(NamedTuple):
         return Ended(value, error, self.process.exitcode or 0, out, err)
 
 
-def _wait(started: list[_Rank], timeout_s: float) -> list[int]:
+def _wait(started: list[Rank], timeout_s: float) -> list[int]:
     """Waits until all have ended, by themselves or killed; returns those that took too long."""
     deadline_s, is_failed = time.monotonic() + timeout_s, False
     running = [rank.process for rank in started]

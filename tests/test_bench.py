@@ -39,6 +39,34 @@ def test_it_measures_and_writes_what_it_measured(tiny: Write, tmp_path: Path) ->
     assert "| dan_dist |" in done.stdout and "efficiency" in done.stdout
 
 
+def test_it_starts_trainings_and_projects_beyond_this_machine(tiny: Write, tmp_path: Path) -> None:
+    found = tmp_path / "figures.json"
+    done = run(
+        sys.executable, BENCH, "--images", "64", "start", "scaling", tiny("run"), *DAN, "--batch",
+        "8", "--repeats", "1", "--steps", "1", "--ranks", "1", "2", "--json", found, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(found.read_text())
+    start, scaling = figures["start"], figures["scaling"]
+    assert 0 < start["of that: import torch"][0]["s"] < start["torchrun launch/train.py"][0]["s"]
+    assert {ranks: len(rates) for ranks, rates in scaling["images_per_s"].items()} == {
+        "1": 1, "2": 1
+    }  # fmt: skip
+    assert scaling["projected"] and "| of linear |" in done.stdout
+
+
+def test_a_visit_without_time_names_what_it_left_out(tmp_path: Path) -> None:
+    done = run(
+        sys.executable, BENCH, "--visit", "visit", "--minutes", "0.05", "configs/demo.yaml",
+        "--images", "64", "data.shards=drawn", "model.image_size=32", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    results = {name: part["result"] for name, part in
+               json.loads((tmp_path / "visit" / "visit.json").read_text()).items()}  # fmt: skip
+    assert {"checks", "step 256", "train", "loader", "start"} < {*results}
+    assert all(result.startswith(("stopped after", "no time")) for result in results.values())
+
+
 # As where only what training needs was brought
 BARE = """
 import runpy, sys

@@ -20,7 +20,7 @@ from dan_dist.run import folder as folders
 from dan_dist.run.folder import (
     CheckpointWriter,
     checkpoint_to_resume,
-    run_folder,
+    locked_run_folder,
     step_path,
     steps_saved,
 )
@@ -191,7 +191,7 @@ def test_two_trainings_do_not_write_into_one_folder(tiny: Write, tmp_path: Path)
         single(tiny("run"), "tracking.enabled=true", "train.max_steps=1")
     journal.close()
     with (
-        run_folder(tmp_path / "other"),
+        locked_run_folder(tmp_path / "other"),
         pytest.raises(OSError, match="other is in use by another process"),
     ):
         single(tiny("other"), "train.max_steps=1")

@@ -26,6 +26,8 @@ from dan_dist.options import (
 from dan_dist.programs import read_train_command
 from dan_dist.run.cli import parse
 from shards import pack, show, verify
+from shards.releases import sfew
+from shards.releases.similarity import TEMPLATE
 
 OWN = "test_commands.py::"
 DATA, DRY = f"{OWN}test_lines_on_data_sets_run", f"{OWN}test_training_lines_pass_a_dry_run"
@@ -57,8 +59,7 @@ EXECUTED = {
     "python launch/train.py":
         "test_signals.py::test_a_run_without_a_launcher_ends_with_its_own_exit_code",
     "python launch/train.py loss.fcn=none *": "test_explain.py::test_two_networks_side_by_side",
-    "python launch/train.py rafdb --dry-run": DRY,
-    "python launch/train.py rafdb --dry-run --ranks 8": DRY,
+    "python launch/train.py * --dry-run --ranks 8": DRY,
     "python launch/train.py --help": "test_programs.py::test_help_lists_every_key_without_torch",
     "torchrun launch/train.py demo-backbone*":
         "test_verification.py::test_a_backbone_from_training_to_dan",
@@ -66,18 +67,17 @@ EXECUTED = {
         "test_verification.py::test_a_backbone_from_training_to_dan",
     "torchrun launch/train.py rafdb model.weights=affecnet8_epoch5_acc0.6209.pth":
         "test_weights.py::test_a_training_starts_from_it",
-    "torchrun --nproc-per-node=8 launch/train.py demo data.shards=data/faces *": DRY,
+    "torchrun --nproc-per-node=8 launch/train.py affectnet8 data.shards=data/faces *": DRY,
     "torchrun --nproc-per-node=* launch/train.py rafdb*": DRY,
     "torchrun --nproc-per-node=8 launch/train.py affectnet8": DRY,
     "torchrun --nproc-per-node=8 launch/train.py affectnet8 model.backbone=*": DRY,
     "torchrun --nproc-per-node=8 launch/train.py affectnet8 data.shards=s3://*":
         "test_cache.py::test_training_from_s3",
-    "torchrun --nproc-per-node=4 launch/train.py sfew": "test_config.py::"
-        "test_every_shipped_configuration_is_valid_and_loads_again_as_it_is_written",
-    "torchrun --nproc-per-node=4 launch/train.py fer*": "test_config.py::"
-        "test_every_shipped_configuration_is_valid_and_loads_again_as_it_is_written",
+    "torchrun --nproc-per-node=4 launch/train.py sfew": DRY,
+    "torchrun --nproc-per-node=4 launch/train.py fer*": DRY,
     "torchrun --nproc-per-node=8 launch/train.py msceleb": DRY,
-    "torchrun launch/train.py * model.backbone=imagenet": NEEDS,
+    "torchrun launch/train.py * model.backbone=imagenet":
+        "test_dry_run.py::test_an_imagenet_start_is_not_downloaded",
     "torchrun launch/train.py * data.shards=data/drawn-224 *": NEEDS,
     "torchrun --nproc-per-node=2 launch/train.py engine.name=deepspeed *":
         "test_deepspeed.py::test_both_launchers_lead_to_the_same_training",
@@ -104,13 +104,13 @@ EXECUTED = {
     "python launch/certify.py runs/*": "test_certificate.py::test_the_command_runs_each_world",
     "python launch/ablate.py *":
         "test_ablate.py::test_stopped_and_killed_it_ends_with_each_run_once",
-    "python launch/bench.py*": "test_bench.py::test_it_measures_and_writes_what_it_measured",
+    **dict.fromkeys((f"python launch/bench.py {p}" for p in ("loader", "step *", "train")),
+                    "test_bench.py::test_it_measures_and_writes_what_it_measured"),
+    "python launch/bench.py scaling *":
+        "test_bench.py::test_it_starts_trainings_and_projects_beyond_this_machine",
+    "python launch/bench.py --visit *":
+        "test_bench.py::test_a_visit_without_time_names_what_it_left_out",
     "python -m shards.align *": "test_align.py::test_align_writes_what_the_detector_finds",
-    "python -m shards.pack sfew *": "test_releases.py::test_sfews_frames_are_aligned_by_landmarks",
-    "python -m shards.pack fer2013 *": "test_fer2013.py::test_the_csv_of_pixels",
-    "python -m shards.pack ferplus *": "test_fer2013.py::test_ferplus",
-    "python -m shards.pack expw *": "test_photographs.py::test_expw",
-    "python -m shards.pack caers *": "test_photographs.py::test_caer_s",
     "python -m shards.pack merge *": "test_pack_parts.py",
     "python -m shards.pack *": DATA, "python -m shards.verify *": DATA,
     "python -m shards.show *": DATA,
@@ -137,7 +137,7 @@ EXECUTED = {
         "test_a_server_that_was_away_gets_every_record_once",
     "python -m dan_dist.tracking register *":
         "test_mlflow.py::test_an_evaluation_is_at_the_model_and_at_its_data",
-    "python tests/chaos.py *": "test_elastic.py::test_chaos_in_short",
+    "python tests/chaos.py*": "test_elastic.py::test_chaos_in_short",
     "torchrun --nnodes=1:2 --max-restarts=3 …": "test_elastic.py::"
         "test_an_elastic_job_goes_on_without_the_dead",
     "torchrun --no-python dan-train …": "test_packaging.py::"
@@ -155,6 +155,9 @@ NOT_HERE = {
     "DAN_PYTHON=\"*": "needs apptainer; test_batch_scripts.py runs the script with a stand-in",
     "sbatch -p gpu -A mine …": "a partition and an account of somebody's cluster",
     "torchrun [*": "a form, no command",
+    "python launch/bench.py [*": "a form, no command",
+    "python launch/bench.py --json *": "all parts, a quarter of an hour; test_bench.py has each",
+    "python launch/bench.py order*": "ten million images, and peers' environments of gigabytes",
     "torchrun launch/train.py [RECIPE] *": "a form, no command",
     "mlflow ui*": "a page for people; test_ablate.py opens the server's",
     "mlflow server --host 0.0.0.0": "in a text on what it leaves open",
@@ -240,6 +243,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layouts.write_folder(folder / "FACES", {"train": 48, "val": 16}, size=32, seed=0)
     layouts.write_affectnet_reduced(folder / "AffectNet", 48, 16, size=32, seed=0)
     layouts.write_rafdb(folder / "RAF-DB" / "basic", 35, 14, seed=0, size=32)
+    layouts.write_expw(folder / "ExpW", 28, seed=0)
+    votes = [[10 * (k == label) for k in range(10)] for label in range(8)]
+    usages = {"Training": 56, "PublicTest": 24, "PrivateTest": 24}
+    layouts.write_fer2013(folder / "FER", usages, seed=0, votes=votes)
+    layouts.write_sfew(folder / "SFEW", 28, 14, seed=0, size=32, aligned=False)
+    points = ",".join(f"{value * 32 / 112:.2f}" for value in TEMPLATE.ravel())
+    frames = [path.relative_to(folder / "SFEW") for path in (folder / "SFEW").rglob("*.png")]
+    marks = [",".join(sfew.LANDMARKS), *(f"{frame},{points}" for frame in frames)]
+    (folder / "sfew.csv").write_text("\n".join(marks))
+    boxes = layouts.write_caers(folder / "CAER-S", 28, 14, seed=0)
+    (folder / "boxes.csv").write_text("\n".join(boxes))
     faces = sorted((folder / "FACES").rglob("*.jpg"))
     for name, persons in (("MS-Celeb-1M", 40), ("lfw", 8)):  # 40 at least, of whom 20 are held out
         for k, face in enumerate([*faces, *faces]):
@@ -249,25 +263,36 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_lines_on_data_sets_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def packed(place: Path) -> set[str]:
+    """The data sets that the documented lines have packed there, but for their size and number."""
+    small = {"synthetic": ["--train", "48", "--val", "40", "--size", "32"]}
+    done: set[str] = set()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for line in (line for line in lines() if entry(EXECUTED, line) == DATA):
+            for name, value in (("DATASET", "folder"), ("RELEASE", "FACES"), ("NAME", "faces")):
+                line = line.replace(name, value)
+            if (words := words_of(line, "-m shards.pack")) is not None:
+                own = ["--identities", "8", "--held-out", "20"] if "identity" in words else []
+                options = [*small.get(words[0], ["--size", "32"]), *own, "--workers", "1"]
+                assert pack.main([*words, *options]) == 0, line
+                done.add(words[0])
+    return done
+
+
+def test_lines_on_data_sets_run(
+    place: Path, packed: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As they stand, but for the images' size and number."""
     monkeypatch.chdir(place)
-    small = {"synthetic": ["--train", "48", "--val", "40", "--size", "32"]}
-    done: list[str] = []
-    for line in (line for line in lines() if entry(EXECUTED, line) == DATA):
-        for name, value in (("DATASET", "folder"), ("RELEASE", "FACES"), ("NAME", "faces")):
-            line = line.replace(name, value)
-        if (words := words_of(line, "-m shards.pack")) is not None:
-            own = ["--identities", "8", "--held-out", "20"] if "identity" in words else []
-            options = [*small.get(words[0], ["--size", "32"]), *own, "--workers", "1"]
-            assert pack.main([*words, *options]) == 0, line
-            done.append(words[0])
     for line in (line.replace("NAME", "faces").replace("OTHER", "rafdb") for line in lines()):
         if (words := words_of(line, "-m shards.verify")) is not None:
             assert verify.main([*words, "--workers", "1"]) == 0, line
         if (words := words_of(line, "-m shards.show")) is not None:
             assert show.main(words) == 0 and [*Path("sheets").iterdir()], line
-    assert {*done} == {"affectnet", "rafdb", "folder", "identities", "synthetic"}
+    names = "affectnet caers expw fer2013 ferplus folder identities rafdb sfew synthetic"
+    assert packed == {*names.split()}
 
 
 def test_what_the_lines_leave_is_ignored_by_git() -> None:
@@ -275,7 +300,9 @@ def test_what_the_lines_leave_is_ignored_by_git() -> None:
     assert {"/data/", "/runs/", "/sheets/", "*.out", "mlflow.db*"} <= {*ignored}
 
 
-def test_training_lines_pass_a_dry_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_lines_pass_a_dry_run(
+    place: Path, packed: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What each recipe needs, at the places that configs/README.md gives, is all that it needs."""
     monkeypatch.chdir(place)
     (place / "weights").mkdir()
@@ -290,7 +317,7 @@ def test_training_lines_pass_a_dry_run(place: Path, monkeypatch: pytest.MonkeyPa
         pairs = ["data.pairs=20"] if command.config == "msceleb" else []
         check(load_config(command.config, layered(command.overrides, small, pairs)), 2)
         count += 1
-    assert count >= 7
+    assert count >= 11
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -121,7 +121,14 @@ def test_an_installed_package_brings_its_configurations(
     assert shipped_folder() == tmp_path / "site" / "dan_dist" / "configs"
 
 
-@pytest.mark.parametrize("name", ["rafbd", "configs/rafbd.yaml", "rafbd.yaml"])
+@pytest.mark.parametrize("word", ["optim.lr:1e-4", "optim.lr", "train.epochs 3", "schedule"])
+def test_a_key_without_its_value_is_no_recipe(word: str) -> None:
+    key = word.replace(":", " ").split()[0]
+    with pytest.raises(ValueError, match=f"^{word}: a key, expected {key}=value$"):
+        find_config(word)
+
+
+@pytest.mark.parametrize("name", ["rafbd", "configs/rafbd.yaml", "RAFDB"])
 def test_an_unknown_recipe_lists_those_there_are(name: str) -> None:
     known = ", ".join(path.stem for path in SHIPPED)
     message = rf"^{name}: no such configuration; did you mean rafdb\? There are {known}$"

@@ -1,10 +1,12 @@
 """The READMEs: their links lead somewhere, and what they name exists."""
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+from test_imports import DAN_DIST
 
 from dan_dist import keys
 
@@ -55,6 +57,45 @@ def test_files_and_modules_of_commands_exist(path: Path) -> None:
         assert spec.submodule_search_locations is None or importlib.util.find_spec(
             f"{name}.__main__"
         ), f"{name} cannot be run"
+
+
+def defined(path: Path) -> set[str]:
+    """The functions, classes, methods and constants of a Python file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+@pytest.mark.parametrize("path", READMES, ids=NAMES)
+def test_named_functions_are_in_the_named_file(path: Path) -> None:
+    """`file.py` (`name`, `Class.method`) and, of a module of dan_dist, `module.name`."""
+    text, wing = FENCED.sub("", path.read_text()), REPOSITORY / "dan_dist"
+    named = [
+        (file, name)
+        for file, names in re.findall(r"`([\w/]+\.py)` \((`[^()]+`)\)", text)
+        for name in re.findall(r"`([\w.]+)`", names)
+    ]
+    modules = {module.stem for module in wing.glob("*.py")} - {"config"}  # a checkpoint's part
+    known = keys.names()
+    for module, name in re.findall(r"`([a-z_]+)\.(\w+)`", text):
+        if module in modules and name != "py" and f"{module}.{name}" not in known:
+            named.append((f"{module}.py", name))
+    for file, name in named:
+        places = [root / file for root in (REPOSITORY, wing, path.parent)]
+        source = next((place for place in places if place.is_file()), None)
+        assert source, f"{file} is not there"
+        assert set(name.split(".")) <= defined(source), f"{file} has no {name}"
+
+
+def test_the_architectures_rows_are_those_of_the_imports() -> None:
+    text = (REPOSITORY / "dan_dist" / "README.md").read_text()
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", text, re.MULTILINE)
+    found = [set(re.findall(r"`(\w+)`", row)) for row in rows]
+    assert found == [set(row) for row in DAN_DIST if row != ["__main__"]]
 
 
 def test_every_picture_is_shown() -> None:

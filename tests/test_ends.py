@@ -44,6 +44,8 @@ PROGRAMS = {
     "export": ("torch", ["a"], 130),
     "ablate": ("yaml", ["heads"], 130),
     "certify": ("nvidia", ["demo"], 130),
+    "bench": ("torch", ["order"], 130),
+    "dan_dist.keys": ("pydantic", [], 130),
 }
 
 

@@ -53,6 +53,11 @@ def test_launches(
         ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE is '2.0' in the environment, expected a number"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x' in the environment, expected a number"),
         ({"LOCAL_WORLD_SIZE": "?"}, r"LOCAL_WORLD_SIZE is '\?' in the environment"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0 in the environment, expected 1 or more"),
+        (
+            {"LOCAL_WORLD_SIZE": "-2"},
+            "LOCAL_WORLD_SIZE is -2 in the environment, expected 1 or more",
+        ),
         ({"RANK": "8"}, "RANK is 8 in the environment, expected 0 to 7"),
         ({"RANK": "-1"}, "RANK is -1 in the environment, expected 0 to 7"),
         ({"LOCAL_RANK": "4"}, "LOCAL_RANK is 4 in the environment, expected 0 to 3"),

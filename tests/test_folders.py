@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packs import pack_here
 from PIL import Image
 from pyarrow import parquet
-from trees import encoded, picture
+from trees import encoded, picture, tree
 
 from dan_dist.data.crops import find_images
 from dan_dist.inference import predict as prediction
@@ -22,6 +23,7 @@ from dan_dist.model.weights import load_trained
 from dan_dist.options import PredictOptions
 from shards import folders
 from shards.files import read_regular
+from shards.format import open_shardset
 from shards.release import LeftOut
 from shards.releases.source import Source, walk
 
@@ -86,6 +88,25 @@ def test_links_that_go_round_end(tmp_path: Path) -> None:
         for name in "ab":
             (tmp_path / "f" / f"d{k}" / name).symlink_to(f"../d{k + 1}")
     assert len(find_images([tmp_path / "f"])) == 1
+
+
+def test_a_link_that_leads_round_costs_no_other_picture(tmp_path: Path) -> None:
+    """To itself, and one to another: neither a folder nor a file, and given, to be named."""
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "1.png").write_bytes(encoded(picture(1), "PNG"))
+    for name, target in (("2.jpg", "2.jpg"), ("3", "4"), ("4", "3")):
+        (tmp_path / "f" / name).symlink_to(target)
+    assert [path.name for path in find_images([tmp_path / "f"])] == ["1.png", "2.jpg", "3", "4"]
+
+
+def test_packing_leaves_out_a_link_that_leads_round(tmp_path: Path) -> None:
+    source = tree(tmp_path / "source")
+    (source / "train" / "happy" / "a.png").symlink_to("a.png")
+    (source / "val" / "b.jpg").symlink_to("b.jpg")
+    code, text = pack_here("folder", "--source", source, "--out", tmp_path / "out", "--size", "24",
+                           "--workers", "1")  # fmt: skip
+    assert code == 0 and "left out: 1 × no regular file" in text, text
+    assert open_shardset(tmp_path / "out").counts == {"train": (9, 9), "val": (3, 3)}
 
 
 def test_links_to_folders_elsewhere_are_named(

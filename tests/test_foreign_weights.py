@@ -2,8 +2,10 @@
 
 import argparse
 import re
-from collections import OrderedDict
+import zipfile
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,13 @@ WRAPS: dict[str, Wrap] = {
     "compiled": lambda s: {"model_state_dict": under("_orig_mod.module.", s)},
     "numpy": lambda s: {"state_dict": s, "acc": np.float64(0.62), "confusion": np.eye(3)},
     "lightning": lightning,
+    "histories": lambda s: {
+        "net": under("module.", s),
+        "loss": defaultdict(list, {"train": [0.5]}),
+        "best": defaultdict(float),
+        "when": datetime(2026, 11, 27),
+        "took": timedelta(hours=1),
+    },
 }
 
 
@@ -91,6 +100,23 @@ def test_our_own_tensors_load_with_their_classes_named(tmp_path: Path) -> None:
     assert trained.class_names == ("a", "b", "c") and len(trained.network.heads) == 2
     with pytest.raises(ValueError, match="a network's tensors alone, which does not name its 3"):
         load_trained(tmp_path / "own.safetensors")
+
+
+def test_archives_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
+    torch.save(authors_state(8, 1), tmp_path / "dan.pth")
+    with zipfile.ZipFile(tmp_path / "zipped.pth", "w") as parts:
+        parts.write(tmp_path / "dan.pth", "weights/dan.pth")
+    np.savez(tmp_path / "arrays.npz", a=np.ones(2))
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as parts:  # torch deprecates writing one
+        parts.writestr("script/data.pkl", b"")
+        parts.writestr("script/code/__torch__.py", "")
+    for name, line in (
+        ("zipped.pth", "an archive of 1 files, weights/dan.pth; unpack it"),
+        ("arrays.npz", "an archive of 1 files, a.npy; unpack it"),
+        ("script.pt", "it is a TorchScript; save the network's state_dict"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: not a readable checkpoint \(.*{line}"):
+            load_trained(tmp_path / name)
 
 
 def test_several_networks_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -288,3 +288,17 @@ def test_the_schedulers_experiment_and_run(
     single(tiny("run"), "tracking.enabled=true", "train.max_steps=4")
     history = client().get_metric_history(made.info.run_id, "train/loss")
     assert [point.step for point in history] == [1, 2, 3, 4]
+
+
+def test_the_reason_why_no_experiment_is_made_is_the_servers(
+    tmp_path: Path, server: TrackingServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusal = json.dumps({"error_code": "PERMISSION_DENIED", "message": "ask the owner"})
+    server.faults["experiments/create"] = (403, refusal)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with MlflowTracker(folder, record()) as tracker:
+        tracker.metrics({"a": 1.0}, 1)
+    assert "failed, its journal grows: PERMISSION_DENIED: ask the owner" in caplog.text
+    server.faults.clear()
+    assert replay(folder)[0] and client().get_experiment_by_name("lanes")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -15,9 +15,12 @@ from dan_dist.data.loader import Batch
 from dan_dist.engine.ddp import Engine, StepFlags, StepOptions
 from dan_dist.engine.optimizer import load_optimizer, make_optimizer, parameter_groups
 from dan_dist.engine.precision import resolve_precision
+from dan_dist.evaluation import evaluate
+from dan_dist.inference import explain, export, predict
 from dan_dist.model.dan import DAN
 from dan_dist.model.losses import Objective
 from dan_dist.model.weights import load_trained
+from dan_dist.options import EvaluateOptions, ExplainOptions, ExportOptions, PredictOptions
 from dan_dist.run import checkpoint
 from dan_dist.run.folder import step_path
 
@@ -183,6 +186,25 @@ def test_resumed_in_mid_warm_up_equals_uninterrupted(tiny: Write, tmp_path: Path
     assert torch.equal(load_trained(path).network.state_dict()[name], both[0][name])
     with pytest.raises(ValueError, match=r"train\.epochs was 2, is 3"):
         single(tiny("whole"), *LARGE, "train.epochs=3")  # its cosine would be another
+
+
+@pytest.mark.parametrize("weights", ["average", "trained"])
+def test_programs_take_the_weights_that_are_named(
+    weights: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def ask(*_: object, weights: str, **__: object) -> NoReturn:
+        raise LookupError(weights)
+
+    asked: Any = {"checkpoint": tmp_path / "x.pt", "weights": weights}
+    for module, options in (
+        (evaluate, EvaluateOptions(data="x", device="cpu", **asked)),
+        (predict, PredictOptions(images=(tmp_path,), device="cpu", **asked)),
+        (explain, ExplainOptions(data="x", device="cpu", **asked)),
+        (export, ExportOptions(**asked)),
+    ):
+        monkeypatch.setattr(module, "load_trained", ask)
+        with pytest.raises(LookupError, match=f"^{weights}$"):
+            module.main(options)
 
 
 def test_a_checkpoint_without_an_average_has_none_to_give(tiny: Write, tmp_path: Path) -> None:

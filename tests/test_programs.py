@@ -103,6 +103,7 @@ REFUSED = {
     "--epochs train.seed=1": "keys are no options, type train.epochs=…",
     "--seed 3": "type data.synthetic.seed=3 or train.seed=3",
     "--dryrun": "unknown option --dryrun; did you mean --dry-run?",
+    "--dry-run=true": "--dry-run takes no value",
     "--zzz": "unknown option --zzz; --help lists the options and the keys",
     "--ranks 3": "--ranks: only --dry-run takes it; torchrun starts a training's ranks",
     "--dry-run --ranks no": "--ranks is 'no', expected 1 or more",

@@ -45,7 +45,13 @@ QUOTED = "pa%2Bss%2Fwo%3Drd"
         ("tried Bearer abc.def-123", "tried Bearer ***"),
         ("aws_secret_access_key=abc; x=1", "aws_secret_access_key=***; x=1"),
         ("data.token=abc data.size=8", "data.token=*** data.size=8"),
+        ('{"wandb": {"api_key": "ab-12", "size": 3}}', '{"wandb": {"api_key": "***", "size": 3}}'),
+        ("no answer: ann:pw-1@db.example.org:5432/x", "no answer: ***@db.example.org:5432/x"),
+        ("Endpoint=h;AccountKey=ab12==;x=1", "Endpoint=h;AccountKey=***;x=1"),
+        ("client(api_key='sk-1')", "client(api_key='***')"),
         # and what is no secret stays as it is
+        ("models:/faces@champion at 10:30, 2:1 @ home, dan:v1@faces", None),
+        ("max_tokens=7 of {'tokens': 5}", None),
         ("http://h/#/compare-runs?runs=%5B%5D&experiments=1", None),
         ("sqlite:////tmp/a b/mlflow.db", None),
         ("s3://bucket/sets/small: 3 of 5 files", None),
@@ -68,6 +74,10 @@ def test_secrets_of_the_environment_are_hidden_wherever_they_stand(
     assert text == "got ***, *** and ***, in short"
     tree = {"a": [f"x {SECRET}", 1, None], "b": ("tok-12345", 2.5), SECRET: True}
     assert redact_tree(tree) == {"a": ["x ***", 1, None], "b": ("***", 2.5), SECRET: True}
+    tags = {"note": "a", "db-password": "x", "hf_token": "y", "tokens": "z", "token": 5}
+    assert redact_tree({"tags": tags}) == {
+        "tags": {**tags, "db-password": "***", "hf_token": "***"}
+    }
 
 
 def test_the_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

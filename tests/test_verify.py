@@ -51,6 +51,12 @@ def row(root: Path, sample: int = 3) -> np.void:
     return index[np.flatnonzero(index["label"] == 1)[sample]]
 
 
+def link_idx(root: Path, target: str) -> None:
+    path = (root / TAR).with_suffix(".idx")
+    path.unlink()
+    path.symlink_to(target)
+
+
 def flip_a_bit(root: Path) -> None:
     at = int(row(root)["offset"]) + int(row(root)["size"]) // 2
     patch(root, TAR, at, bytes([(root / TAR).read_bytes()[at] ^ 1]))
@@ -150,6 +156,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing .idx": (lambda r: (r / TAR).with_suffix(".idx").unlink(), ".idx: missing"),
     "another .idx": (lambda r: (r / TAR).with_suffix(".idx").write_text("v1.2 0\n"),
                      ".idx: differs from its tar"),
+    "an endless .idx": (lambda r: link_idx(r, "/proc/kmsg"), ".idx: "),
+    "a large .idx": (lambda r: link_idx(r, "/dev/zero"), ".idx: "),
     "another index": (another_index, "index-train.npy: its sha256 differs"),
     "an index that points elsewhere": (moved_offset, "its image stands at"),
     "no index": (lambda r: (r / "index-train.npy").unlink(), "index-train.npy not found"),

@@ -120,7 +120,7 @@ def _below(folder: Path) -> list[Path]:
     def entries(inner: Path) -> folders.Entries:
         found = []
         for entry in folders.entries(inner, passed_over):
-            leads_out = entry.is_symlink() and entry.is_dir() and not (
+            leads_out = entry.is_symlink() and folders.is_folder(entry) and not (
                 Path(entry.path).resolve().is_relative_to(root)
             )  # fmt: skip
             if leads_out:

@@ -1,7 +1,7 @@
 """A split decoded once: its pixels lie on the device, or in the memory of a node.
 
-They are those that the loader's graph decodes, which goes on from there by the same numbers and
-the same operators. A damaged image is met where it is drawn, and replaced, as by `Reader`.
+They are those that the loader's graph decodes; it warps, erases and normalises them by the same
+numbers and the same operators. A damaged image is replaced when it is sampled, as by `Reader`.
 """
 
 import json

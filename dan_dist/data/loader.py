@@ -53,10 +53,12 @@ class Made(NamedTuple):
 class Loader:
     """Endless batches of one rank from global step `start` on.
 
-    `wait_s` adds up the time that `next` spent waiting; `soft`: labels come with the shares of
-    classes that the index has. `replaced` is the number of images of the
-    last batch that stand in for damaged ones. In evaluation (`augment` None) pixels are
-    decoded, resized where the shards' size differs, and normalised, nothing else.
+    In evaluation (`augment` None) pixels are decoded, resized where the shards' size differs, and
+    normalised, nothing else. soft: labels come with the shares of classes that the index has.
+
+    Attributes:
+        wait_s: seconds that `next` has spent waiting, in all.
+        replaced: images of the last batch that stand in for damaged ones.
     """
 
     def __init__(

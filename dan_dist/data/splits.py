@@ -20,7 +20,7 @@ class Splits(NamedTuple):
 
 
 def open_splits(shards: ShardSet, data: Data, seed: int) -> Splits:
-    """Opens the splits that a configuration names; an image of none is read.
+    """Opens the splits that a configuration names, without reading an image.
 
     Raises:
         ValueError, FileNotFoundError: a split is not there, or a class is left without an image.

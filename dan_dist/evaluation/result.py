@@ -33,17 +33,17 @@ def look_once(
         ValueError, OSError: an image, the checkpoint or a former record cannot be read.
     """
     known = json.loads(world.run_once(lambda: json.dumps(read_result(folder))))
-    wanted = {"split": task.val.name, "step": step, **facts}
+    wanted = {"split": task.images.name, "step": step, **facts}
     if wanted.items() <= known.items():
         return dict(known)
     trained = world.run_on_all(lambda: load_trained(folder / BEST))
-    rows = predict(trained, task.val, world, heart, "auto", task.select)
+    rows = predict(trained, task.images, world, heart, "auto", task.select)
     result = {**wanted, **_describe(task, task.judge(rows), trained, rows)}
     look = {key: result[key] for key in ("split", "step", "weights_of_step", *WHOLE)}
     result["looks"] = [*known.get("looks", []), look]
 
     def record() -> None:
-        write_predictions(folder / PREDICTIONS, task.val, rows, wanted)
+        write_predictions(folder / PREDICTIONS, task.images, rows, wanted)
         write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
 
     world.run_once(record)
@@ -72,9 +72,9 @@ def _describe(task: Task, judged: EvaluationResult, trained: Trained, rows: Rows
     metrics = judged.metrics
     return {
         "weights_of_step": trained.step,
-        "images": len(task.val),
+        "images": len(task.images),
         **{key: metrics[key] for key in WHOLE},
         "metrics": metrics,
-        "intervals": find_intervals(rows, task.val),
+        "intervals": find_intervals(rows, task.images),
         "intervals_method": METHOD,
     }

@@ -32,7 +32,7 @@ class Task(NamedTuple):
     """All that a training knows of its task, beside the objective."""
 
     classes: int  # of the network: the first ones of the shards
-    val: Split  # the images that its evaluations look at
+    images: Split  # that its evaluations look at
     select: Callable[[Output], Tensor]  # see `engine.evaluate`
     judge: Callable[[Rows], EvaluationResult]
     chance: float  # the accuracy of guessing

@@ -1,6 +1,7 @@
 """The file of a checkpoint: tensors and plain values, written whole, read without running code."""
 
 import argparse
+import datetime
 import pathlib
 import pickle
 import zipfile
@@ -26,6 +27,12 @@ KEYS = ("step", "config", "fingerprint", "class_names", "objective", "best", "me
 RESUMED = (*KEYS, "optimizer", "run_id", "evaluated", "replaced", "replaced_since",
            "figures")  # fmt: skip
 
+
+def _history(*_: object) -> dict[Any, Any]:
+    """A plain dict in place of a defaultdict, whose entries torch does not read."""
+    return {}
+
+
 # Beside tensors and plain values, what training scripts leave in their files: constructors of
 # values that run no code of the file, by the names that files give them.
 HARMLESS: list[Any] = [
@@ -33,7 +40,8 @@ HARMLESS: list[Any] = [
       for value, name in ((np.float64(0), "scalar"), (np.zeros(1), "_reconstruct"))
       for module in ("numpy.core", "numpy._core")],
     np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdgFDUSO"},
-    argparse.Namespace, pathlib.PosixPath,
+    argparse.Namespace, pathlib.PosixPath, datetime.datetime, datetime.timedelta,
+    (_history, "collections.defaultdict"), list, dict, int, float,  # the last are its empty values
 ]  # fmt: skip
 _STATE = TypeAdapter(TrainState)
 
@@ -196,6 +204,12 @@ def _check_parts(path: Path) -> None:
     if not zipfile.is_zipfile(path):  # files of torch before 1.6, which others may hold, are none
         return
     with zipfile.ZipFile(path) as parts:
+        names = [part.filename for part in parts.infolist()]
+        if not any(name.endswith("/data.pkl") for name in names):
+            shown = ", ".join(map(escape, names[:3]))
+            raise ValueError(f"it is an archive of {len(names)} files, {shown}; unpack it")
+        if any("/code/" in name for name in names):
+            raise ValueError("it is a TorchScript; save the network's state_dict() alone")
         for part in parts.infolist():
             if part.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{escape(part.filename)} in it is compressed")

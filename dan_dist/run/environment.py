@@ -35,6 +35,9 @@ def read_launch() -> Launch:
     size = _number("WORLD_SIZE", 1)
     # torchrun's name, and that of DeepSpeed's launcher
     local_size = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", 1))
+    for name, total in (("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", local_size)):
+        if total < 1:
+            raise ValueError(f"{name} is {total} in the environment, expected 1 or more")
     for name, value, total in (("RANK", rank, size), ("LOCAL_RANK", local_rank, local_size)):
         if not 0 <= value < total:
             raise ValueError(f"{name} is {value} in the environment, expected 0 to {total - 1}")

@@ -1,4 +1,4 @@
-"""A run's folder: which checkpoints lie in it, which of them a run goes on from, who may write."""
+"""A run's folder: its checkpoints, the one to resume from, the lock of the one that trains."""
 
 import logging
 import re
@@ -177,7 +177,7 @@ def set_aside_after(folder: Path, step: int) -> None:
 
 
 @contextmanager
-def run_folder(folder: Path) -> Iterator[None]:
+def locked_run_folder(folder: Path) -> Iterator[None]:
     """Makes a run's folder, where need be, and holds its lock: one training at a time has it.
 
     Raises:

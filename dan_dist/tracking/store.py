@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +94,11 @@ def experiment_number(client: Any, name: str, artifacts: str | None) -> str:
         return _numbered(client, name)
     found = client.get_experiment_by_name(name)
     if found is None:
-        with suppress(MlflowException):  # another makes it at this moment
+        try:
             client.create_experiment(name, artifact_location=artifacts)
+        except MlflowException:  # where it is not that another makes it at this moment
+            if client.get_experiment_by_name(name) is None:
+                raise
         found = client.get_experiment_by_name(name)
     check_active(found)
     return str(found.experiment_id)

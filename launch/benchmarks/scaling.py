@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.measure import consume, torchrun
 from benchmarks.projection import Links, Parts, batches, show_projection, tables
 from benchmarks.step import engine_step, resident_batch, seconds_a_call
-from dan_dist.build import build_objective, open_train_loader
+from dan_dist.build import initial_objective, open_train_loader
 from dan_dist.config import Config, layered
 from dan_dist.distributed.world import World
 from shards.format import ShardSet
@@ -67,7 +67,7 @@ def measure_parts(
     with open_train_loader(config, world, shards.split("train"), start=0) as loader:
         images = steps * config.train.global_batch
         found = consume((next(loader).images for _ in count()), images, world.device)
-    objective = build_objective(config, shards.class_names, is_new=True)
+    objective = initial_objective(config, shards.class_names, is_new=True)
     gradient_bytes = sum(p.numel() * p.element_size() for p in objective.parameters())
     norms = sum(isinstance(module, NORMS) for module in objective.modules())
     return Parts(step_s, found["images/s"], gradient_bytes, norms, links)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Measure, in_turn, middle, show, wait_for
-from dan_dist.build import build_engine, build_objective
+from dan_dist.build import build_engine, initial_objective
 from dan_dist.config import Config
 from dan_dist.data.loader import Batch
 from dan_dist.distributed.world import World
@@ -86,7 +86,7 @@ def engine_step(
     config: Config, world: World, shards: ShardSet, batch: Batch
 ) -> Callable[[], Tensor]:
     """What training does with a batch."""
-    engine = build_engine(config, world, build_objective(config, shards.class_names, is_new=True))
+    engine = build_engine(config, world, initial_objective(config, shards.class_names, is_new=True))
     engine.warm_up(config.model.image_size)
     flags = StepFlags(stop=False, save=False, replaced=0)
     precision = resolve_precision(config.train.precision, world.device)
@@ -120,7 +120,7 @@ def _plain_step(
     *, channels_last: bool, bf16: bool, tf32: bool = False, fused: bool = False,
 ) -> Callable[[], Tensor]:  # fmt: skip
     """The step as a textbook writes it."""
-    objective = build_objective(config, shards.class_names, is_new=True).to(world.device)
+    objective = initial_objective(config, shards.class_names, is_new=True).to(world.device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     objective.to(memory_format=layout)
     images = batch.images.contiguous(memory_format=layout)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from benchmarks.measure import Measure, in_turn, middle, show, wait_for
 from benchmarks.step import resident_batch
-from dan_dist.build import build_engine, build_objective, open_train_loader
+from dan_dist.build import build_engine, initial_objective, open_train_loader
 from dan_dist.config import Config
 from dan_dist.data.loader import Batch, Loader
 from dan_dist.distributed.world import World
@@ -35,7 +35,7 @@ def run(
 
     steps: of each repeat, of each form.
     """
-    engine = build_engine(config, world, build_objective(config, shards.class_names, is_new=True))
+    engine = build_engine(config, world, initial_objective(config, shards.class_names, is_new=True))
     engine.warm_up(config.model.image_size)
     resident = resident_batch(config, world, len(shards.class_names))
     flags = StepFlags(stop=False, save=False, replaced=0)

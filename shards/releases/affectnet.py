@@ -14,11 +14,11 @@ from typing import Literal
 
 from shards.cut import AS_RELEASED, BOX, Cut
 from shards.release import Item, LeftOut, Read, Release
-from shards.releases.affectnet_crops import list_crops, read_crop
+from shards.releases.affectnet_crops import list_crops
 from shards.releases.affectnet_labels import CLASSES
 from shards.releases.affectnet_photos import COLUMNS, list_photos, read_photo
 from shards.releases.affectnet_plus import list_plus, read_plus
-from shards.releases.layout import Found, contents, find_parts, inner, only, visible
+from shards.releases.layout import Found, contents, find_parts, inner, only, part, visible
 from shards.releases.source import Source, check_counts, open_source
 
 __all__ = ["CLASSES", "COLUMNS", "OFFICIAL", "TRAIN", "release"]
@@ -62,8 +62,7 @@ def release(
     if kind == "full":
         splits, read = _full(source, found, classes, left_out, size=size, margin=margin)
     elif kind == "reduced":
-        splits = list_crops(_homes(source, found), source, classes, left_out)
-        read = partial(read_crop, source=source.absolute(), size=size)
+        splits, read = list_crops(_homes(source, found), source, classes, left_out, size=size)
     else:
         splits = list_plus(_homes(source, found), source, classes, left_out)
         read = partial(read_plus, source=source.absolute(), classes=classes)
@@ -84,8 +83,9 @@ def release(
 def _kind(source: Source, found: Found) -> Kind:
     """Which release the parts are of."""
     homes = [inner(home) for name in TRAIN_FOLDERS for home in found[name]]
-    is_plus = any(_holds_json(home) or _holds_json(home / "annotations") for home in homes)
-    is_reduced = any((inner(home) / "annotations").is_dir() for home in found["train_set"])
+    notes = {home: part(home, "annotations") for home in homes if home.is_dir()}
+    is_plus = any(_holds_json(own) for pair in notes.items() for own in pair if own)
+    is_reduced = any(notes.get(inner(home)) for home in found["train_set"])
     is_automatic = any(found[name] for name in AUTOMATIC)
     if (is_reduced or is_plus) and found["training.csv"]:
         raise ValueError(

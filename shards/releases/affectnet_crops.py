@@ -6,7 +6,7 @@
 import io
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +14,41 @@ import numpy as np
 
 from shards.images import decode
 from shards.jpeg import plain_jpeg_size
-from shards.release import Content, Item, LeftOut
+from shards.release import Content, Item, LeftOut, Read
 from shards.releases.affectnet_labels import check_label, is_class, make_meta
+from shards.releases.layout import part
 from shards.releases.source import Keys, Source, entries, read_file
 
 NOTES = {"val": "valence", "aro": "arousal", "lnd": "landmarks"}  # beside a crop's label
 
 
 def list_crops(
-    homes: Mapping[str, Path], source: Source, classes: int, left_out: LeftOut
-) -> dict[str, list[Item]]:
+    homes: Mapping[str, Path], source: Source, classes: int, left_out: LeftOut, *,
+    size: int | None,
+) -> tuple[dict[str, list[Item]], Read]:  # fmt: skip
     """Items whose source is the image and which notes there are of it, as bits."""
     splits: dict[str, list[Item]] = {}
+    notes_of: dict[str, str] = {}  # folder of images → that of their annotations
     for split, home in homes.items():
-        for part in ("images", "annotations"):
-            if not (home / part).is_dir():
-                raise FileNotFoundError(f"{home / part} not found")
-        folder = source.relative(home)
-        images = images_by_stem(source, home / "images", left_out)
-        notes = _notes(source, home / "annotations", left_out)
+        crops, annotations = part(home, "images"), part(home, "annotations")
+        if crops is None or annotations is None:
+            missing = "annotations" if crops else "images"
+            raise FileNotFoundError(f"{home / missing} not found")
+        folder, noted = source.relative(crops), source.relative(annotations)
+        notes_of[folder] = noted
+        images = images_by_stem(source, crops, left_out)
+        notes = _notes(source, annotations, left_out)
         for stem in sorted(images.keys() - notes.keys()):
-            left_out.add("no annotation", home / "images" / images[stem])
+            left_out.add("no annotation", crops / images[stem])
         for stem in sorted(notes.keys() - images.keys()):
-            left_out.add("annotated, but there is no image", home / "images" / stem)
+            left_out.add("annotated, but there is no image", crops / stem)
         keys, splits[split] = Keys(), []
         for stem in sorted(images.keys() & notes.keys()):
-            label = _label(source, f"{folder}/annotations/{stem}_exp.npy")
+            label = _label(source, f"{noted}/{stem}_exp.npy")
             if is_class(label, classes, left_out):
-                item = f"{folder}/images/{images[stem]}", notes[stem]
+                item = f"{folder}/{images[stem]}", notes[stem]
                 splits[split].append(Item(keys.make(stem), label, item))
-    return splits
+    return splits, partial(read_crop, source=source.absolute(), size=size, notes_of=notes_of)
 
 
 def images_by_stem(source: Source, folder: Path, left_out: LeftOut) -> dict[str, str]:
@@ -96,15 +101,15 @@ def _array_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-def read_crop(item: Item, source: Source, size: int | None) -> Content:
+def read_crop(item: Item, source: Source, size: int | None, notes_of: Mapping[str, str]) -> Content:
     """The crop's bytes, with the values of the annotations beside it."""
     image, notes = item.source
     data = read_file(source, image)
-    folder, stem = image.rsplit("/", 2)[0], Path(image).stem
+    folder, stem = notes_of[image.rpartition("/")[0]], Path(image).stem
     values: dict[str, Any] = {}
     for k, (kind, name) in enumerate(NOTES.items()):
         if notes >> k & 1:
-            path = f"{folder}/annotations/{stem}_{kind}.npy"
+            path = f"{folder}/{stem}_{kind}.npy"
             numbers = _array(source, path).astype(float).ravel()
             if numbers.size % 2 if name == "landmarks" else numbers.size != 1:
                 raise ValueError(f"{path}: {numbers.size} numbers")

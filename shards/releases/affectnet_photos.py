@@ -14,6 +14,7 @@ from shards.images import decode
 from shards.release import NAMES_KEPT, Content, Item, LeftOut
 from shards.releases.affectnet_labels import check_label, is_class, make_meta
 from shards.releases.boxes import crop_box
+from shards.releases.layout import Names
 from shards.releases.source import Keys, Source, leads_out, line_at, lines, read_file, walk
 
 COLUMNS = ("subDirectory_filePath", "face_x", "face_y", "face_width", "face_height",
@@ -30,7 +31,7 @@ def list_photos(
     paths: split → its list. The 68 landmarks of 400,000 faces would fill half a gigabyte as text.
     """
     start = f"{source.relative(photos)}/"
-    present = {path.removeprefix(start) for path in walk(photos, source, left_out)}
+    present = Names(path.removeprefix(start) for path in walk(photos, source, left_out))
     splits: dict[str, list[Item]] = {}
     lists: Lists = {}
     listed: set[str] = set()
@@ -43,8 +44,9 @@ def list_photos(
                 if is_header:
                     continue
             row = _row(line, columns, where)
-            photo = row["subDirectory_filePath"]
-            listed.add(photo)
+            photo = row["subDirectory_filePath"].replace("\\", "/")
+            file = present.find(photo)
+            listed.add(file or photo)
             label = check_label(row["expression"], where)
             if not is_class(label, classes, left_out):
                 continue
@@ -54,15 +56,15 @@ def list_photos(
                 left_out.add("a box that is no face", f"{where}: {photo}")
             elif photo in seen:
                 left_out.add("listed twice", f"{where}: {photo}")
-            elif photo not in present:
+            elif file is None:
                 left_out.add("annotated, but there is no image", f"{where}: {photo}")
             else:
-                place = photo, split, at, zlib.crc32(line.encode())
+                place = file, split, at, zlib.crc32(line.encode())
                 names = (text.replace("/", "_") for text in (photo.rsplit(".", 1)[0], photo))
                 splits[split].append(Item(keys.make(*names), label, place))
             seen.add(photo)
         lists[split] = source.relative(path), columns
-    for number, photo in enumerate(sorted(present - listed)):
+    for number, photo in enumerate(sorted(present.present - listed)):
         left_out.add("no annotation", photos / photo if number < NAMES_KEPT else None)
     return splits, lists
 

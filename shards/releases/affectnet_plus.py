@@ -12,6 +12,7 @@ from typing import Any
 from shards.release import Content, Item, LeftOut, check_soft
 from shards.releases.affectnet_crops import images_by_stem
 from shards.releases.affectnet_labels import CLASSES, check_label, is_class
+from shards.releases.layout import part
 from shards.releases.source import Keys, Source, entries, read_file
 
 
@@ -21,8 +22,7 @@ def list_plus(
     """Items whose source is the image and its JSON."""
     splits: dict[str, list[Item]] = {}
     for split, home in homes.items():
-        folders = [home / part if (home / part).is_dir() else home
-                   for part in ("images", "annotations")]  # fmt: skip
+        folders = [part(home, name) or home for name in ("images", "annotations")]
         images = images_by_stem(source, folders[0], left_out)
         notes = {Path(entry.name).stem: entry.name
                  for entry in entries(folders[1], source, left_out)

@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from shards.cut import BOX, Cut
+from shards.folders import is_file
 from shards.images import decode
 from shards.release import Content, Item, LeftOut, Release
 from shards.releases.boxes import Box, crop_box
-from shards.releases.layout import contents, find_parts, only
+from shards.releases.layout import Names, contents, find_parts, only, part
 from shards.releases.source import Keys, Source, check_total, entries, lines, open_source, read_file
 
 CLASSES = ("angry", "disgust", "fear", "happy", "sad", "surprise", "neutral")  # labels 0 to 6
@@ -31,23 +32,25 @@ def release(source: str | Path | Source, *, margin: float) -> Release:
     source = open_source(source)
     found, left_out = find_parts(source, (LIST, *FOLDERS)), LeftOut(source.root)
     path, photos = only(found[LIST]), only([path for name in FOLDERS for path in found[name]])
+    photos = photos and (part(photos, FOLDERS[0]) or photos)  # as image/origin/
     if path is None or photos is None:
         missing = LIST if path is None else f"{FOLDERS[0]}/"
         raise FileNotFoundError(f"{source.root / missing} not found; {contents(source)}")
-    present = {entry.name for entry in entries(photos, source, left_out) if entry.is_file()}
+    present = Names(e.name for e in entries(photos, source, left_out) if is_file(e))
     home, keys, items = source.relative(photos), Keys(), list[Item]()
     listed: set[str] = set()
     for where, _, line in lines(path, source):
         photo, face, box, label = _face(line, where)
-        listed.add(photo)
-        if photo not in present:
+        file = present.find(photo)
+        listed.add(file or photo)
+        if file is None:
             left_out.add("listed, but there is no image", f"{where}: {photo}")
         elif min(box[2:]) <= 0:
             left_out.add("a box that is no face", f"{where}: {photo}")
         else:
             key = keys.make(f"{Path(photo).stem}_{face}", f"{photo}_{face}")
-            items.append(Item(key, label, (f"{home}/{photo}", box)))
-    for photo in sorted(present - listed):
+            items.append(Item(key, label, (f"{home}/{file}", box)))
+    for photo in sorted(present.present - listed):
         left_out.add("not in the list", photos / photo)
     check_total("ExpW", {"train": items}, TOTALS)
     described = f"boxes with margin {margin:g}"

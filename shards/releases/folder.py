@@ -3,8 +3,10 @@
 import unicodedata
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
+from shards.folders import is_folder
 from shards.release import Item, LeftOut, Release
 from shards.releases.layout import contents, inner, visible
 from shards.releases.source import Keys, Source, open_source, plain_name, read
@@ -65,6 +67,11 @@ def release(
 def _splits(source: Source, left_out: LeftOut, skip: Skip, *, is_divided: bool) -> dict[str, Path]:
     """The folder of each split: of the source, or of the one folder in it that holds train/."""
     own = subfolders(source.root, source, left_out, skip)
+    while "train" not in own and len(own) == 1:
+        only = next(iter(own.values()))
+        if not _holds_one_folder(only):
+            break
+        own = subfolders(only, source, left_out, skip)
     if "train" not in own:
         homes = {home: subfolders(home, source, LeftOut(source.root), skip)
                  for home in map(inner, own.values())}  # fmt: skip
@@ -79,10 +86,18 @@ def _splits(source: Source, left_out: LeftOut, skip: Skip, *, is_divided: bool) 
     return {name if name in SPLITS else home.name: home for name, home in own.items()}
 
 
+def _holds_one_folder(home: Path) -> bool:
+    """Whether there is nothing in a folder but another one, as archives unpack."""
+    if home.is_symlink():
+        return False
+    held = [*islice(visible(home), 2)]
+    return len(held) == 1 and held[0].is_dir(follow_symlinks=False)
+
+
 def _undivided(source: Source, own: dict[str, Path]) -> Path:
     """The folder that holds the class folders: the source, or the one folder in it."""
     only = next(iter(own.values())) if len(own) == 1 else None
-    return only if only and any(entry.is_dir() for entry in visible(only)) else source.root
+    return only if only and any(is_folder(entry) for entry in visible(only)) else source.root
 
 
 def _no_train(source: Source, own: dict[str, Path]) -> str:

@@ -14,7 +14,7 @@ from typing import overload
 
 import numpy as np
 
-from shards.folders import is_picture
+from shards.folders import is_file, is_folder, is_picture
 from shards.release import Item, LeftOut, Release
 from shards.releases.source import (
     Source,
@@ -105,9 +105,9 @@ def release(source: str | Path | Source, held_out: int | None = None) -> Release
         content = entries(Path(folder.path), source, left_out)
         files = [
             entry.name for entry in content
-            if entry.is_file() and is_picture(entry, left_out.passed_over)
+            if is_file(entry) and is_picture(entry, left_out.passed_over)
         ]  # fmt: skip
-        for inner in (entry.path for entry in content if entry.is_dir()):
+        for inner in (entry.path for entry in content if is_folder(entry)):
             if deeper := sum(1 for _ in walk(Path(inner), source, left_out)):
                 left_out.add("deeper than an identity's folder", inner, images=deeper)
         if files:

@@ -8,11 +8,11 @@ import itertools
 import os
 import unicodedata
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from filecmp import cmp
 from pathlib import Path
 
-from shards.folders import LITTER
+from shards.folders import LITTER, is_folder
 from shards.releases.source import Source
 
 DEPTH = 5  # levels that are searched: an archive's own three, and one folder too deep
@@ -25,6 +25,25 @@ Found = dict[str, list[Path]]
 def fold(name: str) -> str:
     """A name as the same name in another case or Unicode form is folded too."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+class Names:
+    """The files of a folder, found by the names that a list of the release gives them.
+
+    Copies change a name's case, its Unicode form and the direction of its slashes.
+    """
+
+    def __init__(self, present: Iterable[str]) -> None:
+        self.present = frozenset(present)
+        self._folded: dict[str, str] | None = None  # made where a name needs it: it may be large
+
+    def find(self, listed: str) -> str | None:
+        """The file of this name, of which one spelt the same comes first."""
+        if listed in self.present:
+            return listed
+        if self._folded is None:
+            self._folded = {fold(name): name for name in sorted(self.present, reverse=True)}
+        return self._folded.get(fold(listed))
 
 
 def visible(folder: Path) -> Iterator[os.DirEntry[str]]:
@@ -49,7 +68,7 @@ def find_parts(source: Source, patterns: Sequence[str]) -> Found:
             own = next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
             if own is not None:
                 found[own].append(Path(entry.path))
-            elif depth < DEPTH and entry.is_dir() and not entry.is_symlink():
+            elif depth < DEPTH and not entry.is_symlink() and entry.is_dir():
                 waiting.append((Path(entry.path), depth + 1))
     return found
 
@@ -73,6 +92,12 @@ def inner(folder: Path) -> Path:
     return folder
 
 
+def part(folder: Path, name: str) -> Path | None:
+    """The folder of this name in a folder, in any case, within folders of its own name."""
+    found = sorted(entry.name for entry in visible(folder) if fold(entry.name) == name)
+    return inner(folder / found[0]) if found else None
+
+
 def _few(folder: Path) -> list[Path]:
     """The entries of a folder that holds one or two, as one with an unpacked folder does."""
     if folder.is_symlink() or not folder.is_dir():  # a link may lead out of the source
@@ -86,7 +111,7 @@ def _few(folder: Path) -> list[Path]:
 def contents(source: Source) -> str:
     """What is in a source, as the end of an error that did not find what it expected there."""
     entries = sorted(visible(source.root), key=lambda e: e.name)
-    names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries]
+    names = [f"{entry.name}/" if is_folder(entry) else entry.name for entry in entries]
     archives = [name for name in names if name.lower().endswith(ARCHIVES)]
     shown = ", ".join(names[:NAMES_SHOWN]) + (" …" if len(names) > NAMES_SHOWN else "")
     text = f"it holds {shown}" if names else "it is empty"

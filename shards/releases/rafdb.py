@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from shards.release import Item, LeftOut, Release
-from shards.releases.layout import Found, contents, find_parts, fold, only
+from shards.releases.layout import Found, Names, contents, find_parts, fold, only
 from shards.releases.source import (
     Keys,
     Source,
@@ -21,7 +21,7 @@ from shards.releases.source import (
     open_source,
     read,
 )
-from shards.releases.trees import images_of, subfolders
+from shards.releases.trees import OTHER_NAMES, images_of, subfolders
 
 # The release's labels 1 to 7, in the configuration's words.
 CLASSES = ("surprise", "fear", "disgust", "happiness", "sadness", "anger", "neutral")
@@ -99,7 +99,7 @@ def _listed(
     """The images that a partition list names."""
     splits: dict[str, list[Item]] = {"train": [], "test": []}
     most, home = len(subset.classes), source.relative(images)
-    present = {entry.name for entry in entries(images, source, left_out)}
+    present = Names(entry.name for entry in entries(images, source, left_out))
     listed, keys = set(), Keys()
     for where, _, line in lines(path, source):
         found = re.fullmatch(r"((train|test)_\d+)\.jpg\s+(\d{1,2})\s*", line)
@@ -110,15 +110,16 @@ def _listed(
                 f"{where}: {line!r}, expected <train|test>_<number>.jpg <1 to {most}>{hint}"
             )
         stem, split = found[1], found[2]
-        file = f"{stem}_aligned.jpg"
+        name = f"{stem}_aligned.jpg"
+        file = present.find(name) or present.find(f"{stem}.jpg")
         if file in listed:
             left_out.add("listed twice", f"{where}: {stem}.jpg")
-        elif file not in present:
-            left_out.add("listed, but there is no image", f"{images / file}")
+        elif file is None:
+            left_out.add("listed, but there is no image", f"{images / name}")
         else:
             splits[split].append(Item(keys.make(stem), label - 1, f"{home}/{file}"))
-        listed.add(file)
-    for file in sorted(present - listed):
+        listed.add(file or name)
+    for file in sorted(present.present - listed):
         left_out.add("not in the partition list", f"{images / file}")
     return splits
 
@@ -139,7 +140,7 @@ def _folders(
         keys, splits[split] = Keys(), []
         for name, folder in subfolders(home, source, left_out).items():
             if name not in numbers:
-                raise ValueError(f"{folder}: expected folders 1 to {numbers[-1]}")
+                raise ValueError(f"{folder}: expected folders 1 to {numbers[-1]}; {OTHER_NAMES}")
             for image in images_of(folder, source, left_out):
                 key = keys.make(image.stem.removesuffix("_aligned"), image.name)
                 splits[split].append(Item(key, int(name) - 1, source.relative(image)))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.cut import AS_RELEASED, SIMILARITY
+from shards.folders import is_folder
 from shards.images import decode
 from shards.release import Content, Item, LeftOut, Release
 from shards.releases.layout import contents, find_parts, fold, inner, only, visible
@@ -130,7 +131,7 @@ def _homes(source: Source) -> dict[str, Path]:
                 f"{source.root / split.capitalize()} not found; expected SFEW's Train/ and Val/, "
                 f"or Train_Aligned_Faces/ and Val_Aligned_Faces/; {contents(source)}"
             )
-        folders = sorted(Path(entry.path) for entry in visible(home) if entry.is_dir())
+        folders = sorted(Path(entry.path) for entry in visible(home) if is_folder(entry))
         deeper = [path for path in folders if fnmatch(fold(path.name), aligned.format(split))]
         homes[split] = inner(deeper[0]) if deeper else home
     return homes

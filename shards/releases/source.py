@@ -115,7 +115,8 @@ def leads_out(relative: str) -> bool:
 
 @lru_cache(1 << 16)  # a release's million files lie in some thousand folders
 def _is_inside(path: str, root: str) -> bool:
-    return Path(path).resolve().is_relative_to(Path(root).resolve())
+    # Not pathlib, which fails on links that lead round.
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def lines(path: Path, source: Source) -> Iterator[tuple[str, int, str]]:

@@ -64,6 +64,20 @@ def identity_release(
     return Release("synthetic", text, names, splits, read, mixed=True)
 
 
+def release_by(
+    by: str, train: int, val: int, *, identities: int, held_out: int, size: int, seed: int
+) -> Release:
+    """Drawn faces whose classes are what `by` names, "expression" or "identity".
+
+    identities, held_out: the persons in training and validation; of "identity" alone.
+    """
+    if by == "expression":
+        return release(train, val, size=size, seed=seed)
+    return identity_release(
+        train, val, identities=identities, held_out=held_out, size=size, seed=seed
+    )
+
+
 def _check_size(size: int) -> None:
     if not 16 <= size <= 2048:
         raise ValueError(f"--size {size}: expected 16 to 2048 pixels")

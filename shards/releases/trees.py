@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from shards.folders import is_picture
+from shards.folders import is_file, is_folder, is_picture
 from shards.release import Item, LeftOut
 from shards.releases.layout import fold, inner
 from shards.releases.source import Keys, Source, entries, walk
+
+OTHER_NAMES = "class folders of any names are packed as `folder`"
 
 
 class Skip:
@@ -41,7 +43,7 @@ def subfolders(
     """
     found: dict[str, Path] = {}
     for entry in entries(folder, source, left_out):
-        if not entry.is_dir():
+        if not is_folder(entry):
             continue
         name, path = fold(entry.name), Path(entry.path)
         if skip is not None and skip.takes(path, source):
@@ -59,10 +61,10 @@ def images_of(folder: Path, source: Source, left_out: LeftOut) -> Iterator[Path]
     """The pictures of a class's folder; what lies deeper, or is no file, is counted."""
     for entry in entries(inner(folder), source, left_out):
         path = Path(entry.path)
-        if entry.is_file():
+        if is_file(entry):
             if is_picture(entry, left_out.passed_over):
                 yield path
-        elif not entry.is_dir():
+        elif not is_folder(entry):
             left_out.add("no regular file", path)
         elif deeper := sum(1 for _ in walk(path, source, left_out)):
             left_out.add("deeper than a class's folder", path, images=deeper)
@@ -85,7 +87,7 @@ def list_classes(
         if fnmatchcase(name, ignored):
             continue
         if name not in known:
-            raise ValueError(f"{home}: expected one of {', '.join(labels)}")
+            raise ValueError(f"{home}: expected one of {', '.join(labels)}; {OTHER_NAMES}")
         for image in images_of(home, source, left_out):
             key = keys.make(f"{name}_{image.stem}", f"{name}_{image.name}")
             items.append(Item(key, known[name], source.relative(image)))
