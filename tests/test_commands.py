@@ -96,8 +96,6 @@ EXECUTED = {
     "find . -name '*.jpg' | python launch/predict.py *": "test_folders.py::test_lists_of_paths",
     "python runs/affectnet8/best-example.py *":
         "test_use.py::test_exported_files_give_the_networks_logits",
-    "python launch/predict.py * --faces*":
-        "test_faces.py::test_a_collages_faces_have_their_own_predictions",
     "python launch/predict.py *": "test_use.py::test_predictions_are_those_of_the_evaluation",
     "python launch/export.py *": "test_use.py::test_exported_files_give_the_networks_logits",
     "python launch/certify.py demo *": "test_certificate.py::test_the_command_runs_each_world",
