@@ -73,6 +73,7 @@ class TrainingData:
             "class_names": list(self.class_names),
             "fingerprint": self.shards.fingerprint,
             "sets": describe_sets(self.shards),
+            "face_cut": self.shards.face_cut,
         }
 
 

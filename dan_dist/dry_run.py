@@ -109,7 +109,7 @@ def _find(config: Config, source: str, faces: Synthetic | None) -> ShardSet:
         log.info("data.shards %s: not there yet; the training draws the faces", source)
         return Outline(
             Path(source), drawn.dataset, drawn.release, drawn.class_names, faces.size, "", counts,
-            dict.fromkeys(counts, ()), {}, {}, {},
+            dict.fromkeys(counts, ()), {}, {}, {}, drawn.face_cut,
         )  # fmt: skip
     if faces is not None:
         make_synthetic(config)  # they are there: compares them

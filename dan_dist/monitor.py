@@ -190,7 +190,9 @@ class Monitor:
         is_best = metrics[chosen] > state.best.get(chosen, -1.0)
         if is_best:
             state.best = {**metrics, "epoch": epoch}
-            self._tracker.figure(result.figure.name, result.figure.draw, *result.figure.values)
+            figure, run = result.figure, Path(self._options.output).name
+            title = f"{run}, epoch {epoch}, on {figure.title}"
+            self._tracker.figure(figure.name, figure.draw, *figure.values, title)
         state.metrics, state.evaluated = metrics, state.step
         state.right = torch.from_numpy(result.right)
         log.info("epoch %d/%d evaluated: %s", epoch, self._plan.epochs, format_metrics(metrics))

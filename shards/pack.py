@@ -11,9 +11,11 @@ if __name__ == "__main__":  # before numpy is imported: a signal may come meanwh
 import argparse
 import logging
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from shards.cut import EXPECTED, MOST_MARGIN, parse_cut
 from shards.duplicates import describe_duplicates
 from shards.format import DRAWN, ShardSet, open_shardset
 from shards.leaks import describe_leaks, recorded_leaks, without_leaks
@@ -123,6 +125,8 @@ def _listed(options: argparse.Namespace, source: Source) -> Release:
             found = folder.release(source, skip=options.skip, is_divided=options.split is not None)
         case name:
             raise NotImplementedError(f"{name} is in RELEASES, but nothing here lists it")
+    if getattr(options, "face_cut", None) is not None:
+        found = replace(found, face_cut=options.face_cut)
     if getattr(options, "split", None) is not None:
         found = splitting.divide(found, options.split)
     if getattr(options, "splits", None) is not None:
@@ -197,6 +201,12 @@ def _add_own_options(sources: dict[str, argparse.ArgumentParser]) -> None:
         "--skip", action="append", default=[], metavar="NAME",
         help="pass a side folder over, by its name or its path in the source; may be repeated",
     )  # fmt: skip
+    for name in ("folder", "identities"):
+        sources[name].add_argument(
+            "--face-cut", type=_face_cut, metavar="CUT",
+            help=f"how faces were cut out of photographs, for predictions to repeat: {EXPECTED} "
+            "(default as_released)",
+        )  # fmt: skip
     sources["affectnet"].add_argument("--classes", type=int, choices=(7, 8), default=8)
     for name in ("affectnet", "expw", "caers"):
         sources[name].add_argument(
@@ -237,9 +247,16 @@ def _size(text: str) -> int | None:
 
 def _fraction(text: str) -> float:
     value = float(text)
-    if not 0 <= value <= 2:
-        raise argparse.ArgumentTypeError(f"expected 0 to 2, got {text}")
+    if not 0 <= value <= MOST_MARGIN:
+        raise argparse.ArgumentTypeError(f"expected 0 to {MOST_MARGIN:g}, got {text}")
     return value
+
+
+def _face_cut(text: str) -> str:
+    try:
+        return str(parse_cut(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _share(text: str) -> float:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from shards.cut import AS_RELEASED
+
 NAMES_KEPT = 100  # left-out images named in the manifest
 
 # Of expressions, as data sets call them, in small letters
@@ -89,3 +91,4 @@ class Release:
     read: Read
     left_out: LeftOut = field(default_factory=lambda: LeftOut(Path()))
     mixed: bool = False  # labels mixed in every shard, for sets of many classes
+    face_cut: str = AS_RELEASED  # how faces are cut out of photographs, see shards.cut

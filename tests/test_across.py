@@ -178,7 +178,7 @@ def test_intervals_of_several_sets(faces: ShardSet) -> None:
     split = both.split("val")
     rows = np.random.default_rng(2).dirichlet(np.ones(8), 16).astype(np.float32)
     twice = np.concatenate([rows, rows])
-    figures, found = judge_sets(twice, split).metrics, find_intervals(twice, split)
+    figures, found = judge_sets(twice, split, "").metrics, find_intervals(twice, split)
     alone = find_intervals(rows, faces.split("val"))
     for key in ("accuracy", "mean_recall", "macro_f1"):
         assert found[f"{key}_other"] == alone[key]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from detectors import onnx_detector
 from PIL import Image
 
 from conftest import run
@@ -43,31 +44,6 @@ def test_aligning_to_its_own_template_changes_nothing() -> None:
     assert np.abs(back - np.asarray(image).astype(int)).max() <= 2
 
 
-def onnx_detector(path: Path, *, score: float) -> None:
-    """A network of RetinaFace's outputs that always sees one face: box 100…300, five points."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    outputs, nodes = [], []
-    for width in (1, 4, 10):
-        for stride in (8, 16, 32):
-            count = 2 * (640 // stride) ** 2
-            values = np.zeros((count, width), np.float32)
-            if stride == 8:
-                anchor = 2 * (25 * 80 + 25)  # the first at (200, 200)
-                points = [150, 160, 250, 160, 200, 200, 160, 260, 240, 260]
-                offsets = {1: [score], 4: [100 / 8] * 4, 10: [(p - 200) / 8 for p in points]}
-                values[anchor] = offsets[width]
-            name = f"out_{width}_{stride}"
-            nodes.append(helper.make_node("Constant", [], [name],
-                                          value=numpy_helper.from_array(values)))  # fmt: skip
-            outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [count, width]))
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, 640, 640])
-    graph = helper.make_graph(nodes, "always", [image], outputs)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, path)
-
-
 def test_align_writes_what_the_detector_finds(tmp_path: Path) -> None:
     pytest.importorskip("insightface", reason="pip install -e '.[align]' brings the detector")
     (tmp_path / "images" / "deep").mkdir(parents=True)
@@ -75,7 +51,7 @@ def test_align_writes_what_the_detector_finds(tmp_path: Path) -> None:
     (tmp_path / "images" / "b.jpg").write_bytes(b"no image")
     command = [sys.executable, "-m", "shards.align", "--source", tmp_path / "images",
                "--out", tmp_path / "marks.csv", "--weights"]  # fmt: skip
-    onnx_detector(tmp_path / "sees.onnx", score=0.9)
+    onnx_detector(tmp_path / "sees.onnx", [(200, 200)], half=100, score=0.9)
     done = run(*command, tmp_path / "sees.onnx", cwd=tmp_path)
     assert done.returncode == 0 and "1 faces written" in done.stdout, done.stderr
     assert "b.jpg" in done.stderr
@@ -83,7 +59,7 @@ def test_align_writes_what_the_detector_finds(tmp_path: Path) -> None:
     # 1280 pixels were fitted to 640: points come back in pixels of the image.
     expected = (300, 320, 500, 320, 400, 400, 320, 520, 480, 520)
     assert marks == {"deep/a.png": pytest.approx(expected, abs=0.01)}
-    onnx_detector(tmp_path / "blind.onnx", score=0.1)
+    onnx_detector(tmp_path / "blind.onnx", [(200, 200)], half=100, score=0.1)
     done = run(*command, tmp_path / "blind.onnx", cwd=tmp_path)
     assert "none found in 2 images" in done.stdout and "no face found in" in done.stderr
     for weights, line in (("no.onnx", "not found"), ("images/b.jpg", "b.jpg: ")):

@@ -65,7 +65,7 @@ def test_the_judge_of_a_training_is_that_of_a_report(faces: ShardSet) -> None:
     """One result: its details hold the same numbers; they cost nothing until they are asked for."""
     split = faces.split("val")
     rows = np.random.default_rng(0).dirichlet(np.ones(8), len(split)).astype(np.float32)
-    result = judge_classes(rows, split)
+    result = judge_classes(rows, split, "run, epoch 1")
     details = result.details()
     assert details.figures[0] == result.figure and result.figure.name == "confusion_matrix.png"
     assert result.metrics["accuracy"] == result.right.mean() == details.values["accuracy"]

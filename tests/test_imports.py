@@ -41,7 +41,7 @@ SHARDS = [
     ["release", "images", "duplicates", "likeness"],
     ["format", "jpeg", "jpeg2000", "kinds", "pixels"],
     ["index", "orientation"],
-    ["files", "limits", "command"],
+    ["files", "limits", "command", "cut", "detect"],
 ]
 ROWS = [[f"dan_dist.{n}" for n in row] for row in DAN_DIST]
 ROWS += [[f"shards.{n}" for n in row] for row in SHARDS]

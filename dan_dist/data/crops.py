@@ -11,48 +11,67 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
+from dan_dist.data.photographs import FindFaces
 from shards import folders
 from shards.files import read_regular
 from shards.format import Sample, Split, write_shard
-from shards.images import MAX_BYTES, SUFFIXES, decode, holds_one_value, to_jpeg
+from shards.images import MAX_BYTES, SUFFIXES, decode, holds_one_value, kept_jpeg, to_jpeg
 from shards.index import INDEX_DTYPE
 from shards.pixels import is_flat
+from shards.releases.boxes import Box
 
 AHEAD = 64  # images that are prepared before they are written
 STDIN = "-"
 LIST_SUFFIX = ".txt"
 MAX_LIST_BYTES = 1 << 30  # of a list of paths
+NO_FACE = "no face found"
+NEAR_SQUARE = 0.02  # of the shorter side, by which a crop may be longer
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/.*")  # pathlib keeps one slash of two
 
 log = logging.getLogger(__name__)
 
 
+class Given(NamedTuple):
+    """An image that was given, or a face of it."""
+
+    path: Path
+    position: int  # of the image among those that were given, from 0
+    fault: str  # why there is no crop; "": there is one
+    face: int | None = None  # of a photograph, from 1; None: the crop is the whole image
+    box: Box | None = None  # of that face
+    changed: tuple[int, int] | None = None  # width and height, where the crop's ratio is another
+
+
 class PackedImages(NamedTuple):
     """Images as a split, and the faults of those that could not be read."""
 
     split: Split  # the readable ones, in their order; without classes, all labels are 0
-    given: list[tuple[Path, str]]  # every image, in its order, with its fault, or ""
+    given: list[Given]  # every image, or every face of all photographs, in their order
 
     @property
     def paths(self) -> list[Path]:
         """The files of the split's images."""
-        return [path for path, fault in self.given if not fault]
+        return [own.path for own in self.given if not own.fault]
 
     @property
     def faults(self) -> dict[Path, str]:
         """The files that could not be read, and why."""
-        return {path: fault for path, fault in self.given if fault}
+        return {own.path: own.fault for own in self.given if own.fault}
 
 
 class Prepared(NamedTuple):
-    """An image, ready to be packed."""
+    """An image, or a face of it, ready to be packed."""
 
     jpeg: bytes
     fault: str = ""  # why it could not be read
     is_flat: bool = False  # all its pixels have one value
+    face: int | None = None
+    box: Box | None = None
+    changed: tuple[int, int] | None = None
 
 
 def find_images(given: Sequence[Path]) -> list[Path]:
@@ -118,47 +137,77 @@ def _below(folder: Path) -> list[Path]:
 
 def pack_images(
     paths: Sequence[Path], folder: Path, *, size: int, threads: int,
-    progress: Callable[[], object] | None = None,
+    progress: Callable[[], object] | None = None, find_faces: FindFaces | None = None,
 ) -> PackedImages:  # fmt: skip
     """Writes images into a shard in `folder` as the packer would, `size` pixels wide and high.
 
-    progress: called after each image; None shows a bar, of many images.
+    progress: called after each image; None shows a bar, of many images. find_faces: the images are
+    photographs, of which the faces are packed; one without a face has NO_FACE as its fault.
     """
-    given: list[tuple[Path, str]] = []
+    given: list[Given] = []
 
     def samples(done: Callable[[], object]) -> Iterator[Sample]:
-        for path, image in zip(paths, _prepared(paths, size, threads), strict=True):
+        everything = _prepared(paths, size, threads, find_faces)
+        for position, (path, images) in enumerate(zip(paths, everything, strict=True)):
             done()
-            given.append((path, image.fault))
-            if image.is_flat:
-                log.warning("%s: all its pixels have one value", path)
-            if not image.fault:
-                yield Sample(f"{len(given):09d}", image.jpeg, 0)
+            for image in images:
+                given.append(
+                    Given(path, position, image.fault, image.face, image.box, image.changed)
+                )
+                if image.is_flat:
+                    log.warning("%s: all its pixels have one value", path)
+                if not image.fault:
+                    yield Sample(f"{len(given):09d}", image.jpeg, 0)
 
     with tqdm(
         desc="reading", total=len(paths), disable=bool(progress) or len(paths) <= AHEAD
     ) as bar:
         shard, index = write_shard(folder / "crops.tar", samples(progress or bar.update))
+    _tell_of_changed([own for own in given if own.changed])
     index = index if shard.samples else np.empty(0, INDEX_DTYPE)
     return PackedImages(Split("crops", folder, (shard,), index, (), size), given)
 
 
-def _prepared(paths: Sequence[Path], size: int, threads: int) -> Iterator[Prepared]:
-    """Each image, in order; a bounded number in memory."""
+def _tell_of_changed(changed: list[Given]) -> None:
+    if changed:
+        width, height = changed[0].changed or (0, 0)
+        log.warning("%d images are no squares: their aspect ratio was changed to one; the first: "
+                    "%s, %d×%d pixels", len(changed), changed[0].path, width, height)  # fmt: skip
+
+
+def _prepared(
+    paths: Sequence[Path], size: int, threads: int, find_faces: FindFaces | None
+) -> Iterator[list[Prepared]]:
+    """Each image, or the faces of each, in order; a bounded number in memory."""
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(paths), AHEAD):
-            yield from pool.map(lambda p: _prepare(p, size), paths[start : start + AHEAD])
+            own = paths[start : start + AHEAD]
+            yield from pool.map(lambda p: _prepare(p, size, find_faces), own)
 
 
-def _prepare(path: Path, size: int) -> Prepared:
+def _prepare(path: Path, size: int, find_faces: FindFaces | None) -> list[Prepared]:
     try:
-        jpeg, is_original = to_jpeg(read_regular(path, MAX_BYTES), size)
-        if is_original:  # its bytes have not been decoded yet
-            return Prepared(jpeg, is_flat=is_flat(decode(jpeg)))
-        return Prepared(jpeg, is_flat=holds_one_value(jpeg))
+        data = read_regular(path, MAX_BYTES)
+        if find_faces is not None:
+            return _faces(decode(data), size, find_faces)
+        if (kept := kept_jpeg(data, size)) is not None:  # its bytes have not been decoded yet
+            return [Prepared(kept, is_flat=is_flat(decode(kept)))]
+        image = decode(data)
+        jpeg, _ = to_jpeg(image, size)
+        is_square = max(image.size) <= (1 + NEAR_SQUARE) * min(image.size)
+        return [Prepared(jpeg, is_flat=holds_one_value(jpeg),
+                         changed=None if is_square else image.size)]  # fmt: skip
     except OSError as error:
         if _ADDRESS.fullmatch(str(path)):
-            return Prepared(b"", "an address; download the file first")
-        return Prepared(b"", error.strerror or str(error))
+            return [Prepared(b"", "an address; download the file first")]
+        return [Prepared(b"", error.strerror or str(error))]
     except ValueError as error:
-        return Prepared(b"", str(error))
+        return [Prepared(b"", str(error))]
+
+
+def _faces(photograph: Image.Image, size: int, find_faces: FindFaces) -> list[Prepared]:
+    faces = []
+    for number, face in enumerate(find_faces(photograph), start=1):
+        jpeg = b"" if face.image is None else to_jpeg(face.image, size)[0]
+        faces.append(Prepared(jpeg, face.fault, face=number, box=face.box))
+    return faces or [Prepared(b"", NO_FACE)]

@@ -97,7 +97,7 @@ def join(parts: Sequence[Part], expected: Sequence[str] | None) -> JoinedSet:
         raise ValueError(f"data.shards: {'; '.join(faults)}; classes are {_quoted(wanted)}")
     found = [part.shards for part in parts]
     described = [(p.shards.fingerprint, str(p.share), _names(p)) for p in parts]
-    sizes = {shards.image_size for shards in found}
+    sizes, cuts = {s.image_size for s in found}, {s.face_cut for s in found}
     splits = [name for name in found[0].counts if all(name in s.counts for s in found)]
     return JoinedSet(
         root=Path(" + ".join(str(shards.root) for shards in found)),
@@ -111,6 +111,7 @@ def join(parts: Sequence[Part], expected: Sequence[str] | None) -> JoinedSet:
         ),
         counts={name: _counts(name, parts, wanted) for name in splits},
         shards={}, index_names={}, index_sha256={}, dropped={}, parts=tuple(parts),
+        face_cut=cuts.pop() if len(cuts) == 1 else None,
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from dan_dist.evaluation.judge import (
 )
 from dan_dist.evaluation.predictions import predict
 from dan_dist.evaluation.records import PREDICTIONS, write_predictions
-from dan_dist.evaluation.task import pairs_of
+from dan_dist.evaluation.task import pairs_of, title_of
 from dan_dist.model.classes import columns_of, join_names, meet
 from dan_dist.model.dan import Output, features, probabilities, probabilities_among
 from dan_dist.model.weights import Trained, load_trained
@@ -113,7 +113,7 @@ def evaluate(
     rows = rows if inputs.columns is None else rows[:, inputs.columns]
     details = inputs.judge(rows).details()
     if inputs.groups is not None:
-        title = _title(shards, inputs.split)
+        title = _title(trained, shards, inputs.split)
         details = add_groups(details, judge_groups(rows, inputs.split, inputs.groups), title)
     report = {
         "checkpoint": trained.path.name,
@@ -198,7 +198,7 @@ def open_classes(shards: ShardSet, trained: Trained, options: EvaluateOptions) -
     if not len(split):
         raise ValueError(f"{shards.root}: split '{split.name}' is empty")
     groups = None if options.groups is None else read_groups(options.groups, split)
-    judge = partial(judge_classes, split=split, title=_title(shards, split))
+    judge = partial(judge_classes, split=split, title=_title(trained, shards, split))
     return Inputs(split, select, columns if is_whole else None, judge, facts, groups)
 
 
@@ -263,12 +263,12 @@ def open_pairs(shards: ShardSet, trained: Trained, options: EvaluateOptions) -> 
         "pairs_file": options.pairs_file and Path(options.pairs_file).name,
         "pairs_sha256": listed,
     }
-    judge = partial(judge_pairs, pairs=pairs, title=_title(shards, split))
+    judge = partial(judge_pairs, pairs=pairs, title=_title(trained, shards, split))
     return Inputs(own, features, None, judge, facts)
 
 
-def _title(shards: ShardSet, split: Split) -> str:
-    return f"{shards.dataset}, split '{split.name}'"
+def _title(trained: Trained, shards: ShardSet, split: Split) -> str:
+    return f"{trained.name}, {trained.age}, on {title_of(shards, split)}"
 
 
 def output_folder(report: dict[str, Any], trained: Trained, options: EvaluateOptions) -> Path:
@@ -282,7 +282,7 @@ def output_folder(report: dict[str, Any], trained: Trained, options: EvaluateOpt
 def save_report(report: dict[str, Any], details: Details, output: Path) -> None:
     """Draws the figures, and writes the JSON file beside them once they are there."""
     for figure in details.figures:
-        save(figure.draw(*figure.values), output / figure.name)
+        save(figure.draw(*figure.values, figure.title), output / figure.name)
     write_atomically(output / REPORT, json.dumps(report, indent=1) + "\n")
 
 

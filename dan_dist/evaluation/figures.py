@@ -1,11 +1,13 @@
 """The figures of a training and of its evaluations."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -15,27 +17,43 @@ from dan_dist.evaluation.metrics import BINS, Calibration
 from dan_dist.evaluation.verification import FAR, Pairs, Verification
 
 
-def confusion_figure(
-    matrix: NDArray[np.int64], class_names: tuple[str, ...], title: str = "Validation"
-) -> Figure:
-    """A confusion matrix: colour is the share of the true class, text the images."""
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = 2.5 + 0.6 * len(class_names)
+def confusion_figure(matrix: NDArray[np.int64], class_names: tuple[str, ...], title: str) -> Figure:
+    """A confusion matrix: colour and per cents are shares of the true class, above them images.
+
+    A class without images is a hatched row; one that is all wrong has its shares, and 0 in place.
+    """
+    totals = matrix.sum(axis=1)
+    shares = matrix / np.maximum(totals, 1)[:, None]
+    side = 2.8 + 0.62 * len(class_names)
     figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     axes.set_xticks(range(len(class_names)), class_names, rotation=45, ha="right")
-    axes.set_yticks(range(len(class_names)), class_names)
-    accuracy = matrix.trace() / matrix.sum()
-    axes.set(xlabel="predicted", ylabel="true", title=f"{title}, accuracy {accuracy:.2%}")
+    named = [f"{name} ({count:,})" for name, count in zip(class_names, totals, strict=True)]
+    axes.set_yticks(range(len(class_names)), named)
+    accuracy = f"accuracy {matrix.trace() / matrix.sum():.2%} of {matrix.sum():,} images"
+    axes.set(xlabel="predicted", ylabel="true (images)")
+    axes.set_title(f"{_fit(title, side)}\n{accuracy}", fontsize=10)
     for (row, column), count in np.ndenumerate(matrix):
-        color = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, str(count), ha="center", va="center", color=color)
+        if totals[row]:
+            share, color = shares[row, column], "white" if shares[row, column] > 0.5 else "black"
+            text = f"{count:,}\n{share:.1%}" if count else "0"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    for row in np.flatnonzero(totals == 0).tolist():
+        axes.add_patch(Rectangle((-0.5, row - 0.5), len(class_names), 1, facecolor="0.9",
+                                 edgecolor="0.7", hatch="///"))  # fmt: skip
+        axes.text((len(class_names) - 1) / 2, row, "no images", ha="center", va="center",
+                  backgroundcolor="0.9", fontsize=8)  # fmt: skip
     return figure
 
 
+def _fit(title: str, width: float) -> str:
+    """A title in lines of this width in inches."""
+    return textwrap.fill(title, int(13 * width))
+
+
 def verification_figure(
-    found: Verification, similarity: NDArray[np.float64], pairs: Pairs, title: str = "Verification"
+    found: Verification, similarity: NDArray[np.float64], pairs: Pairs, title: str
 ) -> Figure:
     """The ROC over false accept rates in powers of ten, beside the pairs' similarities."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
@@ -96,11 +114,12 @@ def reliability_figure(calibration: Calibration, title: str) -> Figure:
     )  # fmt: skip
     above.plot(
         calibration.confidence[filled], calibration.accuracy[filled], "o", color="black",
-        markersize=4, label="at their mean confidence",
+        markersize=4, clip_on=False, label="at their mean confidence",
     )  # fmt: skip
     error = f"expected calibration error {calibration.error:.2%}"
-    above.set(ylabel="accuracy", ylim=(0, 1), title=f"{title}\n{error}")
-    above.legend(loc="upper left")
+    above.set(ylabel="accuracy", ylim=(0, 1))
+    above.set_title(f"{_fit(title, 5)}\n{error}", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     below.bar(centres, calibration.images, 1 / BINS, edgecolor="white", color="gray")
     below.set(xlabel="confidence of the predicted class", ylabel="images", xlim=(0, 1))
     return figure
@@ -109,14 +128,14 @@ def reliability_figure(calibration: Calibration, title: str) -> Figure:
 def mistakes_figure(images: Sequence[Image.Image], mistakes: Sequence[Any], title: str) -> Figure:
     """Wrongly classified images under their true and predicted class and the confidence.
 
-    mistakes: as `judge.Mistake`, one an image.
+    images: at least one; mistakes: as `judge.Mistake`, one an image.
     """
-    columns = 6
-    rows = max(1, -(-len(images) // columns))
+    columns = min(6, len(images))
+    rows = -(-len(images) // columns)
+    width = max(1.9 * columns, 5)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(1.9 * columns, 2.3 * rows + 0.5), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+        rows, columns, figsize=(width, 2.3 * rows + 0.8), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, mistake in zip(axes.flat, images, mistakes, strict=False):
@@ -125,7 +144,7 @@ def mistakes_figure(images: Sequence[Image.Image], mistakes: Sequence[Any], titl
             f"{mistake.true}\ntaken for {mistake.predicted}\n{mistake.confidence:.1%} sure",
             fontsize=9,
         )
-    figure.suptitle(f"{title}: {'the surest mistakes' if images else 'no mistakes'}")
+    figure.suptitle(f"{_fit(title, width)}\nthe surest mistakes", fontsize=11)
     return figure
 
 

@@ -159,7 +159,7 @@ def add_groups(details: Details, found: dict[str, Any], title: str) -> Details:
         lines.append(f"{column}: widest gap {100 * gap['accuracy']:.2f} points, from {gap['from']} "
                      f"to {gap['to']}")  # fmt: skip
         metrics[f"gap/{column}"] = gap["accuracy"]
-    figure = LazyFigure("groups.png", groups_figure, (found["columns"], title))
+    figure = LazyFigure("groups.png", groups_figure, (found["columns"],), title)
     return Details(
         {**details.values, "groups": found}, metrics, (*details.figures, figure),
         [*lines, *details.lines],

@@ -47,8 +47,9 @@ class LazyFigure(NamedTuple):
     """A figure that is not drawn yet."""
 
     name: str  # of its file
-    draw: Callable[..., Figure]
-    values: tuple[Any, ...]  # of which it is drawn
+    draw: Callable[..., Figure]  # of the values and a title
+    values: tuple[Any, ...]
+    title: str
 
 
 class Details(NamedTuple):
@@ -80,11 +81,11 @@ class Mistake(NamedTuple):
     confidence: float
 
 
-def judge_classes(rows: Rows, split: Split, title: str = "Validation") -> EvaluationResult:
+def judge_classes(rows: Rows, split: Split, title: str) -> EvaluationResult:
     """How well (images, classes) probabilities name each image's class."""
     labels, names = split.index["label"], split.class_names
     matrix = confusion(rows, labels)
-    figure = LazyFigure("confusion_matrix.png", confusion_figure, (matrix, names, title))
+    figure = LazyFigure("confusion_matrix.png", confusion_figure, (matrix, names), title)
     return EvaluationResult(
         summarise(matrix, names),
         rows.argmax(axis=1) == labels,
@@ -94,7 +95,7 @@ def judge_classes(rows: Rows, split: Split, title: str = "Validation") -> Evalua
     )
 
 
-def judge_sets(rows: Rows, split: JoinedSplit, title: str = "Validation") -> EvaluationResult:
+def judge_sets(rows: Rows, split: JoinedSplit, title: str) -> EvaluationResult:
     """As `judge_classes`, but what is of all classes is the mean of each set's."""
     whole, labels = judge_classes(rows, split, title), split.index["label"]
     found = [
@@ -156,25 +157,24 @@ def _class_details(
         },
         "mistakes": [mistake._asdict() for mistake in mistakes],
     }
-    figures = (
-        first,
-        LazyFigure("reliability.png", reliability_figure, (calibration, title)),
-        LazyFigure("mistakes.png", _draw_mistakes, (split, samples, mistakes, title)),
-    )
+    figures = [first, LazyFigure("reliability.png", reliability_figure, (calibration,), title)]
+    if mistakes:
+        shown = (split, samples, mistakes)
+        figures.append(LazyFigure("mistakes.png", _draw_mistakes, shown, title))
     error = f"calibration error {100 * calibration.error:.2f} %"
     lines = [
         *_score_lines(scores),
         f"{format_figures(summary, found)}, {error}, {len(labels)} images",
         f"in brackets: {METHOD}",
     ]
-    return Details(values, metrics, figures, lines)
+    return Details(values, metrics, tuple(figures), lines)
 
 
-def judge_pairs(rows: Rows, pairs: Pairs, title: str = "Verification") -> EvaluationResult:
+def judge_pairs(rows: Rows, pairs: Pairs, title: str) -> EvaluationResult:
     """How well (images, D) features separate pairs of one person from pairs of two."""
     similarity = similarities(rows, pairs)
     found = verify(similarity, pairs)
-    figure = LazyFigure("roc.png", verification_figure, (found, similarity, pairs, title))
+    figure = LazyFigure("roc.png", verification_figure, (found, similarity, pairs), title)
     count = len(pairs.same)
     details = Details(
         {"pairs": count, **found.metrics},

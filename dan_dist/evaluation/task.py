@@ -71,9 +71,10 @@ def expressions(shards: ShardSet, train: Split, val: Split) -> Task:
             f"{shards.root}: '{shards.class_names[unknown[0]]}' of split '{val.name}' has no "
             "training images; task=identity is judged by persons whom training does not know"
         )
-    judge = partial(judge_classes, split=val)
+    title = title_of(shards, val)
+    judge = partial(judge_classes, split=val, title=title)
     if isinstance(val, JoinedSplit):
-        judge = partial(judge_sets, split=val)
+        judge = partial(judge_sets, split=val, title=title)
     return Task(classes, val, probabilities, judge, 1 / classes, False)
 
 
@@ -99,7 +100,13 @@ def identities(
         )
     own, chosen = pairs_of(val, pairs=pairs, pairs_file=pairs_file)
     classes = int(trained[-1]) + 1
-    return Task(classes, own, features, partial(judge_pairs, pairs=chosen), 0.5, True)
+    judge = partial(judge_pairs, pairs=chosen, title=title_of(shards, val))
+    return Task(classes, own, features, judge, 0.5, True)
+
+
+def title_of(shards: ShardSet, split: Split) -> str:
+    """The images of an evaluation, in the titles of its figures."""
+    return f"{shards.dataset}, split '{split.name}'"
 
 
 def _present(split: Split) -> NDArray[np.intp]:

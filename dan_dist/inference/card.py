@@ -7,6 +7,7 @@ from scipy.stats import binomtest
 
 from dan_dist.model.weights import Trained
 from shards.command import escape
+from shards.cut import BOX, SIMILARITY, parse_cut
 
 EXAMPLE = '''\
 """python {stem}-example.py FACE.jpg …  needs pip install onnxruntime pillow numpy"""
@@ -34,6 +35,7 @@ Classifies the crop of one face into {count} classes: {classes}.
 | files | `{stem}.onnx` (opset {opset}), `{stem}.pt2` (torch.export), `{stem}-example.py` |
 | input | `pixels` (batch, 3, {size}, {size}) float32, RGB, 0 to 255; normalised within |
 | output | `logits`, `probabilities` (batch, {count}) float32, classes in the order above |
+| faces | {cut} |
 | network | {network} |
 | checkpoint | `{checkpoint}`, {length}{run} |
 
@@ -87,12 +89,26 @@ def write_card(trained: Trained, stem: str, opset: int) -> str:
         count=len(trained.class_names),
         classes=", ".join(trained.class_names),
         network=network,
+        cut=describe_cut(trained.face_cut),
         checkpoint=trained.path.name,
         length=f"{trained.step} {'optimiser steps' if config else 'epochs'}",
         run=f", MLflow run {trained.run_id}" if trained.run_id else "",
         protocol=describe_protocol(trained),
         results=describe_results(trained),
     )
+
+
+def describe_cut(face_cut: str | None) -> str:
+    """How the training's faces were cut out of photographs, and so how others have to be."""
+    if face_cut is None:
+        return "how they were cut out of photographs is not known"
+    cut = parse_cut(face_cut)
+    if cut.kind == BOX:
+        margin = f"with {cut.margin:g} of their size more" if cut.margin else "without a margin"
+        return f"cut out by their boxes, {margin} on each side"
+    if cut.kind == SIMILARITY:
+        return "aligned by five landmarks to the 112-pixel template of ArcFace"
+    return "cut out by the makers of the data set"
 
 
 def describe_protocol(trained: Trained) -> str:

@@ -29,6 +29,7 @@ class Face(NamedTuple):
     """A face, the network's prediction, and where it looks."""
 
     name: str  # a file, or <shard>/<key>
+    note: str  # about the image, beside it in a figure
     image: NDArray[np.float32]  # (S, S, 3) RGB, 0 to 1
     true: str | None  # None where it is not known
     predicted: str
@@ -144,9 +145,9 @@ def look(
         pixels = images.permute(0, 2, 3, 1).cpu() * torch.tensor(STD) + torch.tensor(MEAN)
         for row, image, own in zip(probabilities, pixels.clip(0, 1).numpy(), maps, strict=True):
             if (k := len(overlaps)) < count:
-                name, true = faces.names[k], faces.true[k]
+                about = faces.names[k], faces.notes[k], image, faces.true[k]
                 predicted = class_names[row.argmax()]
-                found.append(Face(name, image, true, predicted, float(row.max()), own))
+                found.append(Face(*about, predicted, float(row.max()), own))
             overlaps.append(head_overlap(own[:-1]))
             empty += ~own.any(axis=(1, 2))
     known = np.array(overlaps)[~np.isnan(overlaps)]

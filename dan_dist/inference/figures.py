@@ -1,5 +1,6 @@
 """The figures of a look inside a network."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,15 @@ from numpy.typing import NDArray
 def attention_figure(faces: Sequence[Any], panels: Sequence[str], title: str) -> Figure:
     """A row a face: its classes, the image, and a map for each panel (paper, figure 1).
 
+    A panel without any map, as all of these faces' are empty, is named beneath the title.
+
     faces: as `explanation.Face`, at least one.
     """
-    words, side = 1.4, 1.35  # inches
+    drawn = [k for k in range(len(panels)) if any(face.maps[k].any() for face in faces)]
+    if gone := [name for k, name in enumerate(panels) if k not in drawn]:
+        title += f"\nempty for all of these faces, and left out: {', '.join(gone)}"
+    panels = [panels[k] for k in drawn]
+    words, side = 1.9, 1.35  # inches
     width = max(words + side * (1 + len(panels)), 6.0)
     figure, axes = plt.subplots(
         len(faces), 2 + len(panels), figsize=(width, side * len(faces) + 1.5), squeeze=False,
@@ -35,9 +42,11 @@ def attention_figure(faces: Sequence[Any], panels: Sequence[str], title: str) ->
         if face.true is not None:
             lines.insert(0, f"true: {face.true}")
             colour = "darkgreen" if face.true == face.predicted else "firebrick"
+        if face.note:
+            lines.insert(0, face.note)
         row[0].text(0.98, 0.5, "\n".join(lines), ha="right", va="center", color=colour, fontsize=9)
         row[1].imshow(face.image)
-        for axis, own in zip(row[2:], face.maps, strict=True):
+        for axis, own in zip(row[2:], face.maps[drawn], strict=True):
             axis.imshow(face.image.mean(axis=2), cmap="gray", vmin=0, vmax=1)
             if own.any():
                 axis.imshow(own, cmap="turbo", vmin=0, vmax=1, alpha=0.5)
@@ -46,12 +55,14 @@ def attention_figure(faces: Sequence[Any], panels: Sequence[str], title: str) ->
                     0.5, 0.5, "empty", transform=axis.transAxes, ha="center", va="center",
                     backgroundcolor="white", fontsize=9,
                 )  # fmt: skip
-    figure.colorbar(
-        ScalarMappable(Normalize(0, 1), "turbo"), ax=axes, location="bottom", alpha=0.5,
-        aspect=40, shrink=0.7, pad=0.01,
-        label="Grad-CAM++ of the predicted class,\neach map divided by its largest value",
-    )  # fmt: skip
-    figure.suptitle(title, fontsize=11)
+    if drawn:
+        figure.colorbar(
+            ScalarMappable(Normalize(0, 1), "turbo"), ax=axes, location="bottom", alpha=0.5,
+            aspect=40, shrink=0.7, pad=0.01,
+            label="Grad-CAM++ of the predicted class,\neach map divided by its largest value",
+        )  # fmt: skip
+    lines = [textwrap.fill(line, int(12 * width)) for line in title.splitlines()]
+    figure.suptitle("\n".join(lines), fontsize=11)
     return figure
 
 

@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dan_dist.data.cache import localise
-from dan_dist.data.crops import find_images, pack_images
+from dan_dist.data.crops import Given, find_images, pack_images
 from dan_dist.data.sampler import epoch_order, group_samples
 from dan_dist.evaluation.evaluate import open_split
 from dan_dist.model.weights import Trained
 from dan_dist.options import ExplainOptions
 from shards.format import Split, open_shardset
+from shards.releases.source import plain_name
 
 log = logging.getLogger(__name__)
 
 OVERLAP_IMAGES = 256  # of a split, of which maps are made
+NAME = 24  # characters of a file's name, in a figure
 FEATURE_IMAGES = 2000  # of a split, of which features are drawn
 
 
@@ -27,6 +29,7 @@ class Faces(NamedTuple):
 
     split: Split
     names: list[str]  # a file, or <shard>/<key>
+    notes: list[str]  # about an image, beside it in a figure
     true: list[str | None]  # classes; None where they are not known
     faults: dict[Path, str]  # given images that could not be read
 
@@ -88,7 +91,7 @@ def first_faces(labelled: Split) -> Faces:
     split = replace(labelled, index=labelled.index[:OVERLAP_IMAGES])
     names = [split.key(k) for k in range(len(split))]
     true: list[str | None] = [split.class_names[k] for k in split.index["label"]]
-    return Faces(split, names, true, {})
+    return Faces(split, names, [""] * len(names), true, {})
 
 
 def given_faces(given: Sequence[Path], folder: Path, size: int, threads: int) -> Faces:
@@ -99,5 +102,16 @@ def given_faces(given: Sequence[Path], folder: Path, size: int, threads: int) ->
         log.warning("left out %s: %s", path, fault)
     if not packed.paths:
         raise ValueError(f"none of {len(paths)} images could be read")
-    names = [str(path) for path in packed.paths]
-    return Faces(packed.split, names, [None] * len(names), packed.faults)
+    read = [own for own in packed.given if not own.fault]
+    names, notes = [str(own.path) for own in read], [_note(own) for own in read]
+    return Faces(packed.split, names, notes, [None] * len(names), packed.faults)
+
+
+def _note(own: Given) -> str:
+    """A given image's file, and whether the network sees it in another shape."""
+    name = plain_name(own.path.name)
+    name = name if len(name) <= NAME else f"{name[: NAME // 2]}…{name[-NAME // 2 + 1 :]}"
+    if own.changed is None:
+        return name
+    width, height = own.changed
+    return f"{name}\n{width}×{height}, made square"

@@ -1,4 +1,4 @@
-"""The files that a prediction may write: CSV, Parquet, features, and pictures to look at.
+"""The files that a prediction may write: CSV, Parquet, features; pictures: `drawing`.
 
 Each is written as rows come, under another name, and appears when all rows are there.
 """
@@ -7,29 +7,44 @@ import csv
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 
-from shards.files import read_regular, replacing, write_atomically
-from shards.images import MAX_BYTES, decode, encode
-from shards.releases.source import plain_name, safe_key
+from dan_dist.data.crops import NO_FACE
+from dan_dist.inference.drawing import Label, draw
+from shards.files import replacing
+from shards.releases.boxes import Box
+from shards.releases.source import plain_name
 
 FEATURES = 512
-DRAWN_SIDES = 256, 1024  # pixels of a drawn picture's longer side, at least and at most
+PLACE = ("face", "left", "top", "width", "height")  # columns of a photograph's face
 
 
 class Row(NamedTuple):
-    """An image that was given, and what the network makes of it; or why it could not be read."""
+    """An image that was given, or a face of it, and what the network makes of it; or a fault."""
 
-    number: int  # from 1, in the order in which images are given
+    number: int  # of the image, from 1, in the order in which images are given
     path: Path
-    fault: str  # "": it was read
-    probabilities: NDArray[np.float32]  # (classes,); NaN where the image could not be read
+    face: int | None  # of a photograph, from 1; None: the image is a crop, or there is no face
+    box: Box | None  # of that face
+    fault: str  # why there is no prediction; "": there is one
+    probabilities: NDArray[np.float32]  # (classes,); NaN where there is no prediction
     features: NDArray[np.float32]  # (512,), likewise
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether the image, or the face, could not be read."""
+        return self.fault not in ("", NO_FACE)
+
+    @property
+    def place(self) -> tuple[int | None, ...]:
+        """The values of PLACE."""
+        return (self.face, *(self.box or (None,) * 4))
 
 
 Write = Callable[[Sequence[Row]], None]
@@ -63,22 +78,24 @@ class Files(NamedTuple):
 
 
 @contextmanager
-def writing(files: Files, class_names: Sequence[str], images: int) -> Iterator[Write]:
-    """What takes all rows, in their order, and hands them to each file that is wanted."""
+def writing(files: Files, class_names: Sequence[str], *, faces: bool) -> Iterator[Write]:
+    """What takes all rows, in their order, and hands them to each file that is wanted.
+
+    Rows of an image come together. faces: of photographs, which have places.
+    """
     names = [plain_name(name) for name in class_names]
     with ExitStack() as stack:
         writers: list[Write] = []
         if files.csv:
-            writers.append(stack.enter_context(_csv(files.csv, names)))
+            writers.append(stack.enter_context(_csv(files.csv, names, faces)))
         if files.parquet:
-            writers.append(stack.enter_context(_parquet(files.parquet, names)))
+            writers.append(stack.enter_context(_parquet(files.parquet, names, faces)))
         if files.features and files.features.suffix == ".npy":
-            writers.append(stack.enter_context(_feature_array(files.features, images)))
+            writers.append(stack.enter_context(_feature_array(files.features)))
         elif files.features:
-            writers.append(stack.enter_context(_feature_table(files.features)))
+            writers.append(stack.enter_context(_feature_table(files.features, faces)))
         if files.draw:
-            folder = files.draw
-            writers.append(lambda rows: [_draw(row, names, folder) for row in rows])  # type: ignore
+            writers.append(partial(_draw, names=names, folder=files.draw))
 
         def write(rows: Sequence[Row]) -> None:
             for writer in writers:
@@ -88,26 +105,30 @@ def writing(files: Files, class_names: Sequence[str], images: int) -> Iterator[W
 
 
 @contextmanager
-def _csv(path: Path, names: list[str]) -> Iterator[Write]:
+def _csv(path: Path, names: list[str], faces: bool) -> Iterator[Write]:
     with replacing(path) as file:
         text = io.TextIOWrapper(file, "utf-8", newline="")
         table = csv.writer(text, lineterminator="\n")
-        table.writerow(["path", "class", "error", *map(_column, names)])
+        place = PLACE if faces else ()
+        table.writerow(["path", *place, "class", "error", *map(_column, names)])
 
         def write(rows: Sequence[Row]) -> None:
             for row in rows:
                 values = [""] * len(names) if row.fault else row.probabilities.tolist()
-                table.writerow([plain_name(str(row.path)), _class(row, names), row.fault, *values])
+                own = row.place if faces else ()
+                told = (_class(row, names), row.fault, *values)
+                table.writerow([plain_name(str(row.path)), *own, *told])
 
         yield write
         text.detach()  # flushed, and not closed with it
 
 
 @contextmanager
-def _parquet(path: Path, names: list[str]) -> Iterator[Write]:
+def _parquet(path: Path, names: list[str], faces: bool) -> Iterator[Write]:
     import pyarrow as pa
 
-    columns = [("path", pa.string()), ("class", pa.string()), ("error", pa.string())]
+    place = [(name, pa.int32()) for name in PLACE if faces]
+    columns = [("path", pa.string()), *place, ("class", pa.string()), ("error", pa.string())]
     schema = pa.schema([*columns, *((_column(name), pa.float32()) for name in names)])
 
     def arrays(rows: Sequence[Row]) -> list[Any]:
@@ -115,6 +136,7 @@ def _parquet(path: Path, names: list[str]) -> Iterator[Write]:
         values = np.stack([row.probabilities for row in rows])
         return [
             [plain_name(str(row.path)) for row in rows],
+            *(_places(rows) if faces else ()),
             [_class(row, names) or None for row in rows],
             [row.fault or None for row in rows],
             *(pa.array(column, mask=faulty) for column in values.T),
@@ -125,19 +147,21 @@ def _parquet(path: Path, names: list[str]) -> Iterator[Write]:
 
 
 @contextmanager
-def _feature_table(path: Path) -> Iterator[Write]:
+def _feature_table(path: Path, faces: bool) -> Iterator[Write]:
     import pyarrow as pa
 
     # Not of a fixed size: Arrow does not read such lists back where one is null.
     features = pa.list_(pa.float32())
-    schema = pa.schema([("path", pa.string()), ("error", pa.string()), ("l2_norm", pa.float32()),
-                        ("features", features)])  # fmt: skip
+    place = [(name, pa.int32()) for name in PLACE if faces]
+    schema = pa.schema([("path", pa.string()), *place, ("error", pa.string()),
+                        ("l2_norm", pa.float32()), ("features", features)])  # fmt: skip
 
     def arrays(rows: Sequence[Row]) -> list[Any]:
         unit, norms = normalised(rows)
         faulty = np.array([bool(row.fault) for row in rows])
         return [
             [plain_name(str(row.path)) for row in rows],
+            *(_places(rows) if faces else ()),
             [row.fault or None for row in rows],
             pa.array(norms, mask=faulty),
             [None if row.fault else own for row, own in zip(rows, unit, strict=True)],
@@ -162,15 +186,24 @@ def _table(
 
 
 @contextmanager
-def _feature_array(path: Path, images: int) -> Iterator[Write]:
+def _feature_array(path: Path) -> Iterator[Write]:
+    count = 0
+
+    def write(rows: Sequence[Row]) -> None:
+        nonlocal count
+        count += len(rows)
+        file.write(normalised(rows)[0].astype("<f4").tobytes())
+
     with replacing(path) as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (images, FEATURES)}
-        np.lib.format.write_array_header_1_0(file, header)
-        yield lambda rows: _write_bytes(file, normalised(rows)[0].astype("<f4").tobytes())
+        _write_header(file, 0)
+        yield write
+        file.seek(0)
+        _write_header(file, count)  # as long as the first: NumPy leaves room for the number
 
 
-def _write_bytes(file: BinaryIO, content: bytes) -> None:
-    file.write(content)
+def _write_header(file: BinaryIO, rows: int) -> None:
+    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, FEATURES)}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def normalised(rows: Sequence[Row]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -189,19 +222,22 @@ def _column(name: str) -> str:
     return f"probability_{name}"
 
 
-def _draw(row: Row, names: list[str], folder: Path) -> None:
-    """The picture, upright, with class and probability beneath it."""
-    if row.fault:
-        return
-    picture = decode(read_regular(row.path, MAX_BYTES))
-    least, most = DRAWN_SIDES
-    longer = max(picture.size)
-    scale = min(max(longer, least), most) / longer
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    text = f"{_class(row, names)} {row.probabilities.max():.1%}"
-    font = ImageFont.load_default(max(16, width // 20))
-    band = round(1.6 * max(16, width // 20))
-    sheet = Image.new("RGB", (max(width, round(font.getlength(text)) + 16), height + band), "white")
-    sheet.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (0, 0))
-    ImageDraw.Draw(sheet).text((8, height + band // 8), text, fill="black", font=font)
-    write_atomically(folder / f"{row.number:06d}-{safe_key(row.path.stem)}.jpg", encode(sheet))
+def _places(rows: Sequence[Row]) -> Iterator[list[int | None]]:
+    return (list(column) for column in zip(*(row.place for row in rows), strict=True))
+
+
+def _draw(rows: Sequence[Row], names: list[str], folder: Path) -> None:
+    """A picture for each image that was read, under its number."""
+    for number, own in groupby(rows, key=lambda row: row.number):
+        found = list(own)
+        labels = [
+            Label(_text(row, names), row.box, row.face, int(row.probabilities.argmax()))
+            for row in found
+            if not row.is_unread
+        ]
+        if labels:
+            draw(found[0].path, number, labels, folder)
+
+
+def _text(row: Row, names: list[str]) -> str:
+    return row.fault or f"{_class(row, names)} {row.probabilities.max():.1%}"

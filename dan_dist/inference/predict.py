@@ -4,7 +4,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dan_dist.data.crops import find_images, pack_images
+from dan_dist.data.crops import NO_FACE, PackedImages, find_images, pack_images
+from dan_dist.data.photographs import THRESHOLD, FindFaces, choose_cut, face_finder
 from dan_dist.distributed.heartbeat import Heartbeat, session
 from dan_dist.distributed.world import World
 from dan_dist.evaluation.predictions import predict
@@ -23,9 +25,13 @@ from dan_dist.model.dan import Output, features, probabilities
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import PredictOptions
 from shards.command import escape
+from shards.detect import load_detector
 from shards.files import scratch_folder
 
-CHUNK = 1024  # images at a time: what memory and the temporary folder hold of any number
+# Images at a time: what memory and the temporary folder hold of any number. Photographs may show
+# hundreds of faces.
+CHUNK, PHOTOGRAPHS = 1024, 256
+UNREAD = "unread"
 FEW = 64  # images without a progress bar
 
 log = logging.getLogger(__name__)
@@ -37,49 +43,90 @@ def main(options: PredictOptions) -> int:
     Raises:
         ValueError, OSError: bad input, in one line, before anything is computed.
     """
-    print("each image is taken for the crop of one face", file=sys.stderr)
     files = Files(options.csv, options.parquet, options.features, options.draw)
     files.check()
+    if not options.faces:
+        if options.detector or options.face_cut:
+            raise ValueError("--detector and --face-cut belong to --faces")
+        print("each image is taken for the crop of one face", file=sys.stderr)
     with session(options.device, timeout_s=60.0, on_loss=lambda line: None) as (world, heart):
         if world.size > 1:
             raise ValueError(f"{world.size} ranks: predict runs as one; evaluate runs on many")
         trained = load_trained(options.checkpoint, options.classes, weights=options.weights)
-        names, paths, faults = trained.class_names, find_images(options.images), 0
-        show = print_json(names) if options.json else print_table(names, paths)
+        find_faces = open_detector(options, trained) if options.faces else None
+        names, paths, found = trained.class_names, find_images(options.images), Counter[str]()
+        show = print_json(names) if options.json else print_table(names, paths, options.faces)
         with (
             tqdm(desc="predicting", total=len(paths), unit="img", disable=len(paths) <= FEW) as bar,
-            writing(files, names, len(paths)) as write,
+            writing(files, names, faces=options.faces) as write,
         ):
-            for rows in predicted(trained, paths, world, heart, options.precision, bar.update):
-                faults += sum(bool(row.fault) for row in rows)
+
+            def pack(own: Sequence[Path], folder: Path) -> PackedImages:
+                return pack_images(
+                    own, folder, size=trained.image_size, threads=world.cores,
+                    progress=bar.update, find_faces=find_faces,
+                )  # fmt: skip
+
+            parts = packed_parts(paths, PHOTOGRAPHS if options.faces else CHUNK, pack)
+            for rows in predicted(trained, parts, world, heart, options.precision):
+                found.update(kind_of(row) for row in rows)
                 write(rows)
                 if not shown(show, rows) and not any(files):
                     break  # nobody reads on: `| head`
+        if options.faces:
+            log.info("%d faces in %d photographs; no face found in %d",
+                     found[""], len(paths), found[NO_FACE])  # fmt: skip
         for path in filter(None, files):
             log.info("written: %s", path)
-        return faults
+        return found[UNREAD]
+
+
+def kind_of(row: Row) -> str:
+    """ "": a prediction; NO_FACE; UNREAD."""
+    return UNREAD if row.is_unread else row.fault
+
+
+def open_detector(options: PredictOptions, trained: Trained) -> FindFaces:
+    """What finds a photograph's faces and cuts them out as the network's training saw faces.
+
+    Raises:
+        ValueError, OSError: training's way is unknown or cannot be repeated and no other is given;
+            the detector cannot be loaded.
+    """
+    known = trained.face_cut if options.face_cut is None else None
+    cut = choose_cut(trained.path, known, options.face_cut)
+    detect = load_detector(options.detector, THRESHOLD, option="--detector")
+    log.info("faces are found by %s and cut out as %s", options.detector or "YuNet", cut)
+    return face_finder(detect, cut, trained.image_size)
+
+
+def packed_parts(
+    paths: Sequence[Path], count: int, pack: Callable[[Sequence[Path], Path], PackedImages]
+) -> Iterator[tuple[int, PackedImages]]:
+    """The images, packed `count` at a time into a folder of their own, and where they start."""
+    for start in range(0, len(paths), count):
+        with scratch_folder() as folder:
+            yield start, pack(paths[start : start + count], folder)
 
 
 def predicted(
-    trained: Trained, paths: Sequence[Path], world: World, heart: Heartbeat, precision: Any,
-    progress: Callable[[], object],
+    trained: Trained, parts: Iterable[tuple[int, PackedImages]], world: World, heart: Heartbeat,
+    precision: Any,
 ) -> Iterator[list[Row]]:  # fmt: skip
-    """The rows of all images, some at a time, in their order."""
-    for start in range(0, len(paths), CHUNK):
-        with scratch_folder() as folder:
-            packed = pack_images(
-                paths[start : start + CHUNK], folder, size=trained.image_size,
-                threads=world.cores, progress=progress,
-            )  # fmt: skip
-            values = np.empty((0, len(trained.class_names) + FEATURES), np.float32)
-            if packed.paths:
-                values = predict(trained, packed.split, world, heart, precision, both)
+    """The rows of all images, a part at a time, in their order."""
+    nothing = np.full(len(trained.class_names) + FEATURES, np.nan, np.float32)
+    for start, packed in parts:
+        values = np.empty((0, len(nothing)), np.float32)
+        if packed.paths:
+            values = predict(trained, packed.split, world, heart, precision, both)
         found = iter(values)
-        nothing = np.full(len(trained.class_names) + FEATURES, np.nan, np.float32)
         yield [
-            Row(number, path, fault, *split_row(nothing if fault else next(found)))
-            for number, (path, fault) in enumerate(packed.given, start=start + 1)
-        ]
+            Row(
+                start + own.position + 1, own.path, own.face, own.box, own.fault,
+                *split_row(nothing if own.fault else next(found)),
+            )
+            for own in packed.given
+        ]  # fmt: skip
 
 
 def both(output: Output) -> Tensor:
@@ -104,11 +151,13 @@ def shown(show: Write, rows: Sequence[Row]) -> bool:
 
 
 def print_json(names: tuple[str, ...]) -> Write:
-    """Prints a line of JSON an image: its name and class, the probabilities, or an error."""
+    """Prints a line of JSON a row: image, face and box, class, probabilities, or an error."""
 
     def show(rows: Sequence[Row]) -> None:
         for row in rows:
             line: dict[str, Any] = {"image": str(row.path)}
+            if row.face is not None:
+                line |= {"face": row.face, "box": row.box}
             if row.fault:
                 line["error"] = row.fault
             else:
@@ -120,23 +169,35 @@ def print_json(names: tuple[str, ...]) -> Write:
     return show
 
 
-def print_table(names: tuple[str, ...], paths: Sequence[Path]) -> Write:
-    """Prints a row an image: its name and class, the probabilities in per cent, or an error."""
+def print_table(names: tuple[str, ...], paths: Sequence[Path], faces: bool) -> Write:
+    """Prints a row for each: its name and class, the probabilities in per cent, or an error.
+
+    faces: of photographs, whose number and box (left, top, width, height) follow the name.
+    """
     width = max(len("image"), *(len(readable(path)) for path in paths))
     classes = max(map(len, ["class", *names]))
-    heading = f"{'image':{width}}  {'class':{classes}}  " + "  ".join(f"{n:>6}" for n in names)
+    place = f"{'face':>4}  {'box':19}  " if faces else ""
+    columns = "  ".join(f"{n:>6}" for n in names)
+    heading = f"{'image':{width}}  {place}{'class':{classes}}  {columns}"
+
+    def place_of(row: Row) -> str:
+        if not faces:
+            return ""
+        box = " ".join(f"{edge:4}" for edge in row.box or ())
+        return f"{row.face or '':>4}  {box:19}  "
 
     def show(rows: Sequence[Row]) -> None:
         if rows and rows[0].number == 1:
             tqdm.write(heading)
         for row in rows:
             if row.fault:
-                tqdm.write(f"{readable(row.path):{width}}  {readable(row.fault)}")
+                tqdm.write(f"{readable(row.path):{width}}  {place_of(row)}{readable(row.fault)}")
                 continue
             values = zip(row.probabilities, names, strict=True)
             cells = "  ".join(f"{value:{max(6, len(n))}.1%}" for value, n in values)
             predicted_class = f"{names[row.probabilities.argmax()]:{classes}}"
-            tqdm.write(f"{readable(row.path):{width}}  {predicted_class}  {cells}")
+            start = f"{readable(row.path):{width}}  {place_of(row)}{predicted_class}"
+            tqdm.write(f"{start}  {cells}")
 
     return show
 

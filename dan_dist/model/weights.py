@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from dan_dist.data.photographs import cut_of_shards
 from dan_dist.data.splits import selected_on
 from dan_dist.model.authors import AUTHORS_SIZE, read_authors
 from dan_dist.model.classes import check_names, class_order, columns_of, join_names
@@ -73,12 +74,22 @@ class Trained(NamedTuple):
     step: int  # optimiser steps; in the authors' files, epochs
     config: dict[str, Any]  # of the training; empty in the authors' files
     run_id: str | None  # MLflow's, of the training
-    facts: dict[str, Any]  # sets, fingerprint, the best evaluation and its images, if it names them
+    facts: dict[str, Any]  # sets, fingerprint, face_cut, the best evaluation and its images, if any
 
     @property
     def name(self) -> str:
         """The training's name, after its folder; of the authors' files, the file's."""
         return escape(Path(self.config["train"]["output"]).name if self.config else self.path.stem)
+
+    @property
+    def age(self) -> str:
+        """The epoch of the best checkpoint and of the authors' files; the step of others."""
+        best = self.facts.get("best", {})
+        if not self.config:
+            return f"epoch {self.step}"
+        if self.path.name == BEST and "epoch" in best:
+            return f"epoch {best['epoch']:g}"
+        return f"step {self.step}"
 
     @property
     def task(self) -> str:
@@ -89,6 +100,16 @@ class Trained(NamedTuple):
     def experiment(self) -> str:
         """MLflow's, of the training."""
         return str(self.config["tracking"]["experiment"]) if self.config else "dan_dist"
+
+    @property
+    def face_cut(self) -> str | None:
+        """How the training's faces were cut (`shards.cut`); None: neither file nor set tells."""
+        if self.facts.get("face_cut") is not None:
+            return str(self.facts["face_cut"])
+        folder = self.config["data"].get("shards") if self.config else None
+        if not isinstance(folder, str):
+            return None
+        return cut_of_shards(folder, str(self.facts.get("fingerprint")))
 
     @property
     def selected_on(self) -> str:
@@ -167,7 +188,7 @@ def _ours(path: Path, content: dict[str, Any], weights: Which) -> Trained:
     tensors = learned(content, average=weights != "trained")
     own = {k.removeprefix(NETWORK): v for k, v in tensors.items() if k.startswith(NETWORK)}
     facts: dict[str, Any] = {
-        key: content[key] for key in ("sets", "fingerprint", "best") if key in content
+        key: content[key] for key in ("sets", "fingerprint", "best", "face_cut") if key in content
     }
     if isinstance(right := content.get("right"), Tensor):
         facts["images"] = right.numel()

@@ -24,6 +24,7 @@ from dan_dist.run.plain import (
 )
 from dan_dist.run.state import TrainState
 from shards.command import escape, is_printable, words
+from shards.cut import parse_cut
 from shards.files import replacing
 
 FORMAT = "dan_dist checkpoint, version 1"
@@ -175,6 +176,11 @@ def _check_kinds(content: Mapping[str, Any]) -> None:
             content[key] is not None or key in ("step", "replaced")
         ):  # fmt: skip
             raise ValueError(f"{key} is {_short(content[key])}, expected a whole number")
+    if (face_cut := content.get("face_cut")) is not None:
+        try:
+            parse_cut(face_cut)
+        except ValueError as error:
+            raise ValueError(f"face_cut is {error}") from error
     run_id = content.get("run_id")
     if not (run_id is None or (isinstance(run_id, str) and is_printable(run_id))):
         raise ValueError(f"run_id is {_short(run_id)}, expected a name")

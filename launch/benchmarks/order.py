@@ -110,6 +110,7 @@ def _write_index(root: Path, labels: Labels, classes: int) -> Path:
         shards.append(Shard(path.name, None, samples, samples * IMAGE_BYTES, "0" * 64))
     manifest = Manifest(
         dataset="holes", release="none", image_size=224, image_policy="",
+        face_cut="as_released",
         class_names=tuple(f"class {k}" for k in range(classes)),
         splits={"train": write_index(root, "train", shards, index, classes)},
         dropped={}, dropped_names=[], pack_sha256="",

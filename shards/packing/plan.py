@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.cut import AS_RELEASED, cut_of_release
 from shards.format import DRAWN, check_key
 from shards.release import Release, common_name
 
@@ -39,11 +40,15 @@ class Plan:
     left_out: dict[str, int]  # reason → images
     left_out_names: list[str]
     shards: dict[str, list[str]]  # split → names of its jobs
+    face_cut: str = AS_RELEASED
 
     @property
     def sha256(self) -> str:
         """The same in one part and in several; the manifest keeps it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        described = asdict(self)
+        if self.face_cut in (AS_RELEASED, cut_of_release(self.dataset, self.release)):
+            del described["face_cut"]  # as in plans of former versions, whose packs are the same
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     @property
     def is_compared(self) -> bool:
@@ -58,7 +63,7 @@ class Plan:
 def read_plan(path: Path) -> Plan:
     """The plan of an unfinished pack, as `claim` wrote it."""
     state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return Plan(**{field.name: state[field.name] for field in fields(Plan)})
+    return Plan(**{field.name: state[field.name] for field in fields(Plan) if field.name in state})
 
 
 def plan_pack(release: Release, size: int | None, shard_size: int) -> tuple[Plan, list[Job]]:
@@ -95,6 +100,7 @@ def plan_pack(release: Release, size: int | None, shard_size: int) -> tuple[Plan
         left_out=dict(release.left_out.counts),
         left_out_names=list(release.left_out.names),
         shards={split: [j.name for j in jobs if j.split == split] for split in release.splits},
+        face_cut=release.face_cut,
     )
     return plan, jobs
 

@@ -251,6 +251,7 @@ def _join(out: Path, plan: Plan, names: list[str], workers: int) -> None:
         release=plan.release,
         class_names=tuple(plan.class_names),
         image_size=plan.size,
+        face_cut=plan.face_cut,
         image_policy=f"{verbatim} of {total} images are the original bytes; the others: bilinear "
         f"to {size}, JPEG quality {JPEG_QUALITY}, 4:4:4",
         splits=splits,

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from shards.cut import AS_RELEASED, BOX, Cut
 from shards.release import Item, LeftOut, Read, Release
 from shards.releases.affectnet_crops import list_crops
 from shards.releases.affectnet_labels import CLASSES
@@ -72,7 +73,11 @@ def release(
         "reduced": "reduced release", "full": f"full release, boxes with margin {margin:g}",
         "AffectNet+": "AffectNet+, human labels",
     }[kind]  # fmt: skip
-    return Release(f"AffectNet-{classes}", described, CLASSES[:classes], splits, read, left_out)
+    face_cut = str(Cut(BOX, margin)) if kind == "full" else AS_RELEASED
+    return Release(
+        f"AffectNet-{classes}", described, CLASSES[:classes], splits, read, left_out,
+        face_cut=face_cut,
+    )  # fmt: skip
 
 
 def _kind(source: Source, found: Found) -> Kind:

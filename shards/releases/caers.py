@@ -7,6 +7,7 @@ import csv
 from functools import partial
 from pathlib import Path
 
+from shards.cut import BOX, Cut
 from shards.images import decode
 from shards.release import Content, Item, LeftOut, Release
 from shards.releases.boxes import Box, crop_box
@@ -55,7 +56,10 @@ def release(source: str | Path | Source, *, boxes: str | Path | None, margin: fl
         raise ValueError(f"{boxes}: names none of the images of {source.root}")
     described = f"boxes of {Path(boxes).name} with margin {margin:g}"
     reader = partial(read, source=source.absolute(), margin=margin)
-    return Release("CAER-S", described, tuple(CLASSES.values()), splits, reader, left_out)
+    return Release(
+        "CAER-S", described, tuple(CLASSES.values()), splits, reader, left_out,
+        face_cut=str(Cut(BOX, margin)),
+    )  # fmt: skip
 
 
 def read_boxes(path: str | Path) -> dict[str, Box]:

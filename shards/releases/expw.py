@@ -7,6 +7,7 @@ and bottom, the detector's confidence, and the label. The release has no splits.
 from functools import partial
 from pathlib import Path
 
+from shards.cut import BOX, Cut
 from shards.folders import is_file
 from shards.images import decode
 from shards.release import Content, Item, LeftOut, Release
@@ -54,7 +55,10 @@ def release(source: str | Path | Source, *, margin: float) -> Release:
     check_total("ExpW", {"train": items}, TOTALS)
     described = f"boxes with margin {margin:g}"
     reader = partial(read, source=source.absolute(), margin=margin)
-    return Release("ExpW", described, CLASSES, {"train": items}, reader, left_out)
+    return Release(
+        "ExpW", described, CLASSES, {"train": items}, reader, left_out,
+        face_cut=str(Cut(BOX, margin)),
+    )  # fmt: skip
 
 
 def _face(line: str, where: str) -> tuple[str, str, Box, int]:

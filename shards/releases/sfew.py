@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shards.cut import AS_RELEASED, SIMILARITY
 from shards.folders import is_folder
 from shards.images import decode
 from shards.release import Content, Item, LeftOut, Release
@@ -58,7 +59,10 @@ def release(
         raise ValueError(f"{landmarks}: names none of the images of {source.root}")
     kind = "frames, aligned by landmarks" if landmarks is not None else "the release's own aligned"
     reader = partial(read_aligned, source=source.absolute(), size=size)
-    return Release("SFEW 2.0", kind, tuple(CLASSES.values()), splits, reader, left_out)
+    return Release(
+        "SFEW 2.0", kind, tuple(CLASSES.values()), splits, reader, left_out,
+        face_cut=AS_RELEASED if landmarks is None else SIMILARITY,
+    )  # fmt: skip
 
 
 def film_of(key: str) -> str:
