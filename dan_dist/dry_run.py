@@ -142,7 +142,7 @@ def without_pairs_file(config: Config, shards: ShardSet) -> Config:
 
 
 def check_start(config: Config, data: TrainingData) -> None:
-    """What the weights start from: a checkpoint that the run goes on from, or a file of weights."""
+    """What the weights start from: a checkpoint that the run resumes from, or a file of weights."""
     path = checkpoint_to_resume(Path(config.train.output), config.train.resume)
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
@@ -159,7 +159,7 @@ def check_start(config: Config, data: TrainingData) -> None:
         content = read_checkpoint(path, config, data)
         make_plan(config, images=len(data.train), start=content["step"])
         objective.load_state_dict(content["objective"])
-        log.info("%s: the run goes on after step %d", path, content["step"])
+        log.info("%s: the run resumes after step %d", path, content["step"])
 
 
 def check_store(uri: str, experiment: str) -> None:

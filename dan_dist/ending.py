@@ -137,13 +137,13 @@ def write_final_outcome(
     require_checkpoint(folder, done=state.step, saved=result.saved)
     if result.status == "preempted":
         reason = f"{signal or 'a signal to another rank'}: stopped after a checkpoint"
-        log.info("%s of step %d; the same command goes on from there", reason, result.saved)
+        log.info("%s of step %d; the same command resumes from there", reason, result.saved)
         write_outcome(folder, result.status, step=result.saved, reason=reason)
         return
     if result.saved != state.step:
         raise OSError(
             f"all {state.step} steps are done, but the last checkpoint that could be written is "
-            f"that of step {result.saved}; the same command goes on from there"
+            f"that of step {result.saved}; the same command resumes from there"
         )
     figures, split = result.test.get("metrics") or result.metrics, (data.test or data.task).images
     facts = {
@@ -159,7 +159,7 @@ def write_final_outcome(
 
 
 def require_checkpoint(folder: Path, *, done: int, saved: int) -> None:
-    """Refuses to promise that a run goes on from a checkpoint that is not there any more.
+    """Refuses to promise that a run resumes from a checkpoint that is not there any more.
 
     done: steps. saved: the step of the last checkpoint that was written.
 
@@ -168,7 +168,7 @@ def require_checkpoint(folder: Path, *, done: int, saved: int) -> None:
     """
     kept = steps_saved(folder)
     if not kept or kept[0] != step_path(folder, saved):
-        way = f"goes on from {kept[0].name}" if kept else "starts anew"
+        way = f"resumes from {kept[0].name}" if kept else "starts anew"
         raise OSError(
             f"{done} steps are done, but {folder} does not hold the checkpoint of step {saved}; "
             f"the same command {way}"

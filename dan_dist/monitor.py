@@ -260,7 +260,7 @@ def save_evidence(config: Config, world: World, split: Split, state: TrainState)
     """Leaves in the run's folder what is needed to look into a failure of the block.
 
     Of a step that is not finite `not-finite-rank<r>.json`; of too many damaged images the mark that
-    makes the next run go on from a checkpoint before them.
+    makes the next run resume from a checkpoint before them.
     """
     folder = Path(config.train.output)
     try:

@@ -176,7 +176,7 @@ class AblateOptions:
     `heads` (0 to 8; the paper's figure 5), `fcn-loss` (its table 1), `afn-loss` (table 2) and
     `fusion` (how heads are fused) are grids that come along; any `section.key=value,value` adds an
     axis, any `section.key=value` holds for all. Each run is trained under torchrun, one after
-    another; the same command goes on where it was stopped and trains what is missing. MLflow holds
+    another; the same command resumes where it was stopped and trains what is missing. MLflow holds
     the runs under one parent, with the tables and figures.
     """
 
@@ -215,4 +215,4 @@ class CertifyOptions:
     steps: int | None = option("steps of each world", None)
     worlds: str = option("numbers of ranks", "1,2,3,8")
     part: Path | None = option("of this program itself: the file for one world's run", None)
-    begin: int = option("of this program itself: the step that the run goes on from", 0)
+    begin: int = option("of this program itself: the step that the run resumes from", 0)

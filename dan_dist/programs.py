@@ -26,7 +26,7 @@ TRAIN = """Trains DAN: torchrun launch/train.py [CONFIG] [section.key=value …]
 CONFIG is a YAML file, or the name of a shipped one:
 {shipped}
 Without it: demo, which draws its own faces. `python launch/train.py` is world size 1. SIGTERM,
-SIGUSR1 or Ctrl-C end the run after a checkpoint; the same command goes on.
+SIGUSR1 or Ctrl-C end the run after a checkpoint; the same command resumes.
 
   --config CONFIG  the same as CONFIG
   --dry-run        checks all that needs no training, and prints the resolved configuration
@@ -260,5 +260,5 @@ def _ablate(arguments: list[str], stop: StopRequest) -> int:
     load_config(options.config, grid.parse(options.words)[2])
     from dan_dist.ablation.ablate import main
 
-    stop.where = "while comparing; the same command goes on"
+    stop.where = "while comparing; the same command resumes"
     return main(options, stop)

@@ -194,7 +194,7 @@ def resume(path: str, config: Config, engine: Engine, data: TrainingData) -> Tra
 
 
 def read_checkpoint(path: str, config: Config, data: TrainingData) -> dict[str, Any]:
-    """The content of a checkpoint that this configuration can go on from.
+    """The content of a checkpoint that this configuration can resume from.
 
     Raises:
         ValueError: it is of another configuration, data set or step. OSError: it cannot be read.
@@ -212,7 +212,7 @@ def read_checkpoint(path: str, config: Config, data: TrainingData) -> dict[str, 
     try:
         known = resolve(content["config"])
     except ValueError as error:
-        raise ValueError(f"{path} cannot be gone on from: {error}") from error
+        raise ValueError(f"{path} cannot be resumed from: {error}") from error
     check_continues(
         Path(path),
         known,

@@ -4,7 +4,7 @@ Imports nothing heavy: the handlers are in place before numpy or torch is import
 seconds in which a signal may come.
 
 Exit codes: 0 done; 1 done, with faults that its lines name, or a rank lost; 2 an error in one line
-(bad input, a full disk); 75 preempted, the same command goes on; 130 Ctrl-C, with nothing to keep;
+(bad input, a full disk); 75 preempted, the same command resumes; 130 Ctrl-C, with nothing to keep;
 128 + N another signal N, or a second one.
 """
 

@@ -83,7 +83,7 @@ STATES: dict[str, tuple[Change, str]] = {
     "best": (put("best", value={"accuracy": "high"}), r"best\.accuracy is 'high'"),
     "sets": (put("sets", value=3), r"sets is 3, expected a list"),
     "former": (put("config", "loss", "afn", value="partition_batch"),
-               r"cannot be gone on from: loss\.afn: partition_batch has gone.*partition_release"),
+               r"cannot be resumed from: loss\.afn: partition_batch has gone.*partition_release"),
 }  # fmt: skip
 
 

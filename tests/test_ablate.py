@@ -230,7 +230,7 @@ def test_stopped_and_killed_it_ends_with_each_run_once(
     process = start(*words, cwd=tmp_path, uri=uri)
     assert process.stdout is not None and "1 of 3" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    assert "SIGTERM: stopped; the same command goes on" in end(process)
+    assert "SIGTERM: stopped; the same command resumes" in end(process)
     assert process.returncode == 75
     process = start(*words, cwd=tmp_path, uri=uri)
     third = tmp_path / "runs" / "heads" / "heads-2-seed-0"

@@ -84,7 +84,7 @@ def test_checkpoints_that_cannot_be_read_are_kept(
 def test_all_ranks_go_on_from_what_one_has_chosen(
     baseline_run: Path, tiny: Write, tmp_path: Path
 ) -> None:
-    """A node that sees other files, or older ones, must not go on from them."""
+    """A node that sees other files, or older ones, must not resume from them."""
     run, config = copied(baseline_run, tmp_path / "run"), load_config(tiny("run"), [])
     newest, older = steps_saved(run)
     chosen = checkpoint_to_resume(run, "auto")

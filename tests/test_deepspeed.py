@@ -1,4 +1,4 @@
-"""Training under DeepSpeed equals training under DDP, and each goes on where the other stopped.
+"""Training under DeepSpeed equals training under DDP, and each resumes where the other stopped.
 
 Most is bit for bit, at real learning rates: on the baseline network (DAN itself is chaotic, and
 makes much of a last bit), with DDP's weights laid out in memory as DeepSpeed lays them. Each test

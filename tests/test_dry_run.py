@@ -120,7 +120,7 @@ def test_a_run_that_is_there_goes_on_or_is_refused(
     before = tree(tmp_path / "run")
     check(load_config(tiny("run"), DAN), 3)
     path = tmp_path / "run" / "step-00000002.pt"
-    assert f"{path}: the run goes on after step 2" in caplog.messages
+    assert f"{path}: the run resumes after step 2" in caplog.messages
     check(load_config(tiny("run"), [*DAN, "model.backbone=/no.pth"]), 1)  # nobody looks at it
     for overrides, message in (
         (["model.heads=4"], r"another configuration: model\.heads was 2, is 4"),

@@ -283,7 +283,7 @@ def test_the_schedulers_experiment_and_run(
     # A run of an ablation has one of its own
     single(tiny("child"), "tracking.enabled=true", "train.max_steps=2", "tracking.parent=grid")
     assert read_sent(tmp_path / "child").run_id != made.info.run_id
-    # The same command goes on in the run that it began, whatever a later job is given
+    # The same command resumes the run that it began, whatever a later job is given
     monkeypatch.setenv("MLFLOW_RUN_ID", "f" * 32)
     single(tiny("run"), "tracking.enabled=true", "train.max_steps=4")
     history = client().get_metric_history(made.info.run_id, "train/loss")

@@ -140,7 +140,7 @@ def test_an_installed_package_trains_from_an_empty_folder(installed: Installed) 
     assert tags["version"] == dan_dist.__version__
     assert tags["commit"] == "unknown"  # not that of the checkout around it
     again = installed.run("dan-train", "runs/demo/config.yaml", "--dry-run").stdout
-    assert "# runs/demo/step-00000002.pt: the run goes on after step 2" in again
+    assert "# runs/demo/step-00000002.pt: the run resumes after step 2" in again
     report = installed.run("dan-evaluate", "runs/demo", "--data", "data/demo", "--no-tracking")
     assert "accuracy" in report.stdout
 

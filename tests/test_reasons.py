@@ -87,7 +87,7 @@ def test_a_run_does_not_promise_to_go_on_from_a_checkpoint_that_has_gone(tmp_pat
     with pytest.raises(OSError, match=r"does not hold the checkpoint of step 8; .+ starts anew"):
         require_checkpoint(run, done=8, saved=8)
     step_path(run, 4).touch()
-    with pytest.raises(OSError, match=r"step 8; the same command goes on from step-00000004\.pt"):
+    with pytest.raises(OSError, match=r"step 8; the same command resumes from step-00000004\.pt"):
         require_checkpoint(run, done=8, saved=8)
     step_path(run, 8).touch()
     require_checkpoint(run, done=8, saved=8)

@@ -1,4 +1,4 @@
-"""A run's record in MLflow stays true when the run goes on, and is shown where there is one."""
+"""A run's record in MLflow stays true when the run resumes, and is shown where there is one."""
 
 import logging
 import re

@@ -26,7 +26,7 @@ def test_a_run_without_a_launcher_ends_with_its_own_exit_code(tiny: Write, tmp_p
     assert process.returncode == 75, printed
     found = outcome(tmp_path / "run")
     assert found["status"] == "preempted" and found["reason"].startswith("SIGTERM")
-    assert f"of step {found['step']}; the same command goes on from there" in printed
+    assert f"of step {found['step']}; the same command resumes from there" in printed
     assert step_path(tmp_path / "run", found["step"]).exists()
 
 

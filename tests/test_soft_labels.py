@@ -136,7 +136,7 @@ def test_an_index_whose_shares_are_none_is_refused(tmp_path: Path, shares: list[
 def test_a_class_without_readable_training_images_is_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And told where it has none left in another split; once mended, the same command goes on."""
+    """And told where it has none left in another split; once mended, the same command resumes."""
     source, whole = tree(tmp_path / "source", train=120, val=1), tmp_path / "whole.jpg"
     for k in range(1, 120):
         (source / "train" / "happy" / f"{k}.jpg").unlink()

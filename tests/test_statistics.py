@@ -37,7 +37,7 @@ def running(state: dict[str, torch.Tensor]) -> Statistics:
 
 
 def test_a_checkpoint_holds_those_of_all_ranks() -> None:
-    """Not those of rank 0; and the run goes on from the same, as one that is resumed does."""
+    """Not those of rank 0; and the run resumes from the same, as one that is resumed does."""
     (own, saved, after), (other_own, other_saved, other_after) = ranks(2, train_and_save)
     assert any(own[name] != other_own[name] for name in own)
     assert saved == after == other_saved == other_after

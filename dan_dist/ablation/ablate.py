@@ -41,7 +41,7 @@ def main(options: AblateOptions, stop: StopRequest) -> int:
             print(f"{number:4} {r.run.name:40} {r.status}{': ' + r.reason if r.reason else ''}")
         return 0
     if stop.signal:
-        print(f"{stop.signal}: stopped; the same command goes on")
+        print(f"{stop.signal}: stopped; the same command resumes")
         if not any(r.status == "finished" for r in summaries):
             return PREEMPTED
     parent = grid.ablation_id(folder, name)

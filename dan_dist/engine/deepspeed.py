@@ -1,7 +1,7 @@
 """The same training under DeepSpeed: ZeRO divides the optimiser's state, and more, over the ranks.
 
 Checkpoints are those of the DDP engine: the state is gathered when it is saved and divided when it
-is loaded, so that a run goes on at any world size, stage and engine. That is on purpose in place of
+is loaded, so that a run resumes at any world size, stage and engine. That is on purpose in place of
 DeepSpeed's own format and its universal one, which need a conversion, and DeepSpeed, to be read.
 """
 

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 _STEP = re.compile(r"step-(\d+)\.pt")
 DAMAGE = "damaged-since-step"
 
-# Keys of the configuration that may change when a run goes on: they set how long, where and how
+# Keys of the configuration that may change when a run resumes: they set how long, where and how
 # quickly it computes, not its result.
 FREE_KEYS = (
     "data.shards", "data.cache", "data.synthetic", "data.threads", "data.max_bad_images",
@@ -141,7 +141,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def checkpoint_to_resume(folder: Path, resume: str) -> str:
-    """The path of the checkpoint that a run goes on from; "" where it starts anew.
+    """The path of the checkpoint that a run resumes from; "" where it starts anew.
 
     resume: the policy `train.resume`, "auto" or "never".
 
@@ -151,7 +151,7 @@ def checkpoint_to_resume(folder: Path, resume: str) -> str:
     if resume == "never" and (paths := steps_saved(folder)):
         raise ValueError(
             f"train.output {folder} holds {paths[0].name} of an earlier run; train.resume=auto "
-            "goes on with it, another train.output starts anew"
+            "resumes it, another train.output starts anew"
         )
     found = newest_checkpoint(folder)
     return str(found[0]) if found else ""
@@ -163,7 +163,7 @@ def mark_damage(folder: Path, since: int) -> None:
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Renames the checkpoints after `step`, from which a run goes on, and removes the damage mark.
+    """Renames the checkpoints after `step`, from which a run resumes, and removes the damage mark.
 
     They are damaged, or hold what damaged images have taught; nobody has looked into all of them,
     so they are renamed, not removed. Files that a killed run was writing are removed.

@@ -18,7 +18,7 @@ class Due(NamedTuple):
 class Plan:
     """The steps of a run. Steps are counted from 1; step 0 is the start."""
 
-    start: int  # the step that a run goes on after
+    start: int  # the step after which a run resumes
     steps_per_epoch: int
     epochs: int
     total: int
@@ -53,7 +53,7 @@ class Plan:
 
 
 def make_plan(config: Config, *, images: int, start: int) -> Plan:
-    """The plan of a run over so many training images that goes on after step `start`.
+    """The plan of a run over so many training images that resumes after step `start`.
 
     Raises:
         ValueError: the run is beyond its end already.

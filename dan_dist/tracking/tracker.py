@@ -48,7 +48,7 @@ class RunRecord:
     datasets: Sequence[Mapping[str, Any]] = ()  # see `inputs.dataset_inputs`
     model: ModelInput | None = None  # what an evaluation judges
     adopted: str | None = None  # the id of a run that somebody else has made for this one
-    step: int = 0  # after which the run goes on
+    step: int = 0  # after which the run resumes
 
 
 class NullTracker:
