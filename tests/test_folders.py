@@ -17,6 +17,7 @@ from PIL import Image
 from pyarrow import parquet
 from trees import encoded, picture, tree
 
+from conftest import call_program, launch
 from dan_dist.data.crops import find_images
 from dan_dist.inference import predict as prediction
 from dan_dist.model.weights import load_trained
@@ -158,6 +159,34 @@ def predicted(
     given = PredictOptions(checkpoint=run, images=tuple(images), json=True, device="cpu", **options)
     faults = prediction.main(given)
     return faults, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def in_parts_of_three(program: str, words: list[str]) -> None:
+    prediction.CHUNK = 3
+    call_program(program, words)
+
+
+def test_two_ranks_predict_as_one(
+    baseline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In parts of three: two rounds, the last part of one image."""
+    root = album(tmp_path / "album")
+    add_oddities(root, tmp_path / "elsewhere")
+    monkeypatch.setattr(prediction, "CHUNK", 3)
+    faults, rows = predicted(baseline_run, [root], capsys)
+    assert faults and -(-len(rows) // 3) % 2 == 0 and len(rows) % 3
+    done = launch(
+        "predict", 2, baseline_run, root, "--json", "--csv", tmp_path / "t.csv", "--device", "cpu",
+        cwd=tmp_path, inside=in_parts_of_three,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    both = [json.loads(line) for line in done.stdout.splitlines()]
+    for row, own in zip(rows, both, strict=True):
+        wanted, found = row.pop("probabilities", {}), own.pop("probabilities", {})
+        assert row == own and found == pytest.approx(wanted, abs=1e-5)
+    table = list(csv.reader((tmp_path / "t.csv").read_text().splitlines()))
+    assert [line[0] for line in table[1:]] == [row["image"] for row in rows]
 
 
 def test_one_unreadable_file_ends_nothing_and_every_output_has_its_row(

@@ -36,12 +36,14 @@ PATIENT_S = 1800.0  # where compiling, or a slow disk, may take its time
 # What a rank does: prepare, work with the others, the same with patience, nothing that the others
 # wait for any more; or it has left.
 State = Literal["starts", "works", "patient", "rests", "failed", "stopped"]
-Kind = Literal["reading", "step", "evaluation", "checkpoint"]
+Kind = Literal["reading", "step", "evaluation", "checkpoint", "image", "rows"]
 DOING: dict[Kind, str] = {
     "reading": "step {}, reading",
     "step": "step {}",
     "evaluation": "evaluation step {}",
     "checkpoint": "checkpoint of step {}",
+    "image": "reading image {}",
+    "rows": "writing rows up to image {}",
 }
 
 
@@ -95,10 +97,10 @@ class Heartbeat:
     def beat(self, kind: Kind, number: int) -> None:
         """This rank goes on, with work of this kind, at step `number`.
 
-        The first beat of a kind is patient, as it may compile, and so is each checkpoint's, as the
+        The first beat of a kind is patient, as it may compile, and so is each that writes, as the
         disk may be slow.
         """
-        is_patient = kind == "checkpoint" or kind not in self._kinds
+        is_patient = kind in ("checkpoint", "rows") or kind not in self._kinds
         self._kinds.add(kind)
         self._progress += 1
         self._state, self._doing = "patient" if is_patient else "works", DOING[kind].format(number)

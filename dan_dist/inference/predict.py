@@ -1,16 +1,23 @@
-"""The story of a prediction: a network from a file, image files, the class of each."""
+"""The story of a prediction: a network from a file, image files, the class of each.
+
+Ranks take the images in turn, a part at a time; rank 0 gathers their rows and writes them in order.
+"""
 
 import json
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +37,7 @@ from shards.files import scratch_folder
 
 # Images at a time: what memory and the temporary folder hold of any number. Photographs may show
 # hundreds of faces.
-CHUNK, PHOTOGRAPHS = 1024, 256
+CHUNK, PHOTOGRAPHS = 1024, 64
 UNREAD = "unread"
 FEW = 64  # images without a progress bar
 
@@ -38,47 +45,93 @@ log = logging.getLogger(__name__)
 
 
 def main(options: PredictOptions) -> int:
-    """Prints each image's class and probabilities; returns how many could not be read.
+    """Prints each image's class and probabilities; returns how many could not be read, on rank 0.
 
     Raises:
         ValueError, OSError: bad input, in one line, before anything is computed.
     """
     files = Files(options.csv, options.parquet, options.features, options.draw)
-    files.check()
-    if not options.faces:
-        if options.detector or options.face_cut:
-            raise ValueError("--detector and --face-cut belong to --faces")
-        print("each image is taken for the crop of one face", file=sys.stderr)
+    if not options.faces and (options.detector or options.face_cut):
+        raise ValueError("--detector and --face-cut belong to --faces")
     with session(options.device, timeout_s=60.0, on_loss=lambda line: None) as (world, heart):
-        if world.size > 1:
-            raise ValueError(f"{world.size} ranks: predict runs as one; evaluate runs on many")
-        trained = load_trained(options.checkpoint, options.classes, weights=options.weights)
-        find_faces = open_detector(options, trained) if options.faces else None
-        names, paths, found = trained.class_names, find_images(options.images), Counter[str]()
+        world.run_on_all(lambda: files.check() if world.is_main else None)
+        if world.is_main and not options.faces:
+            print("each image is taken for the crop of one face", file=sys.stderr)
+        trained = world.run_on_all(
+            lambda: load_trained(options.checkpoint, options.classes, weights=options.weights)
+        )
+        find_faces = None
+        if options.faces:
+            find_faces = world.run_on_all(lambda: open_detector(options, trained))
+        paths, names = shared_paths(options.images, world), trained.class_names
         show = print_json(names) if options.json else print_table(names, paths, options.faces)
-        with (
-            tqdm(desc="predicting", total=len(paths), unit="img", disable=len(paths) <= FEW) as bar,
-            writing(files, names, faces=options.faces) as write,
-        ):
+        bar = tqdm(desc="predicting", total=len(paths), unit="img",
+                   disable=len(paths) <= FEW or not world.is_main)  # fmt: skip
+        found = Counter[str]()
+        with bar, open_files(files, names, world, faces=options.faces) as write:
 
-            def pack(own: Sequence[Path], folder: Path) -> PackedImages:
-                return pack_images(
-                    own, folder, size=trained.image_size, threads=world.cores,
-                    progress=bar.update, find_faces=find_faces,
-                )  # fmt: skip
+            def predict_part(own: Sequence[Path], start: int) -> list[Row]:
+                def progress() -> None:
+                    heart.beat("image", int(bar.n))
+                    bar.update(min(world.size, len(paths) - bar.n))
 
-            parts = packed_parts(paths, PHOTOGRAPHS if options.faces else CHUNK, pack)
-            for rows in predicted(trained, parts, world, heart, options.precision):
+                with scratch_folder() as folder:
+                    packed = pack_images(
+                        own, folder, size=trained.image_size, threads=world.cores,
+                        progress=progress, find_faces=find_faces,
+                    )  # fmt: skip
+                    return predicted(trained, packed, start, world, heart, options.precision)
+
+            def write_part(rows: Sequence[Row]) -> str:
+                heart.beat("rows", int(bar.n))
                 found.update(kind_of(row) for row in rows)
                 write(rows)
-                if not shown(show, rows) and not any(files):
+                return "on" if shown(show, rows) or any(files) else ""
+
+            count = PHOTOGRAPHS if options.faces else CHUNK
+            for rows in in_turn(paths, count, world, predict_part):
+                if not world.run_once(partial(write_part, rows)):
                     break  # nobody reads on: `| head`
-        if options.faces:
+        heart.finish()
+        if world.is_main and options.faces:
             log.info("%d faces in %d photographs; no face found in %d",
                      found[""], len(paths), found[NO_FACE])  # fmt: skip
-        for path in filter(None, files):
+        for path in filter(None, files if world.is_main else ()):
             log.info("written: %s", path)
         return found[UNREAD]
+
+
+def shared_paths(given: Sequence[Path], world: World) -> list[Path]:
+    """The images that are named, as rank 0 finds them, which alone has the standard input."""
+    found = world.run_once(lambda: json.dumps([str(path) for path in find_images(given)]))
+    return [Path(path) for path in json.loads(found)]
+
+
+def open_files(
+    files: Files, names: tuple[str, ...], world: World, *, faces: bool
+) -> AbstractContextManager[Write]:
+    """Writes rows into files on rank 0; elsewhere, nothing."""
+    return writing(files, names, faces=faces) if world.is_main else nullcontext(lambda rows: None)
+
+
+def in_turn(
+    paths: Sequence[Path], count: int, world: World,
+    predict_part: Callable[[Sequence[Path], int], list[Row]],
+) -> Iterator[list[Row]]:  # fmt: skip
+    """On rank 0 the rows of all images in order; on other ranks as many empty lists.
+
+    Each rank predicts `count` images at a time: they share no step, as a step of training does.
+    """
+    for first in range(0, len(paths), count * world.size):
+        start = first + count * world.rank
+        own = paths[start : start + count]
+        rows = predict_part(own, start) if own else []
+        if world.size == 1:
+            yield rows
+            continue
+        parts: list[Any] | None = [None] * world.size if world.is_main else None
+        dist.gather_object(rows, parts)
+        yield from parts or [[]] * world.size
 
 
 def kind_of(row: Row) -> str:
@@ -100,33 +153,27 @@ def open_detector(options: PredictOptions, trained: Trained) -> FindFaces:
     return face_finder(detect, cut, trained.image_size)
 
 
-def packed_parts(
-    paths: Sequence[Path], count: int, pack: Callable[[Sequence[Path], Path], PackedImages]
-) -> Iterator[tuple[int, PackedImages]]:
-    """The images, packed `count` at a time into a folder of their own, and where they start."""
-    for start in range(0, len(paths), count):
-        with scratch_folder() as folder:
-            yield start, pack(paths[start : start + count], folder)
-
-
 def predicted(
-    trained: Trained, parts: Iterable[tuple[int, PackedImages]], world: World, heart: Heartbeat,
+    trained: Trained, packed: PackedImages, start: int, world: World, heart: Heartbeat,
     precision: Any,
-) -> Iterator[list[Row]]:  # fmt: skip
-    """The rows of all images, a part at a time, in their order."""
+) -> list[Row]:  # fmt: skip
+    """The rows of a part of the images, in their order, by this rank alone.
+
+    start: the number of images before the part.
+    """
+    alone = replace(world, rank=0, size=1, store=None)
     nothing = np.full(len(trained.class_names) + FEATURES, np.nan, np.float32)
-    for start, packed in parts:
-        values = np.empty((0, len(nothing)), np.float32)
-        if packed.paths:
-            values = predict(trained, packed.split, world, heart, precision, both)
-        found = iter(values)
-        yield [
-            Row(
-                start + own.position + 1, own.path, own.face, own.box, own.fault,
-                *split_row(nothing if own.fault else next(found)),
-            )
-            for own in packed.given
-        ]  # fmt: skip
+    values = np.empty((0, len(nothing)), np.float32)
+    if packed.paths:
+        values = predict(trained, packed.split, alone, heart, precision, both)
+    found = iter(values)
+    return [
+        Row(
+            start + own.position + 1, own.path, own.face, own.box, own.fault,
+            *split_row(nothing if own.fault else next(found)),
+        )
+        for own in packed.given
+    ]  # fmt: skip
 
 
 def both(output: Output) -> Tensor:
