@@ -174,7 +174,7 @@ def test_files_have_bounds(faces: ShardSet, tmp_path: Path) -> None:
     """A manifest of 8 GiB and an index of as many take no memory."""
     root = Path(shutil.copytree(faces.root, tmp_path / "set"))
     os.truncate(root / "index-train.npy", 2**33)
-    with pytest.raises(ValueError, match=r"index-train\.npy has more than 8,576 bytes"):
+    with pytest.raises(ValueError, match=r"index-train\.npy has more than 8,896 bytes"):
         open_shardset(root).split("train")
     os.truncate(root / MANIFEST, 2**33)
     with pytest.raises(ValueError, match=rf"{MANIFEST} has more than {MANIFEST_BYTES:,} bytes"):
