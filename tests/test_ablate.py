@@ -198,7 +198,7 @@ def start(*words: str | Path, cwd: Path, uri: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def end(process: subprocess.Popen[str], timeout_s: float = 150) -> str:
+def end(process: subprocess.Popen[str], timeout_s: float = 400) -> str:
     try:
         return process.communicate(timeout=timeout_s)[0]
     except subprocess.TimeoutExpired:
@@ -234,7 +234,7 @@ def test_stopped_and_killed_it_ends_with_each_run_once(
     assert process.returncode == 75
     process = start(*words, cwd=tmp_path, uri=uri)
     third = tmp_path / "runs" / "heads" / "heads-2-seed-0"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (third / "journal.jsonl").exists():
         assert process.poll() is None and time.monotonic() < deadline, end(process)
         time.sleep(0.05)
