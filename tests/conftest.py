@@ -208,7 +208,7 @@ def damaged_scans(jpeg: bytes) -> dict[str, bytes]:
 
 
 def run(
-    *command: str | Path, cwd: Path, timeout_s: float = 120
+    *command: str | Path, cwd: Path, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of the project in `cwd`, with a hard time limit and nothing left behind."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -232,7 +232,7 @@ def call_program(program: str, words: list[str]) -> None:
 
 
 def launch(
-    program: str, ranks: int, *arguments: str | Path, cwd: Path, timeout_s: float = 120,
+    program: str, ranks: int, *arguments: str | Path, cwd: Path, timeout_s: float = 300,
     inside: Callable[[str, list[str]], None] = call_program,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
     """A documented program on `ranks` CPU processes, as torchrun would start it, but forked."""
@@ -247,7 +247,7 @@ def launch(
     return subprocess.CompletedProcess([program, *words], codes[0] or max(codes), out, err)
 
 
-def train(ranks: int, *arguments: str | Path, cwd: Path, timeout_s: float = 120) -> str:
+def train(ranks: int, *arguments: str | Path, cwd: Path, timeout_s: float = 300) -> str:
     """Trains on `ranks` CPU processes; returns what they printed."""
     done = launch("train", ranks, *arguments, cwd=cwd, timeout_s=timeout_s)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -141,7 +141,7 @@ def test_dry_runs_outline_is_cut_too() -> None:
     from dan_dist.dry_run import Outline
 
     outline = Outline(Path("x"), "d", "r", ("a", "b"), 32, "", {"train": (20, 10)}, {"train": ()},
-                      {}, {}, {})  # fmt: skip
+                      {}, {}, {}, None)  # fmt: skip
     kept, held = hold_out(outline, outline.split("train"), [0.1, 0.9], 0, 0, "data.holdout")
     assert np.bincount(held.index["label"]).tolist() == [2, 1] and len(kept) == 27
 
