@@ -142,8 +142,8 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
     text, rows = compared.text, compared.rows
     assert rows[0]["parameters"] == 10 and rows[0]["gflops"] == 0.5
     assert compared.answer.words() == (
-        "best: heads 4, 90.00 % (one seed); next: heads 1, 50.00 ± 14.14 %; "
-        "McNemar's p: 0.12: may be chance"
+        "best: heads 4, 90.00 % (one seed); next: heads 1, 50.00 ± 14.14 %, 40.00 points less. "
+        "McNemar's p of the two: 0.12: the lead may be chance"
     )
     assert "| 1 | 2 of 2 | 50.00 ± 14.14 |" in text and "| 4 | 1 of 1 | 90.00 |" in text
     assert "heads-8-seed-0: failed: out of memory" in text
@@ -156,17 +156,20 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ps", "better_in", "verdict"),
     [
-        ((0.01, 0.02), 2, "more than chance on these images, in each seed"),
-        ((0.01, 0.02), 1, "may be chance, as not every seed shows it"),
-        ((0.01, 0.2), 2, "may be chance, as not every seed shows it"),
-        ((0.01,), 1, "more than chance on these images; other seeds may differ"),
+        ((0.01, 0.02), 2, "is more than chance on these images, with each seed"),
+        ((0.01, 0.02), 1, "may be chance, not every seed shows it with p below 0.05"),
+        ((0.01, 0.2), 2, "may be chance, not every seed shows it with p below 0.05"),
+        ((0.01,), 1, "is more than chance on these images; other seeds may differ"),
         ((0.3,), 1, "may be chance"),
     ],
 )
 def test_the_answer_in_words(ps: tuple[float, ...], better_in: int, verdict: str) -> None:
     answer = Answer("heads 4", 80.0, 1.0, 2, "heads 1", 70.0, 2.0, 2, ps, better_in)
-    line = "best: heads 4, 80.00 ± 1.00 % over 2 seeds; next: heads 1, 70.00 ± 2.00 %; McNemar's p"
-    assert answer.words().startswith(line) and answer.words().endswith(f": {verdict}")
+    line = (
+        "best: heads 4, 80.00 ± 1.00 % (mean ± standard deviation of 2 seeds); next: heads 1, "
+        "70.00 ± 2.00 %, 10.00 points less. McNemar's p of the two"
+    )
+    assert answer.words().startswith(line) and answer.words().endswith(f": the lead {verdict}")
     assert answer.metrics()["best/accuracy"] == 0.8 and answer.metrics()["best/p_max"] == max(ps)
 
 

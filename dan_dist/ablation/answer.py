@@ -43,23 +43,26 @@ class Answer(NamedTuple):
 
     def words(self) -> str:
         """The answer in a sentence or two."""
-        seeds = f"over {self.seeds} seeds" if self.seeds > 1 else "(one seed)"
+        many = f"(mean ± standard deviation of {self.seeds} seeds)"
+        seeds = many if self.seeds > 1 else "(one seed)"
         line = f"best: {self.best}, {_percent(self.accuracy, self.deviation, self.seeds)} {seeds}"
         if self.next is None:
             return f"{line}; no other setting has finished"
         beside = _percent(self.next_accuracy, self.next_deviation, self.next_seeds)
-        line += f"; next: {self.next}, {beside}"
+        behind = self.accuracy - self.next_accuracy
+        line += f"; next: {self.next}, {beside}, {behind:.2f} points less"
         if not self.ps:
             return f"{line}; no seed is shared, by whose images the two could be tested"
         ps = ", ".join(f"{p:.2g}" for p in self.ps)
-        return f"{line}; McNemar's p: {ps}: {self._verdict()}"
+        each = "McNemar's p of the two" + (", seed by seed" if len(self.ps) > 1 else "")
+        return f"{line}. {each}: {ps}: the lead {self._verdict()}"
 
     def _verdict(self) -> str:
         count = len(self.ps)
         if self.better_in == count and max(self.ps) < CHANCE:
-            found = "more than chance on these images"
-            return f"{found}, in each seed" if count > 1 else f"{found}; other seeds may differ"
-        return "may be chance" + (", as not every seed shows it" if count > 1 else "")
+            found = "is more than chance on these images"
+            return f"{found}, with each seed" if count > 1 else f"{found}; other seeds may differ"
+        return "may be chance" + (f", not every seed shows it with p below {CHANCE}" * (count > 1))
 
     def metrics(self) -> dict[str, float]:
         """The answer as metrics of the run that holds the others."""
@@ -118,7 +121,11 @@ def note(answer: Answer, rows: Sequence[Mapping[str, Any]], axes: Sequence[str])
         ]
         runs = f"{row['finished']} of {row['runs']}"
         lines.append(f"| {setting_of(row, axes)} | {' | '.join(cells)} | {runs} |")
-    lines += ["", "In full: the artifacts comparison.md, comparison.csv, pairs.csv."]
+    lines += [
+        "", "McNemar's test sees the chance in the choice of images, not that in the seeds; p is "
+        "not corrected for the number of settings.",
+        "", "In full: the artifacts comparison.md, comparison.csv, pairs.csv.",
+    ]  # fmt: skip
     return "\n".join(lines)
 
 
