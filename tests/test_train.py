@@ -246,7 +246,7 @@ def test_a_checkpoint_of_something_else_is_refused(
     copied(baseline_run, tmp_path / "run")
     with pytest.raises(ValueError, match=r"another configuration: model\.heads was 0, is 4"):
         single(tiny("run"), "model.heads=4")
-    with pytest.raises(ValueError, match=r"of an earlier run; train\.resume=auto goes on"):
+    with pytest.raises(ValueError, match=r"of an earlier run; train\.resume=auto resumes it"):
         single(tiny("run"), "train.resume=never")
     ensure(tmp_path / "other", synthetic.release(80, 16, size=32, seed=8), size=32)
     with pytest.raises(ValueError, match="was trained on other images"):
