@@ -124,7 +124,7 @@ def test_a_run_that_is_there_goes_on_or_is_refused(
     check(load_config(tiny("run"), [*DAN, "model.backbone=/no.pth"]), 1)  # nobody looks at it
     for overrides, message in (
         (["model.heads=4"], r"another configuration: model\.heads was 2, is 4"),
-        (["train.resume=never"], r"of an earlier run; train\.resume=auto goes on"),
+        (["train.resume=never"], r"of an earlier run; train\.resume=auto resumes it"),
         (["train.max_steps=1"], r"at step 2 already, train\.epochs and train\.max_steps end at 1"),
     ):
         with pytest.raises(ValueError, match=message):
