@@ -27,10 +27,10 @@ def test_chaos_in_short(tmp_path: Path) -> None:
     kinds = ("images,packing,shards,configurations,checkpoints,resumes,servers,full_disks,"
              "sigkill_rank,sigkill_all,sigusr1,corrupt_checkpoint,truncate_shard")  # fmt: skip
     done = run(sys.executable, REPOSITORY / "tests" / "chaos.py", "--faults", "40", "--kinds",
-               kinds, "--task", task, cwd=tmp_path, timeout_s=400)  # fmt: skip
+               kinds, "--task", task, "--minutes", "2", cwd=tmp_path, timeout_s=500)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     tried, held = re.findall(r"\| all \| (\d+) \| (\d+) \|", done.stdout)[0]
-    assert tried == held and int(tried) > 25, done.stdout
+    assert tried == held and int(tried) > 10, done.stdout
 
 
 @pytest.mark.parametrize("victim", ["worker", "node", "node that comes back"])
