@@ -82,6 +82,8 @@ def finish(
     Raises:
         OSError: the run is at its end, but its last checkpoint or its outcome cannot be written.
     """
+    if world.is_main:  # which alone writes checkpoints: a failure from here on names what is kept
+        stop.step = result.saved
     if result.status == "finished":
         test = look_at_test(config, world, data, heart, step=state.step, saved=result.saved)
         result = result._replace(test=test)

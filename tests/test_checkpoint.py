@@ -178,7 +178,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
         assert "error: no checkpoint could be written" in done.stderr
         return
     assert "the one before stays, training goes on" in done.stdout and "step 14 loss" in done.stdout
-    assert '"failed", "step": 14, "reason": "all 14 steps' in between, between
+    assert '"failed", "step": 4, "reason": "all 14 steps' in between, between
     assert "error: all 14 steps are done, but the last checkpoint" in done.stderr
     assert "journal.jsonl: No space left on device; its records wait in memory" in done.stdout
     points = history(f"sqlite:///{tmp_path / 'mlflow.db'}")
