@@ -35,7 +35,7 @@ def hold_out(
     Raises:
         ValueError: a class is left without an image on one side.
     """
-    _log_unlooked(shards, split.name)
+    _log_unlooked(shards, split)
     is_held = deal(groups_of(split), image_groups(shards, split), shares, seed) == part
     labels = split.index["label"]
     for side, own in (("to train on", ~is_held), ("held out", is_held)):
@@ -105,11 +105,11 @@ def _parts(shards: ShardSet) -> list[ShardSet]:
     return [part.shards for part in shards.parts] if isinstance(shards, JoinedSet) else [shards]
 
 
-def _log_unlooked(shards: ShardSet, name: str) -> None:
+def _log_unlooked(shards: ShardSet, split: Split) -> None:
     """A line on each set in which nobody has looked for copies that were saved anew."""
     for part in _parts(shards):
-        split = part.split(name)
-        if split.shards and recorded_groups(split.index) is None and part.dataset != DRAWN:
+        own = split if part is shards else part.split(split.name)
+        if own.shards and recorded_groups(own.index) is None and part.dataset != DRAWN:
             log.warning(
                 "%s: its pack recorded no groups of one photograph; of such images, only those of "
                 "the same bytes are held out together; python -m shards.pack … --overwrite records "
