@@ -6,6 +6,7 @@ index, and where persons are the classes no person.
 
 import numpy as np
 
+from shards.format import DRAWN
 from shards.images import encode
 from shards.release import Content, Item, Release
 from shards.releases.affectnet import CLASSES, TRAIN
@@ -36,7 +37,7 @@ def release(train: int, val: int, *, size: int, seed: int) -> Release:
             for k, label in enumerate(own)
         ]
         index += len(own)
-    return Release("synthetic", f"seed {seed}, {size} px", CLASSES, splits, read)
+    return Release(DRAWN, f"seed {seed}, {size} px", CLASSES, splits, read)
 
 
 def identity_release(
@@ -61,7 +62,7 @@ def identity_release(
         person += persons
     names = tuple(f"person_{k:05d}" for k in range(person))
     text = f"{identities} and {held_out} identities, seed {seed}, {size} px"
-    return Release("synthetic", text, names, splits, read, mixed=True)
+    return Release(DRAWN, text, names, splits, read, mixed=True)
 
 
 def release_by(
