@@ -132,6 +132,8 @@ def _work(
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A rank's own default, not its server's, under which whoever is killed leaves named semaphores.
+    multiprocessing.set_start_method(None, force=True)
     try:
         result.write_bytes(pickle.dumps((function(*arguments), None)))
     except SystemExit:

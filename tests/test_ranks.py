@@ -4,7 +4,8 @@ import os
 import sys
 import threading
 import time
-from multiprocessing import forkserver, get_context
+from functools import partial
+from multiprocessing import forkserver, get_context, get_start_method
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,11 @@ def test_another_server_of_this_process_is_replaced() -> None:
     forkserver.ensure_running()
     (modules,) = ranks(1, imported)
     assert "torch" in modules and "dan_dist.train" in modules
+
+
+def test_a_rank_has_its_own_way_of_starting_processes() -> None:
+    """Under its server's, tqdm's lock is a named semaphore, which outlives a rank that is killed."""
+    assert ranks(1, partial(get_start_method, allow_none=True)) == [None]
 
 
 def imported() -> list[str]:

@@ -55,14 +55,14 @@ def main(options: PredictOptions) -> int:
         raise ValueError("--detector and --face-cut belong to --faces")
     with session(options.device, timeout_s=60.0, on_loss=lambda line: None) as (world, heart):
         world.run_on_all(lambda: files.check() if world.is_main else None)
-        if world.is_main and not options.faces:
-            print("each image is taken for the crop of one face", file=sys.stderr)
         trained = world.run_on_all(
             lambda: load_trained(options.checkpoint, options.classes, weights=options.weights)
         )
         find_faces = None
         if options.faces:
             find_faces = world.run_on_all(lambda: open_detector(options, trained))
+        elif world.is_main:
+            print("each image is taken for the crop of one face", file=sys.stderr)
         paths, names = shared_paths(options.images, world), trained.class_names
         show = print_json(names) if options.json else print_table(names, paths, options.faces)
         bar = tqdm(desc="predicting", total=len(paths), unit="img",
