@@ -4,7 +4,6 @@ import os
 import sys
 import threading
 import time
-from functools import partial
 from multiprocessing import forkserver, get_context, get_start_method
 from pathlib import Path
 
@@ -78,9 +77,13 @@ def test_another_server_of_this_process_is_replaced() -> None:
     assert "torch" in modules and "dan_dist.train" in modules
 
 
-def test_a_rank_has_its_own_way_of_starting_processes() -> None:
-    """Under its server's, tqdm's lock is a named semaphore, which outlives a rank that is killed."""
-    assert ranks(1, partial(get_start_method, allow_none=True)) == [None]
+def start_method() -> str | None:
+    return get_start_method(allow_none=True)
+
+
+def test_a_rank_starts_processes_as_by_default() -> None:
+    """As its server does, tqdm's lock would be a named semaphore, left by a rank that is killed."""
+    assert ranks(1, start_method) == [None]
 
 
 def imported() -> list[str]:
