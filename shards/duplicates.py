@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from shards.format import ShardSet, Split
 
@@ -47,6 +45,9 @@ def join_groups(groups: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     groups: of each grouping, a number or name for each image. The joined groups stand in the order
     of the first grouping's.
     """
+    from scipy.sparse import coo_array  # takes a second to import, which few trainings need
+    from scipy.sparse.csgraph import connected_components
+
     numbers = [np.unique(own, return_inverse=True)[1] for own in groups]
     size = len(numbers[0])
     # The parts of a graph of images, and of the groups that each of them is in

@@ -13,10 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.fft import dctn
-from scipy.ndimage import uniform_filter1d
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
 from shards.jpeg import small_gray
@@ -57,7 +53,7 @@ class _Kept(NamedTuple):
 
 def likenesses(pictures: Iterable[Image.Image]) -> Likenesses:
     """What is kept of pictures of any size and mode."""
-    import imagehash  # with its parts of SciPy and PyWavelets, which no training needs
+    import imagehash  # with PyWavelets and parts of SciPy: seconds, which no training needs
 
     kept = []
     for picture in pictures:
@@ -111,6 +107,9 @@ def same_photographs(a: Likenesses, b: Likenesses | None = None, workers: int = 
 
 def photograph_groups(pictures: Likenesses, workers: int = 1) -> NDArray[np.int32]:
     """A number for each picture, the same for those that show one photograph, be it over others."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     pairs = same_photographs(pictures, workers=workers)
     edges = coo_array((np.ones(len(pairs.a)), (pairs.a, pairs.b)), (len(pictures),) * 2)
     groups: NDArray[np.int32] = connected_components(edges, directed=False)[1]
@@ -118,6 +117,8 @@ def photograph_groups(pictures: Likenesses, workers: int = 1) -> NDArray[np.int3
 
 
 def _kept(pictures: Likenesses) -> _Kept:
+    from scipy.fft import dctn
+
     hashes = (np.ascontiguousarray(pictures["hashes"][:, k]) for k in (0, 1))
     coarse = np.empty((len(pictures), COARSE**2), np.float32)
     for first in range(0, len(pictures), COLUMNS):
@@ -226,10 +227,17 @@ def _resampling(low: float, high: float) -> Images:
     return matrix
 
 
+def _means(count: int) -> Images:
+    """The matrix that replaces each of SIDE pixels of a line by the mean of `count` around it."""
+    line = np.pad(np.eye(SIDE, dtype=np.float32), ((count // 2, count // 2), (0, 0)), "symmetric")
+    means: Images = np.lib.stride_tricks.sliding_window_view(line, count, axis=0).mean(-1)
+    return means
+
+
 _FREQUENCY: NDArray[np.float32] = np.hypot(*np.indices((COARSE, COARSE))).astype(np.float32)
 # Of a mirror image, the coefficients of odd frequencies across are negative
 _MIRRORED: NDArray[np.float32] = np.tile(1 - 2 * (np.arange(COARSE) % 2), COARSE).astype(np.float32)
-_SMOOTH: Images = uniform_filter1d(np.eye(SIDE, dtype=np.float32), 9, axis=0)
+_SMOOTH: Images = _means(9)
 _CUTS = [_resampling(low, 1 - high) for low in CUTS for high in CUTS]
 _CUT: Images = np.concatenate(_CUTS)  # (9 * SIDE, SIDE)
 _TURNED: Images = np.stack([matrix.T for matrix in _CUTS])  # (9, SIDE, SIDE)

@@ -6,10 +6,10 @@ sets: from the sets' own intervals.
 """
 
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 
 Interval = list[float]  # from, to; a list, as JSON has no tuples
 
@@ -36,7 +36,7 @@ def intervals(matrix: NDArray[np.int64], class_names: tuple[str, ...]) -> dict[s
 
 def wilson(right: int, images: int) -> Interval:
     """The score interval of a share of independent images."""
-    z = float(norm.ppf((1 + LEVEL) / 2))
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     share, weight = right / images, z * z / images
     centre = (share + weight / 2) / (1 + weight)
     half = z * np.sqrt(share * (1 - share) / images + weight / (4 * images)) / (1 + weight)
