@@ -39,11 +39,13 @@ def duplicate_groups(index: NDArray[Any]) -> NDArray[np.int64]:
     return groups
 
 
-def join_groups(groups: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
-    """One number for images that any of several groupings puts together, be it over others.
+def join_groups(
+    groups: Sequence[NDArray[Any]], pairs: Sequence[NDArray[np.int64]] = ()
+) -> NDArray[np.int64]:
+    """One number for images that belong together by any of several groupings, be it over others.
 
     groups: of each grouping, a number or name for each image. The joined groups stand in the order
-    of the first grouping's.
+    of the first grouping's. pairs: places of two images that belong together, in two arrays.
     """
     from scipy.sparse import coo_array  # takes a second to import, which few trainings need
     from scipy.sparse.csgraph import connected_components
@@ -51,9 +53,10 @@ def join_groups(groups: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     numbers = [np.unique(own, return_inverse=True)[1] for own in groups]
     size = len(numbers[0])
     # The parts of a graph of images, and of the groups that each of them is in
-    ends = np.concatenate([own + (k + 1) * size for k, own in enumerate(numbers)])
-    edges = (np.ones(len(ends)), (np.tile(np.arange(size), len(numbers)), ends))
-    graph = coo_array(edges, ((len(numbers) + 1) * size,) * 2)
+    one, other = pairs or (np.empty(0, np.int64),) * 2
+    one = np.concatenate([one, *[np.arange(size)] * len(numbers)])
+    other = np.concatenate([other, *(own + (k + 1) * size for k, own in enumerate(numbers))])
+    graph = coo_array((np.ones(len(one)), (one, other)), ((len(numbers) + 1) * size,) * 2)
     parts = connected_components(graph, directed=False)[1][:size]
     first = np.full(parts.max(initial=0) + 1, size, np.int64)
     np.minimum.at(first, parts, numbers[0])

@@ -28,7 +28,6 @@ from shards.likeness import (
     Likenesses,
     jpeg_picture_or_blank,
     likenesses,
-    photograph_groups,
     same_photographs,
 )
 from shards.packing.pool import in_processes
@@ -151,7 +150,8 @@ def without_leaks(release: Release, size: int | None, workers: int) -> Release:
     found = [_of_items(release.read, items, size, name, workers)
              for name, items in release.splits.items()]  # fmt: skip
     kept, marks = (np.concatenate(part) for part in zip(*found, strict=True))
-    groups = join_groups([photograph_groups(kept, workers), marks])
+    pairs = same_photographs(kept, workers=workers)
+    groups = join_groups([marks], (pairs.a, pairs.b))
     is_train = owner == "train"
     other = dict(
         zip(groups[~is_train][::-1].tolist(), owner[~is_train][::-1].tolist(), strict=True)

@@ -105,17 +105,6 @@ def same_photographs(a: Likenesses, b: Likenesses | None = None, workers: int = 
     return Pairs(left[new], right[new], alike[new])
 
 
-def photograph_groups(pictures: Likenesses, workers: int = 1) -> NDArray[np.int32]:
-    """A number for each picture, the same for those that show one photograph, be it over others."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    pairs = same_photographs(pictures, workers=workers)
-    edges = coo_array((np.ones(len(pairs.a)), (pairs.a, pairs.b)), (len(pictures),) * 2)
-    groups: NDArray[np.int32] = connected_components(edges, directed=False)[1]
-    return groups
-
-
 def _kept(pictures: Likenesses) -> _Kept:
     from scipy.fft import dctn
 

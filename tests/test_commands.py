@@ -79,7 +79,7 @@ EXECUTED = {
     "torchrun --nproc-per-node=8 launch/train.py msceleb": DRY,
     "torchrun launch/train.py * model.backbone=imagenet":
         "test_dry_run.py::test_an_imagenet_start_is_not_downloaded",
-    "torchrun launch/train.py * data.shards=data/drawn-224 *": NEEDS,
+    "torchrun launch/train.py * data.shards=data/drawn-*": NEEDS,
     "torchrun --nproc-per-node=2 launch/train.py engine.name=deepspeed *":
         "test_deepspeed.py::test_both_launchers_lead_to_the_same_training",
     "deepspeed --num_accelerators 2 launch/train.py":

@@ -18,6 +18,7 @@ def test_groupings_are_joined_over_each_other() -> None:
     assert join_groups([marks]).tolist() == [3, 1, 2, 3, 0]
     assert join_groups([marks, films]).tolist() == [3, 1, 1, 3, 0]
     assert join_groups([marks, films, np.array([0, 1, 2, 3, 1])]).tolist() == [3, 0, 0, 3, 0]
+    assert join_groups([films], ([1, 4], [2, 3])).tolist() == [1, 0, 0, 2, 2]
     assert join_groups([np.empty(0, int)] * 2).tolist() == []
 
 

@@ -63,7 +63,8 @@ def test_help_lists_every_key_without_torch(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert (
         "affectnet7, affectnet7-heldout, affectnet8, affectnet8-heldout, affectnet8-large, demo, "
-        "demo-backbone, fer2013, ferplus, msceleb, rafdb, rafdb-heldout, sfew, sfew-heldout."
+        "demo-backbone, fer2013, fer2013-64, ferplus, msceleb, rafdb, rafdb-heldout, sfew, "
+        "sfew-heldout."
     ) in " ".join(lines)
     for name in programs.OPTIONS[:-1]:
         assert any(line.startswith(f"  {name} ") for line in lines)

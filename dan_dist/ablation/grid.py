@@ -20,14 +20,15 @@ OWN_KEYS = ("train.output", "tracking.run_name", "tracking.parent")
 
 # The paper's own: figure 5, table 1, table 2; and how heads are fused. An axis is a name, and the
 # overrides of each point.
+BASELINE = ["model.heads=0", "loss.fcn=none", "loss.afn=none"]
 PRESETS: dict[str, dict[str, list[str]]] = {
-    "heads": {"0": ["model.heads=0", "loss.fcn=none", "loss.afn=none"]}
-    | {str(k): [f"model.heads={k}"] for k in range(1, 9)},
+    "heads": {"0": BASELINE} | {str(k): [f"model.heads={k}"] for k in range(1, 9)},
     "fcn-loss": {name: [f"loss.fcn={name}"] for name in ("none", "center", "affinity")},
     "afn-loss": {
         name: [f"loss.afn={name}"] for name in ("none", "partition", "partition_release")
     },
-    "fusion": {name: [f"model.fusion={name}"] for name in ("log_softmax", "mean")},
+    "fusion": {"none": BASELINE}  # no heads
+    | {name: [f"model.fusion={name}"] for name in ("log_softmax", "mean")},
 }  # fmt: skip
 
 

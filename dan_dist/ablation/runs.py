@@ -108,7 +108,7 @@ def _predictions(folder: Path, step: int) -> Predictions | None:
 def train_missing(
     config: str, grid: Sequence[AblationRun], folder: Path, ranks: int, stop: StopRequest
 ) -> None:
-    """Trains the runs that have not finished, one after another, each under torchrun.
+    """Trains the runs that have not finished, one after another; several ranks under torchrun.
 
     One that fails does not keep the others from being trained. A stop signal is passed on to the
     one that is under way, which writes a checkpoint, and ends this. Where a folder holds a run of
@@ -122,12 +122,9 @@ def train_missing(
             log.info("%s has finished", name)
             continue
         log.info("%s", name)
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={ranks}", "-m", "dan_dist", "train", config,
-            *summary.run.overrides,
-        ]  # fmt: skip
-        code = _run(command, stop)
+        agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        training = ["-m", "dan_dist", "train", config, *summary.run.overrides]
+        code = _run([sys.executable, *(agent if ranks > 1 else []), *training], stop)
         if stop.signal:
             return
         if code:

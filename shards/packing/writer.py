@@ -21,7 +21,7 @@ from shards.folders import describe
 from shards.format import MANIFEST, Manifest, open_shardset, write_index, write_manifest
 from shards.images import JPEG_QUALITY
 from shards.index import plain_rows, with_groups
-from shards.likeness import photograph_groups
+from shards.likeness import same_photographs
 from shards.limits import core_count
 from shards.packing.claim import STATE, claim, is_finished, locked_for_packing, remove_partials
 from shards.packing.job import LIKENESSES, SUFFIXES, Record, read_record, write_job
@@ -270,7 +270,8 @@ def _grouped(
         [np.load(r.likenesses, allow_pickle=False) for own in records.values() for r in own]
     )
     marks = duplicate_groups(np.concatenate([plain_rows(rows) for rows in indexes.values()]))
-    groups = join_groups([marks, photograph_groups(kept, workers)])
+    pairs = same_photographs(kept, workers=workers)
+    groups = join_groups([marks], (pairs.a, pairs.b))
     ends = np.cumsum([len(rows) for rows in indexes.values()])
     own = np.split(groups, ends[:-1])
     return {
