@@ -45,10 +45,7 @@ def test_words_become_a_grid() -> None:
     assert grid.parse(["heads"])[1][0].points["0"] == [
         "model.heads=0", "loss.fcn=none", "loss.afn=none",
     ]  # fmt: skip
-    fusions = grid.parse(["fusion"])[1][0].points
-    assert fusions["none"] == grid.PRESETS["heads"]["0"] and fusions["mean"] == [
-        "model.fusion=mean"
-    ]
+    assert grid.PRESETS["fusion"]["none"] == grid.PRESETS["heads"]["0"]
     points = grid.parse(["heads=0,4"])[1][0].points
     assert points == {k: grid.PRESETS["heads"][k] for k in ("0", "4")}
     assert grid.parse(["optim.name=adam,sgd", "schedule.name=step,exponential"])[0] == (

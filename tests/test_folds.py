@@ -1,6 +1,7 @@
-"""Ablations over folds and on a test split: means, deviations, the paired test by predictions."""
+"""Ablations over folds and on a test split: runs, means, deviations, the paired test."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 from test_ablate import summary
 
 from conftest import single
-from dan_dist.ablation import comparison, grid
+from dan_dist.ablation import comparison, grid, runs
 from dan_dist.ablation.runs import RunSummary, read_summary
 from dan_dist.config import load_config
 from dan_dist.evaluation.records import PREDICTIONS, Predictions
 from dan_dist.evaluation.result import RESULT
+from dan_dist.run.signals import StopRequest
 from shards.format import ShardSet
 
 Write = Callable[[str], Path]
@@ -36,11 +38,30 @@ def of_fold(heads: str, fold: str, right: list[bool], start: int) -> RunSummary:
 def test_a_grid_goes_over_folds(tiny: Write, tmp_path: Path) -> None:
     _, axes, _ = grid.parse(["model.heads=0,1"])
     words = ["tracking.enabled=true"]
-    runs = grid.grid_runs(str(tiny("base")), axes, words, 2, tmp_path / "g", "heads", 3)
-    assert len(runs) == 12 and len({run.name for run in runs}) == 12
-    assert runs[2].name == "heads-0-seed-0-fold-2" and runs[2].setting == runs[0].setting
-    config = load_config(tiny("base"), runs[2].overrides)
-    assert config.data.fold == "2/3" == runs[2].fold and config.train.seed == 0
+    found = grid.grid_runs(str(tiny("base")), axes, words, 2, tmp_path / "g", "heads", 3)
+    assert len(found) == 12 and len({run.name for run in found}) == 12
+    assert found[2].name == "heads-0-seed-0-fold-2" and found[2].setting == found[0].setting
+    config = load_config(tiny("base"), found[2].overrides)
+    assert config.data.fold == "2/3" == found[2].fold and config.train.seed == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_several_ranks_are_launched(
+    tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """By torchrun; one trains as it is."""
+    _, axes, _ = grid.parse(["model.heads=0,1"])
+    grid_runs = grid.grid_runs(
+        str(tiny("base")), axes, ["tracking.enabled=true"], 1, tmp_path / "g", "heads"
+    )
+    commands: list[Sequence[str]] = []
+    monkeypatch.setattr(runs, "_run", lambda command, stop: commands.append(command) or 0)
+    runs.train_missing(str(tiny("base")), grid_runs, tmp_path / "g", ranks, StopRequest())
+    for command, run in zip(commands, grid_runs, strict=True):
+        words = ["-m", "dan_dist", "train", str(tiny("base")), *run.overrides]
+        assert command[0] == sys.executable and command[-len(words) :] == words
+        launcher = command[1 : -len(words)]
+        assert ("--nproc-per-node=2" in launcher) if ranks == 2 else not launcher
 
 
 def test_folds_of_a_seed_are_added(tmp_path: Path) -> None:
