@@ -237,6 +237,23 @@ def test_torchruns_summary_holds_the_reason(
     assert f"traceback : {line}\n" in summary and "followed" not in summary
 
 
+@pytest.mark.parametrize(
+    ("text", "line"), [("odd", "rank 1: odd"), ("rank 2 on vm: odd", "rank 2 on vm: odd")]
+)
+def test_a_line_names_a_rank_once(
+    text: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(arguments: list[str], stop: StopRequest) -> int:
+        raise ValueError(text)
+
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "RANK_0_FIRST_S", 0.0)
+    assert cli._exit_code(work, StopRequest()) == 2
+    assert capsys.readouterr().err == f"error: {line}\n"
+
+
 FULL = """
 import sys
 from pathlib import Path

@@ -73,7 +73,9 @@ def _exit_code(main: Callable[[list[str], StopRequest], int], stop: StopRequest)
 
 def _fail(error: Exception, stop: StopRequest, rank: int) -> int:
     """Prints an error's line, rank 0 first, as it mostly fails of the same."""
-    line = redact(words(error) if rank == 0 else f"rank {rank}: {words(error)}")
+    line = redact(words(error))
+    if rank and not line.startswith("rank "):  # which names the rank that it is about
+        line = f"rank {rank}: {line}"
     report_failure(line)
     if os.environ.get("DAN_TRACEBACK"):
         raise error
