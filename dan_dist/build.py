@@ -130,8 +130,8 @@ def assemble_data(config: Config, world: World, shards: ShardSet) -> TrainingDat
     """The images of each use and the task, checked against the configuration and the ranks.
 
     Raises:
-        FileNotFoundError, ValueError: classes, splits or the global batch do not fit, or
-            `train.output` cannot be written.
+        ValueError: classes, splits or the global batch do not fit.
+        OSError: a split is not there, or `train.output` cannot be written.
     """
     check_names(list(shards.class_names), str(shards.root))
     expected = config.data.classes
@@ -220,7 +220,7 @@ def build_engine(config: Config, world: World, objective: Objective, *, steps: i
 
 
 def open_train_loader(config: Config, world: World, split: Split, *, start: int) -> Loader:
-    """The augmented batches of this rank from step `start` on."""
+    """The augmented batches of this rank, of the steps after `start`."""
     train = config.train
     order = TrainOrder(
         split,

@@ -40,7 +40,7 @@ class RunResult(NamedTuple):
 def keep_predictions(
     config: Config, world: World, data: TrainingData, rows: Rows, step: int
 ) -> None:
-    """Writes an evaluation's predictions; a run with a test split has those of that at its end."""
+    """Writes an evaluation's predictions; one with a test split writes that split's at its end."""
     if not world.is_main or data.test is not None or data.task.is_backbone:
         return
     path, facts = Path(config.train.output) / PREDICTIONS, {"step": step, **origin(config, data)}
@@ -118,7 +118,7 @@ def hand_over_weights(config: Config, data: TrainingData, tracker: NullTracker) 
 
 
 def record_test(folder: Path, test: Mapping[str, Any], tracker: NullTracker) -> None:
-    """The result on the test split in MLflow: test/… at the run's last step, files, a figure."""
+    """The result on the test split in MLflow: test/… at the run's last step, and its files."""
     values = {f"test/{name}": value for name, value in test["metrics"].items()}
     tracker.metrics({**values, "test/looks": len(test["looks"])}, test["step"])
     for name in (RESULT, PREDICTIONS):
@@ -153,10 +153,12 @@ def write_final_outcome(
         "selected_on": selected_on(config.data.model_dump()),
         **{name: value for name, value in figures.items() if "/" not in name},
     }
+    plan = make_plan(config, images=len(data.train), start=0)
+    facts["epoch"] = state.best["epoch"] if result.test else plan.epoch(state.step)
     if result.test:
         facts["looks"] = len(result.test["looks"])
-    is_early = state.step < make_plan(config, images=len(data.train), start=0).total
-    reason = f"no better epoch in {config.train.patience}" if is_early else "all steps done"
+    is_early = state.step < plan.total
+    reason = f"no better epoch in {config.train.patience} epochs" if is_early else "all steps done"
     write_outcome(folder, "finished", step=result.saved, reason=reason, result=facts)
 
 
@@ -182,9 +184,9 @@ def report(config: Config, data: TrainingData, state: TrainState, result: RunRes
     best, others, chosen = state.best, dict(state.metrics), selected_on(config.data.model_dump())
     accuracy = others.pop("accuracy")
     log.info(
-        "finished after %d steps: accuracy %.2f %% (best %.2f %%, epoch %d), %s; chance is %.2f %%",
-        state.step, 100 * accuracy, 100 * best["accuracy"], best["epoch"], format_metrics(others),
-        100 * data.task.chance,
+        "finished after %d steps: accuracy %.2f %% (%.2f %% in epoch %d, best by %s), %s; "
+        "chance is %.2f %%", state.step, 100 * accuracy, 100 * best["accuracy"], best["epoch"],
+        config.train.select, format_metrics(others), 100 * data.task.chance,
     )  # fmt: skip
     log.info("checkpoints: %s", config.train.output)
     if test := result.test:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -44,6 +45,17 @@ class NotFiniteError(FloatingPointError):
         self.step, self.batch = step, batch
 
 
+class _Unread(NamedTuple):
+    """A step whose figures are still on the device."""
+
+    step: int
+    batch: Batch
+    result: StepResult
+    figures: Readout
+    step_s: float | None  # that it took; None where something else happened since the one before
+    is_timed: bool  # no trace slowed it
+
+
 class Monitor:
     """Rank 0's bar, log lines and metrics, and all ranks' agreement on when to save or stop.
 
@@ -56,13 +68,12 @@ class Monitor:
         loader: Loader, stop: StopRequest,
     ) -> None:  # fmt: skip
         self.stop = self.save = False
-        self.skipped = 0
         self._options, self._plan, self._state = options, plan, state
         self._tracker, self._loader, self._request = tracker, loader, stop
         self._is_main, self._world, self._pace = world.is_main, world, Pace(world)
         self._own_s, self._seen_wait_s, self._last_s = 0.0, loader.wait_s, math.inf
         self._profiler = StepProfiler(Path(options.output), world, options.profile)
-        self._unchecked: tuple[int, Batch, StepResult, Readout, float | None] | None = None
+        self._unread: _Unread | None = None
         if world.store is not None:
             world.store.set(f"node/{world.rank}", socket.gethostname())
         self._bar = tqdm(
@@ -117,9 +128,10 @@ class Monitor:
         now_s, self._own_s = time.perf_counter(), result.own_s
         step_s = now_s - self._last_s if self._last_s < now_s else None
         self._last_s = now_s
-        self._unchecked = step, batch, result, Readout(numbers), step_s
+        is_traced = self._profiler.step()
+        self._unread = _Unread(step, batch, result, Readout(numbers), step_s, not is_traced)
         self._timed_steps += 1
-        if self._profiler.step():
+        if is_traced:
             self._restart_clock()
             self._last_s = math.inf
         self._bar.update()
@@ -137,12 +149,13 @@ class Monitor:
         Raises:
             NotFiniteError: names the step, the parts of the loss and the gradient's norm.
         """
-        if self._unchecked is None:
+        if self._unread is None:
             return
-        (step, batch, result, readout, step_s), self._unchecked = self._unchecked, None
-        found = readout.read()
+        (step, batch, result, figures, step_s, is_timed), self._unread = self._unread, None
+        found = figures.read()
         losses, norm, (stop, save, replaced) = found[:4], found[4], found[5:8]
-        self._pace.add(found[9:], step_s)
+        if is_timed:
+            self._pace.add(found[9:], step_s)
         self.stop |= stop > 0
         self.save |= save > 0
         self._state.replaced += int(replaced)
@@ -156,11 +169,11 @@ class Monitor:
         parts = ", ".join(f"{name} {value:.4g}" for name, value in values)
         what = "gradient" if math.isfinite(losses[0]) else "loss"
         line = f"the {what} is not finite at step {step} ({parts})"
-        self.skipped += result.skipped
-        most = self._options.max_skipped_steps
-        if not result.skipped or self.skipped > most:
+        self._state.skipped += result.skipped
+        skipped, most = self._state.skipped, self._options.max_skipped_steps
+        if not result.skipped or skipped > most:
             raise NotFiniteError(step, batch, line)
-        log.warning("%s: skipped, the %d. of at most %d", line, self.skipped, most)
+        log.warning("%s: skipped, the %d. of at most %d", line, skipped, most)
 
     def start(self, result: EvaluationResult) -> None:
         """Records the evaluation of the start: the first point of each curve, near chance.

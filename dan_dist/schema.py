@@ -194,7 +194,7 @@ class Train(Section):
     )
     max_skipped_steps: Amount = Field(
         default=0,
-        description="steps skipped as their loss or gradient is not finite; one more ends the run",
+        description="steps of a run that may be skipped, as they are not finite; one more ends it",
     )
     log_every: Count = Field(default=20, description="steps between log lines")
     profile: Count | None = Field(

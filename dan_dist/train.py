@@ -54,7 +54,8 @@ def main(config: Config, stop: StopRequest | None = None) -> RunResult:
     stop: asks for the end of the run after a checkpoint; its signal handlers are the caller's.
 
     Raises:
-        ValueError, OSError: bad input, in one line, before training starts.
+        ValueError, OSError: bad input, in one line, before training starts; later, memory or disk
+            that does not suffice, or more damaged images than may be replaced.
         FloatingPointError: the loss or the gradient is not finite; names the step.
         Stopped: a stop signal before training.
     """

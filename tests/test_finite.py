@@ -67,6 +67,19 @@ def test_steps_that_are_not_finite_can_be_skipped_up_to_a_limit(
             single(tiny("other"), *DAN, "train.max_skipped_steps=1")
 
 
+def test_the_limit_is_of_the_run_and_not_of_each_start(
+    tiny: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["train.max_skipped_steps=1", "train.epochs=3"]
+    with monkeypatch.context() as patched:
+        poison(patched, {3}, gradient=False)
+        single(tiny("run"), *options, "train.max_steps=5")
+    with monkeypatch.context() as patched:
+        poison(patched, {2}, gradient=False)  # of this start, of the run the seventh
+        with pytest.raises(FloatingPointError, match="loss is not finite at step 7"):
+            single(tiny("run"), *options, "train.max_steps=10")
+
+
 def test_a_skipped_step_leaves_nothing_behind() -> None:
     own = Engine(
         Objective(networks.DAN(8, 2), 8),

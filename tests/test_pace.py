@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ALONE, call_program, launch
+from conftest import ALONE, call_program, launch, single
 from dan_dist.data.loader import Batch, Loader
 from dan_dist.distributed.world import World
 from dan_dist.pace import Pace
@@ -42,6 +42,14 @@ def test_a_rank_is_late_by_a_fifth_of_a_step(owns: list[float], late: list[int])
     assert found["train/own_s_mean"] == pytest.approx(np.mean(owns))
     assert found["train/slowest_rank"] == owns.index(max(owns))
     assert not pace.late_ranks()  # another epoch
+
+
+def test_steps_that_are_traced_are_not_timed(tiny: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[float | None] = []
+    monkeypatch.setattr(Pace, "add", lambda self, times, step_s: timed.append(step_s))
+    single(tiny("run"), "train.max_steps=8", "train.profile=3")
+    traced = 8 - len(timed)
+    assert 3 <= traced < 8
 
 
 def test_one_long_step_names_nobody() -> None:

@@ -23,6 +23,7 @@ from dan_dist.evaluation import evaluate as evaluation
 from dan_dist.evaluation.records import PREDICTIONS, read_predictions
 from dan_dist.evaluation.result import RESULT
 from dan_dist.options import EvaluateOptions
+from dan_dist.run import checkpoint
 from dan_dist.run.plan import make_plan
 from shards.duplicates import duplicate_groups
 from shards.format import INDEX_DTYPE, ShardSet, Split, open_shardset
@@ -225,7 +226,8 @@ def test_the_test_split_is_opened_after_the_last_epoch(
     assert ended.test == result and result["selected_on"] == "holdout" and result["images"] == 24
     assert "looked at once" in caplog.text and "selected_on holdout" in caplog.text
     found = outcome(run)["result"]
-    assert found == {"split": "test", "selected_on": "holdout", "looks": 1} | {
+    best = checkpoint.load(run / checkpoint.BEST)["best"]["epoch"]
+    assert found == {"split": "test", "selected_on": "holdout", "looks": 1, "epoch": best} | {
         k: v for k, v in result["metrics"].items() if "/" not in k
     }
     assert history(store, "test/accuracy") == [(14, result["accuracy"])]

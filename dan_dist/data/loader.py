@@ -77,7 +77,7 @@ class Loader:
         self.image_size, self.resize = image_size, reader.split.image_size != image_size
         self.device, self.threads, self.soft = device, threads, soft
         self.step, self.wait_s, self.replaced = start, 0.0, 0
-        self._making = start  # the step whose batch is made next
+        self._making = start  # the batch that is made next; of step n, counted from 1, it is n - 1
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
         self._maker = ThreadPoolExecutor(1, "batches", initializer=self._enter_thread)
         self._next: Future[Made] | None = None
@@ -102,7 +102,7 @@ class Loader:
         """Frees DALI's buffers, ends the threads, closes the shards."""
         self._maker.shutdown(cancel_futures=True)
         self._next = None
-        del self._pipeline
+        self._pipeline = None
         self._pool.shutdown(cancel_futures=True)
         self.order.close()
         self.reader.close()
@@ -202,7 +202,7 @@ class Loader:
             raise error
         for sample, fault in found.items():
             self.reader.report(sample, fault)
-        del self._pipeline
+        self._pipeline = None
         self._build()
 
 

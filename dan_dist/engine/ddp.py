@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class StepFlags(NamedTuple):
-    """What one rank asks of all; summed over ranks along with the loss."""
+    """What one rank asks of all and reports; summed over ranks along with the loss."""
 
     stop: bool  # end after a checkpoint
     save: bool  # write a checkpoint
@@ -55,10 +55,10 @@ class StepFlags(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """One step's figures, on the device: the same on all ranks."""
+    """One step's figures. Tensors are on the device, and the same on all ranks."""
 
     losses: Tensor  # (4,) means over the global batch: total, classification, FCN, AFN
-    flags: Tensor  # (3,) sums over ranks, in the order of StepFlags
+    flags: Tensor  # (3,) sums over ranks, of the first three of StepFlags
     grad_norm: Tensor  # () of the whole gradient
     accuracy: Tensor  # () of the images as they were trained on
     ranks: Tensor  # (2 · ranks,) each rank's wait_s, then each one's own_s
@@ -280,7 +280,7 @@ class Engine:
         return loss
 
     def _update(self, loss: Tensor) -> tuple[Tensor, bool]:
-        """Steps the optimiser; returns the gradient's norm before clipping, and if it did not.
+        """Steps the optimiser; returns the gradient's norm before clipping, and whether it did not.
 
         Where losses are scaled, a gradient that was too large for float16 is not an error, and
         counts as 0: the optimiser leaves that step out and the scale falls.

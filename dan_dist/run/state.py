@@ -22,6 +22,7 @@ class TrainState:
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     evaluated: int | None = None  # step of the last evaluation
     right: Tensor | None = None  # (judged,) bool: what the last evaluation had right
+    skipped: int = 0  # steps so far that were left out, as they were not finite
     replaced: int = 0  # images so far that stood in for damaged ones
     replaced_since: int | None = None  # the first step with such an image
     # losses and gradient norm of each step since the last log line: log lines do not depend on
