@@ -81,6 +81,7 @@ class Loader:
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
         self._maker = ThreadPoolExecutor(1, "batches", initializer=self._enter_thread)
         self._next: Future[Made] | None = None
+        self._pipeline: Any = None
         self._build()
 
     def __next__(self) -> Batch:
