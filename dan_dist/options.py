@@ -175,9 +175,9 @@ class AblateOptions:
 
     `heads` (0 to 8; the paper's figure 5), `fcn-loss` (its table 1), `afn-loss` (table 2) and
     `fusion` (how heads are fused) are grids that come along; any `section.key=value,value` adds an
-    axis, any `section.key=value` holds for all. Each run is trained under torchrun, one after
-    another; the same command resumes where it was stopped and trains what is missing. MLflow holds
-    the runs under one parent, with the tables and figures.
+    axis, any `section.key=value` holds for all. Runs are trained one after another, several
+    ranks under torchrun; the same command resumes where it was stopped and trains what is missing.
+    MLflow holds the runs under one parent, with the tables and figures.
     """
 
     words: tuple[str, ...] = argument(

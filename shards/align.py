@@ -61,6 +61,10 @@ def write_landmarks(source: Path, detect: Detector, out: Path) -> tuple[int, int
         raise FileNotFoundError(f"--source {source} holds no files")
     rows, missed = [], 0
     for relative in tqdm(images, desc="detecting faces", unit="img", disable=None):
+        if not str(relative).isprintable():  # the list could not be written
+            log.warning("left out %s: its name is not printable", ascii(str(relative)))
+            missed += 1
+            continue
         try:
             faces = detect(decode(read_file(Source(source), relative)))
         except (ValueError, OSError) as error:

@@ -91,7 +91,7 @@ class Split:
         return self.class_names[int(self.index["label"][sample])]
 
     def keys(self) -> Iterator[str]:
-        """The key of every sample, likewise, in the order of the index."""
+        """The key of every sample, without its shard, in the order of the index."""
         runs = np.split(self.index, np.flatnonzero(np.diff(self.index["shard"])) + 1)
         for rows in filter(len, runs):  # of an empty split, the one run is empty
             with self.path(rows["shard"][0]).open("rb") as file:

@@ -2,7 +2,7 @@
 
 - 8 bits and fewer stay as they are (1 bit: black and white).
 - Whole numbers of more bits keep their upper 8: of the depth that the format fixes, or else of the
-  smallest of 10, 12, 14, 16, 24 and 32 bits that holds the picture's largest value.
+  smallest of 8, 10, 12, 14, 16, 24 and 32 bits that holds the picture's largest value.
 - Fractions are from 0 to 1, or from 0 to the largest value of such a depth, 8 bits among them.
 - Transparency lies on black. CMYK is converted without a profile, CIELAB to sRGB.
 """

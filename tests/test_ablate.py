@@ -87,6 +87,7 @@ def test_runs_have_names_seeds_and_a_parent_that_stays(tiny: Write, tmp_path: Pa
         (["model.heads=1,two"], "model.heads is 'two'"),
         (["heads", "tracking.enabled=false"], "an ablation is compared in MLflow"),
         (["heads", "model.heads=3"], "'model.heads=3': 'heads' varies model.heads already"),
+        (["train.seed=1,2"], "train.seed is no axis: --seeds and --folds give each run its own"),
         (["heads", "train.output=x"], "train.output: an ablation sets it itself; --output names"),
         (["heads", "optim.lr=1", "optim.lr=2"], "optim.lr is given twice; write it once"),
     ],
@@ -143,7 +144,7 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
     text, rows = compared.text, compared.rows
     assert rows[0]["parameters"] == 10 and rows[0]["gflops"] == 0.5
     assert compared.answer.words() == (
-        "best: heads 4, 90.00 % (one seed); next: heads 1, 50.00 ± 14.14 %, 40.00 points less. "
+        "best: heads 4, 90.00 % (one run); next: heads 1, 50.00 ± 14.14 %, 40.00 points less. "
         "McNemar's p of the two: 0.12: the lead may be chance"
     )
     assert "| 1 | 2 of 2 | 50.00 ± 14.14 |" in text and "| 4 | 1 of 1 | 90.00 |" in text
@@ -167,7 +168,7 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
 def test_the_answer_in_words(ps: tuple[float, ...], better_in: int, verdict: str) -> None:
     answer = Answer("heads 4", 80.0, 1.0, 2, "heads 1", 70.0, 2.0, 2, ps, better_in)
     line = (
-        "best: heads 4, 80.00 ± 1.00 % (mean ± standard deviation of 2 seeds); next: heads 1, "
+        "best: heads 4, 80.00 ± 1.00 % (mean ± standard deviation of 2 runs); next: heads 1, "
         "70.00 ± 2.00 %, 10.00 points less. McNemar's p of the two"
     )
     assert answer.words().startswith(line) and answer.words().endswith(f": the lead {verdict}")

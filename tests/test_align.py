@@ -9,6 +9,8 @@ from detectors import onnx_detector
 from PIL import Image
 
 from conftest import run
+from shards.align import write_landmarks
+from shards.detect import Face
 from shards.releases import sfew
 from shards.releases.drawing.face import draw_face
 from shards.releases.similarity import TEMPLATE, align, similarity
@@ -65,3 +67,13 @@ def test_align_writes_what_the_detector_finds(tmp_path: Path) -> None:
     for weights, line in (("no.onnx", "not found"), ("images/b.jpg", "b.jpg: ")):
         done = run(*command, tmp_path / weights, cwd=tmp_path)
         assert done.returncode == 2 and line in done.stderr.splitlines()[-1]
+
+
+def test_a_name_that_no_list_can_hold_costs_that_image_alone(tmp_path: Path) -> None:
+    source = tmp_path / "images"
+    source.mkdir()
+    Image.new("RGB", (64, 64)).save(source / "a.png")
+    (source / "b\udcff.png").write_bytes((source / "a.png").read_bytes())
+    face = Face((0.0, 0.0, 9.0, 9.0), np.arange(10, dtype=np.float32).reshape(5, 2), 0.9)
+    assert write_landmarks(source, lambda image: [face], tmp_path / "marks.csv") == (1, 1)
+    assert [*sfew.read_landmarks(tmp_path / "marks.csv")] == ["a.png"]

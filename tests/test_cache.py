@@ -226,6 +226,13 @@ def test_a_full_disk_says_how_much_is_needed(faces: ShardSet, tmp_path: Path, si
     assert f"disk/cache: 0.4 MB are needed, {free}" in done.stdout, done.stderr
 
 
+def test_room_is_asked_for_tars_and_not_for_the_longest_index(tmp_path: Path) -> None:
+    """Of 80,000 identities, shares of all classes would be terabytes; no such index has them."""
+    cache._check_space(tmp_path, [cache.FileEntry("index-train.npy", 2**60, "")])
+    with pytest.raises(OSError, match="MB are needed"):
+        cache._check_space(tmp_path, [cache.FileEntry("train-00-00000.tar", 2**60, "")])
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_others_fill_meanwhile(
     faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int

@@ -122,6 +122,22 @@ def test_the_best_checkpoint_is_there_whenever_another_says_so(
     assert writer.saved == 15
 
 
+def test_a_failure_of_the_run_hides_no_failure_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, content: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(folders, "save", full)
+    with (
+        pytest.raises(FloatingPointError),
+        CheckpointWriter(tmp_path, keep=2, stop_on_error=True) as writer,
+    ):
+        writer.write(5, {"step": 5, "optimizer": {}}, is_best=False)
+        raise FloatingPointError("the loss is not finite")
+    assert f"no checkpoint could be written into {tmp_path}: " in caplog.text
+
+
 def test_a_longer_run_can_be_ended_at_its_checkpoint(tiny: Write, tmp_path: Path) -> None:
     """In mid-epoch, without evaluation: as one that was to end there from the start."""
     whole = single(tiny("whole"), "train.max_steps=7").metrics

@@ -13,7 +13,7 @@ from conftest import history, run, single
 from dan_dist.tracking import tracker as tracking
 from dan_dist.tracking.delivery import Delivery
 from dan_dist.tracking.journal import Journal, read_records, read_sent
-from dan_dist.tracking.tracker import RunRecord
+from dan_dist.tracking.tracker import RunRecord, record_failure
 
 Write = Callable[[str], Path]
 RECORD = RunRecord(experiment="dan_dist", name="n", params={}, config={})
@@ -95,6 +95,29 @@ class FullDisk(FileIO):
 
     def write(self, data: Any) -> int:
         return super().write(data[:9])
+
+
+def test_a_run_that_was_killed_before_it_began_begins_anew(tmp_path: Path) -> None:
+    """Its journal holds no run that could have failed."""
+    Journal(tmp_path).close()
+    record_failure(tmp_path)
+    again = Journal(tmp_path)
+    assert not again.opened and not again.pending
+    again.append("run", uri="x")
+    again.close()
+    record_failure(tmp_path)
+    assert [r["kind"] for r in Journal(tmp_path).pending] == ["run", "status"]
+
+
+def test_a_rollback_takes_back_steps_and_no_samples(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.append("run", uri="x")
+    journal.append("metrics", values={"system/0/cpu": 1.0}, step=7)
+    journal.append("metrics", values={"a": 1.0}, step=7)
+    journal.append("rollback", step=5)
+    assert journal.last_step == {"system/0/cpu": 7, "a": 5}
+    journal.close()
+    assert [r["values"] for r in read_records(tmp_path) if "values" in r] == [{"system/0/cpu": 1.0}]
 
 
 def test_a_journal_waits_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

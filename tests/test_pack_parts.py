@@ -1,6 +1,7 @@
 """Packs in parts: several at once are the whole, and two packs do not meet."""
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from trees import digests, packed, tree
 
 from conftest import REPOSITORY, run
 from shards.format import MANIFEST, open_shardset
+from shards.packing.claim import STATE
 from shards.packing.writer import merge, pack
 from shards.releases import folder
 
@@ -63,6 +65,21 @@ def test_parts_of_two_counts_are_refused(shards: Path) -> None:
     pack(release, out, size=24, workers=1, shard_size=4, part=(1, 2))
     with pytest.raises(ValueError, match="holds an unfinished pack in 2 parts, not in 3"):
         pack(release, out, size=24, workers=1, shard_size=4, part=(2, 3))
+
+
+def test_shards_of_two_sizes_do_not_meet(shards: Path) -> None:
+    """9 images of a class are two shards of one name each, whether of 5 or of 6 images."""
+    release, out = folder.release(shards.parent / "source"), shards.parent / "parts"
+    options = {"size": 24, "workers": 1}
+    pack(release, out, shard_size=5, part=(1, 2), **options)
+    with pytest.raises(ValueError, match="an unfinished pack of another source or other options"):
+        pack(release, out, shard_size=6, part=(2, 2), **options)
+    state = json.loads((out / STATE).read_text())
+    del state["shard_size"]  # as former versions left it
+    (out / STATE).write_text(json.dumps(state))
+    pack(release, out, shard_size=6, part=(2, 2), **options)
+    with pytest.raises(ValueError, match="not all were packed with the same --shard-size"):
+        merge(out)
 
 
 def test_merge_judges_over_all_parts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

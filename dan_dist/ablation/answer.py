@@ -43,8 +43,8 @@ class Answer(NamedTuple):
 
     def words(self) -> str:
         """The answer in a sentence or two."""
-        many = f"(mean ± standard deviation of {self.seeds} seeds)"
-        seeds = many if self.seeds > 1 else "(one seed)"
+        many = f"(mean ± standard deviation of {self.seeds} runs)"
+        seeds = many if self.seeds > 1 else "(one run)"
         line = f"best: {self.best}, {_percent(self.accuracy, self.deviation, self.seeds)} {seeds}"
         if self.next is None:
             return f"{line}; no other setting has finished"

@@ -254,7 +254,7 @@ def publish_comparison(
     """
     ended = [folder / r.run.name for r in summaries if r.status != "missing"]
     states = {r.status for r in summaries}
-    status = "RUNNING" if "missing" in states else "FINISHED"
+    status = "FINISHED" if states == {"finished"} else "RUNNING"
     compared = compare(name, summaries, folder / FOLDER)
     print(compared.text)
     axes = list(summaries[0].run.values)

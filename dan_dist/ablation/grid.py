@@ -113,6 +113,9 @@ def grid_runs(
             raise ValueError(f"{key}: an ablation sets it itself; --output names its folder")
         if given.count(key) > 1:
             raise ValueError(f"{key} is given twice; write it once")
+    for key in {o.partition("=")[0] for a in axes for point in a.points.values() for o in point}:
+        if key == "train.seed" or (key == "data.fold" and folds):
+            raise ValueError(f"{key} is no axis: --seeds and --folds give each run its own")
     first = load_config(config, overrides)
     if not first.tracking.enabled:
         raise ValueError("tracking.enabled=false: an ablation is compared in MLflow")

@@ -1,4 +1,4 @@
-"""The runs of an ablation: their training under torchrun, and the summary of each."""
+"""The runs of an ablation: their training, and the summary of each."""
 
 import json
 import logging
@@ -129,7 +129,10 @@ def train_missing(
             return
         if code:
             log.warning("%s failed", summary.run.name)
-            record_end(folder / summary.run.name, code)
+            try:
+                record_end(folder / summary.run.name, code)
+            except (OSError, ValueError) as error:  # the other runs are trained
+                log.warning("its end is not recorded: %s", error)
 
 
 def _run(command: Sequence[str], stop: StopRequest) -> int:

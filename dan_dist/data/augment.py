@@ -83,7 +83,3 @@ def _erase_boxes(u: NDArray[np.float64], augment: Augment, size: int) -> tuple[F
     shape[~fits.any(axis=1) | (u[:, 0] >= augment.erase_p)] = 0
     anchor = np.floor(u[:, 1:3] * (size - shape + 1))
     return anchor.astype(np.float32), shape.astype(np.float32)
-
-
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB, of values in [0, 1]
-STD = (0.229, 0.224, 0.225)

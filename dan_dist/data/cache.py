@@ -26,7 +26,7 @@ from tqdm import tqdm
 from dan_dist.redaction import redact
 from shards.files import locked, read_bounded, sha256_of, write_atomically
 from shards.format import MANIFEST, MANIFEST_BYTES, ShardSet, copy_name, parse_manifest
-from shards.index import HEADER_BYTES, most_bytes
+from shards.index import most_bytes
 
 T = TypeVar("T")
 
@@ -46,8 +46,13 @@ class FileEntry(NamedTuple):
     """One file of a set."""
 
     name: str
-    size_bytes: int  # of an index without its header
+    size_bytes: int  # of an index, the most
     sha256: str
+
+    @property
+    def tar_bytes(self) -> int:
+        """What counts in the room for a copy: an index is small beside what it may be at most."""
+        return self.size_bytes if self.name.endswith(".tar") else 0
 
 
 class Source(NamedTuple):
@@ -273,7 +278,7 @@ def _missing(folder: Path, files: list[FileEntry]) -> list[FileEntry]:
 
 def _check_space(folder: Path, todo: list[FileEntry]) -> None:
     free = shutil.disk_usage(folder).free
-    if sum(file.size_bytes for file in todo) > free:
+    if sum(file.tar_bytes for file in todo) > free:
         raise OSError(
             f"data.cache {folder.parent}: {_megabytes(todo)} are needed, {free / 1e6:,.1f} MB are "
             "free"
@@ -281,13 +286,13 @@ def _check_space(folder: Path, todo: list[FileEntry]) -> None:
 
 
 def _megabytes(files: list[FileEntry]) -> str:
-    return f"{sum(file.size_bytes for file in files) / 1e6:,.1f} MB"
+    return f"{sum(file.tar_bytes for file in files) / 1e6:,.1f} MB"
 
 
 def _copy(
     fetch: Callable[[str, Path, int], None], folder: Path, todo: list[FileEntry], source: str
 ) -> None:
-    total = sum(file.size_bytes for file in todo)
+    total = sum(file.tar_bytes for file in todo)
     log.info("copying %d files, %s, from %s to %s", len(todo), _megabytes(todo), source, folder)
     bar = tqdm(desc="copying shards", total=total, unit="B", unit_scale=True, disable=None)
     with bar, ThreadPoolExecutor(THREADS) as pool:
@@ -297,8 +302,8 @@ def _copy(
         try:
             for done in as_completed(copies):
                 done.result()
-                bar.update(copies[done].size_bytes)
-        except OSError:
+                bar.update(copies[done].tar_bytes)
+        except BaseException:  # Ctrl-C too: `with pool` would copy all that is left
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -306,7 +311,7 @@ def _copy(
 def _copy_one(fetch: Callable[[str, Path, int], None], folder: Path, file: FileEntry) -> None:
     incomplete = folder / f"{file.name}.partial"
     try:
-        fetch(file.name, incomplete, file.size_bytes + HEADER_BYTES)
+        fetch(file.name, incomplete, file.size_bytes)
         if (found := sha256_of(incomplete)) != file.sha256:
             raise OSError(f"{file.name}: its sha256 is {found}, the manifest has {file.sha256}")
         with incomplete.open("rb+") as written:

@@ -10,6 +10,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,6 +165,7 @@ def decode_to_file(
             raise OSError(f"data.cache {cache}: {need / 1e6:,.1f} MB are needed for the decoded "
                           f"images, {free / 1e6:,.1f} MB are free")  # fmt: skip
         faults, sums = dict[int, str](), []
+        _faults_of(path).unlink(missing_ok=True)  # of pixels that somebody has removed
         with replacing(path) as file:
             for rows in decode_all(
                 split, faults, image_size=image_size, device=device, threads=threads
@@ -218,7 +220,7 @@ def decode_all(
     def read(chunk: range) -> Contents:
         return list(reader.contents([*chunk]))
 
-    with bar, ThreadPoolExecutor(READERS) as pool:
+    with closing(reader), bar, ThreadPoolExecutor(READERS) as pool:
         decoder = _Decoder(size, device, threads)
         reads = deque[Future[Contents]]()
         for number, chunk in enumerate(chunks):
@@ -229,7 +231,6 @@ def decode_all(
             jpegs = {sample: jpeg for sample, (jpeg, fault) in contents.items() if not fault}
             yield _rows(decoder, chunk, jpegs, faults, image_size)
             bar.update(len(chunk))
-    reader.close()
 
 
 class _Decoder:

@@ -81,8 +81,10 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends the thread when it has written the checkpoint under way."""
+        """Ends the thread when it has written the checkpoint under way; says if it could not."""
         self._pool.shutdown()
+        if self._running is not None and (error := self._running.exception()) is not None:
+            log.warning("no checkpoint could be written into %s: %s", self._folder, words(error))
 
     def _write(self, step: int, content: dict[str, Any], is_best: bool) -> None:
         if is_best:

@@ -1,4 +1,4 @@
-"""A run's records for MLflow, on disk first: none is lost, none is sent twice.
+"""A run's records for MLflow, on disk first: each arrives once.
 
 `journal.jsonl` holds a record a line, appended and flushed to the disk before anything is sent. A
 record belongs to a lane, in which the order is kept; one lane does not wait for the next, so that
@@ -27,6 +27,7 @@ from shards.files import locked, write_atomically
 log = logging.getLogger(__name__)
 
 NAME, SENT = "journal.jsonl", "journal.sent"
+SYSTEM = "system/"  # begins the names of a node's load, whose steps are samples
 
 Record = dict[str, Any]
 Lane = Literal["records", "artifacts", "models"]
@@ -100,7 +101,7 @@ class Journal:
         self.id: str = records[0]["id"]
         for record in records[1:]:
             self._add(record)
-        self.opened = len(records) > 1  # a run was begun in it
+        self.opened = self.begun is not None
         self.uri: str = self.begun["uri"] if self.begun else ""  # without secrets
         settled, self.run_id, self.left_out, self.experiment_id = read_sent(folder)
         self._settled: dict[Lane, int] = dict.fromkeys(LANES, 0)
@@ -198,8 +199,9 @@ class Journal:
 
     def retry(self, number: int, lane: Lane, *left_out: LeftOut) -> None:
         """A record that was left out was sent again, but for what is still left out of it."""
-        others = [item for item in self.left_out if (item.number, item.lane) != (number, lane)]
-        self.left_out = sorted([*others, *left_out])
+        with self.changed:
+            others = [item for item in self.left_out if (item.number, item.lane) != (number, lane)]
+            self.left_out = sorted([*others, *left_out])
         self.save_sent()
 
     def record(self, number: int) -> Record:
@@ -237,7 +239,10 @@ class Journal:
             for key in record["values"]:
                 self.last_step[key] = max(record["step"], self.last_step.get(key, -1))
         if record["kind"] == "rollback":
-            self.last_step = {k: min(s, record["step"]) for k, s in self.last_step.items()}
+            self.last_step = {
+                k: s if k.startswith(SYSTEM) else min(s, record["step"])
+                for k, s in self.last_step.items()
+            }
 
     def _pass(self, lane: Lane) -> None:
         """Takes the first record out of a lane, and out of memory where nobody needs it."""
@@ -266,9 +271,16 @@ def read_records(folder: Path) -> list[Record]:
     for record in _parse(folder / NAME)[0] if (folder / NAME).is_file() else ():
         if record["kind"] == "rollback":
             last = record["step"]
-            records = [r for r in records if r["kind"] != "metrics" or r["step"] <= last]
+            records = [r for r in records if not _is_after(r, last)]
         records.append(record)
     return records
+
+
+def _is_after(record: Record, step: int) -> bool:
+    """Whether a record holds metrics of a later step; a node's load counts samples, not steps."""
+    if record["kind"] != "metrics" or record["step"] <= step:
+        return False
+    return not any(key.startswith(SYSTEM) for key in record["values"])
 
 
 def read_sent(folder: Path) -> Sent:

@@ -13,7 +13,7 @@ from shards.images import encode
 PACKAGE = Path(__file__).resolve().parent.parent  # dan_dist
 NAME = "dan"
 COPIED = ("val/accuracy", "val/loss", "val/mean_recall")  # metrics by which models are compared
-# What dan_dist/served.py and what it imports need; it brings no code but the two packages.
+# What dan_dist/tracking/served.py and what it imports need; it brings no code but the two packages.
 NEEDED = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "simplejpeg", "pydantic",
           "pyyaml")  # fmt: skip
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any, Self
 
 from dan_dist.distributed.world import World
+from dan_dist.tracking.journal import SYSTEM
 from dan_dist.tracking.store import import_mlflow
 from dan_dist.tracking.tracker import NullTracker
 
@@ -68,7 +69,7 @@ class SystemMetrics:
             monitor.collect_metrics()
             values |= monitor.aggregate_metrics()
             monitor.clear_metrics()
-        return {f"system/{self._node}/{name}": float(value) for name, value in values.items()}
+        return {f"{SYSTEM}{self._node}/{name}": float(value) for name, value in values.items()}
 
     def _pass_on(self, values: dict[str, float]) -> None:
         if self._is_main:

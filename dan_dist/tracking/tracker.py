@@ -1,6 +1,6 @@
 """The run's record in MLflow, written by rank 0; a tracker that records nothing elsewhere.
 
-Everything goes into a journal first; a thread sends it on. So training never waits for a tracking
+Everything goes into a journal first; threads send it on. So training never waits for a tracking
 server, and records that a server missed arrive when it is back, or by
 
     python -m dan_dist.tracking replay RUN_FOLDER
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from dan_dist.redaction import redact, redact_tree
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.inputs import ModelInput
-from dan_dist.tracking.journal import Journal, LeftOut, remove_journal
+from dan_dist.tracking.journal import SYSTEM, Journal, LeftOut, remove_journal
 from dan_dist.tracking.names import check_written
 from dan_dist.tracking.provenance import provenance
 from dan_dist.tracking.sender import Sender, ask, waiting
@@ -96,7 +96,7 @@ class MlflowTracker(NullTracker):
     ) -> None:
         check_written(record.experiment, record.tags)
         self._journal, self._folder = Journal(folder), folder
-        sampled = [s for key, s in self._journal.last_step.items() if key.startswith("system/")]
+        sampled = [s for key, s in self._journal.last_step.items() if key.startswith(SYSTEM)]
         self._samples = max(sampled, default=0)
         self._status = "FAILED"
         self._model: Path | None = None
@@ -302,5 +302,8 @@ def record_failure(folder: Path) -> None:
     """Records the failure of a run whose process was killed before it could."""
     if (folder / "journal.jsonl").is_file():
         journal = Journal(folder)
-        journal.append("status", status="FAILED", tags={}, time_ms=_now_ms())
-        journal.close()
+        try:
+            if journal.opened:  # else there is no run that has failed
+                journal.append("status", status="FAILED", tags={}, time_ms=_now_ms())
+        finally:
+            journal.close()

@@ -32,14 +32,19 @@ def locked_for_packing(out: Path, part: tuple[int, int] = (1, 1)) -> Iterator[No
         yield
 
 
-def claim(out: Path, plan: Plan, parts: int, *, overwrite: bool) -> None:
-    """Makes `out` ours: new, continued, or emptied of the files of an earlier pack."""
-    wanted = {**asdict(plan), "parts": parts}
+def claim(out: Path, plan: Plan, parts: int, shard_size: int, *, overwrite: bool) -> None:
+    """Makes `out` ours: new, continued, or emptied of the files of an earlier pack.
+
+    shard_size: images of a shard. Shards of other sizes may have the same names.
+    """
+    wanted = {**asdict(plan), "parts": parts, "shard_size": shard_size}
     # Parts may start together: the second one waits, to find the folder claimed.
     lock, taken = out / "packing-claim.lock", f"--out {out}: another part is about to start"
     with locked(lock, taken, wait=True):
         content = [path for path in sorted(out.iterdir()) if not _is_passing(path)]
         state = json.loads(_text(out / STATE)) if (out / STATE).is_file() else None
+        if state is not None:
+            state.setdefault("shard_size", shard_size)  # which former versions did not keep
         if state == wanted and not (out / MANIFEST).exists():
             return
         if content and not overwrite:

@@ -82,7 +82,7 @@ def read_record(out: Path, name: str) -> Record | None:
         sizes = {suffix: (out / f"{name}{suffix}").stat().st_size for suffix in SUFFIXES}
         # An array at once: as Python numbers, the rows of ten million samples fill gigabytes.
         rows = np.array([tuple(row) for row in record["rows"]], INDEX_DTYPE)
-        if soft := record.get("soft"):  # neither is in records of former versions
+        if soft := record.get("soft"):
             rows = with_soft(rows, np.array(soft))
         flat = record.get("flat", [])
         shard, kept = Shard(**record["shard"]), out / f"{name}{LIKENESSES}"

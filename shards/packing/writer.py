@@ -83,7 +83,7 @@ def pack(
     out.mkdir(parents=True, exist_ok=True)
     with locked_for_packing(out, part):
         if overwrite or not is_finished(out, plan):
-            claim(out, plan, parts, overwrite=overwrite)
+            claim(out, plan, parts, shard_size, overwrite=overwrite)
             if parts == 1:
                 remove_partials(out)
             _write_shards(release, plan, jobs[number - 1 :: parts], out, workers, progress)
@@ -227,6 +227,7 @@ def _join(out: Path, plan: Plan, names: list[str], workers: int) -> None:
     shipped: dict[str, list[Record]] = {}
     indexes: dict[str, NDArray[Any]] = {}
     for split, own_names in plan.shards.items():
+        _check_whole(out, plan, split, [records[name] for name in own_names])
         own = [records[name] for name in own_names if records[name].shard.samples]
         if not own:
             raise ValueError(f"{plan.dataset}: no image of split '{split}' is readable")
@@ -260,6 +261,16 @@ def _join(out: Path, plan: Plan, names: list[str], workers: int) -> None:
         pack_sha256=plan.sha256,
     )
     write_manifest(out, manifest)
+
+
+def _check_whole(out: Path, plan: Plan, split: str, records: list[Record]) -> None:
+    """Each image of the list is in one shard, or was left out, as shards of one size have them."""
+    found = sum(record.shard.samples + len(record.drops) for record in records)
+    if found != plan.listed[split]:
+        raise ValueError(
+            f"{out}: the shards of '{split}' hold {found} images of {plan.listed[split]}: not all "
+            "were packed with the same --shard-size; pack again with --overwrite"
+        )
 
 
 def _grouped(
