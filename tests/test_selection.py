@@ -283,7 +283,7 @@ def test_a_resumed_run_holds_out_the_same_and_ends_by_patience(
     """At a learning rate of nothing no epoch is better: the second ends the run."""
     words = [f"data.shards={tested.root}", "data.fold=2/2", "train.epochs=5", "optim.lr=1e-30"]
     single(tiny("one"), *words, "train.patience=2")
-    assert outcome(tmp_path / "one")["reason"] == "no better epoch in 2"
+    assert outcome(tmp_path / "one")["reason"] == "no better epoch in 2 epochs"
     assert outcome(tmp_path / "one")["result"]["selected_on"] == "holdout"
     one = read_predictions(tmp_path / "one" / PREDICTIONS)
     single(tiny("two"), *words, "train.max_steps=3")
