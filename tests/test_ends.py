@@ -243,14 +243,8 @@ def test_torchruns_summary_holds_the_reason(
 def test_a_line_names_a_rank_once(
     text: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def work(arguments: list[str], stop: StopRequest) -> int:
-        raise ValueError(text)
-
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr(cli, "RANK_0_FIRST_S", 0.0)
-    assert cli._exit_code(work, StopRequest()) == 2
+    assert cli._fail(ValueError(text), StopRequest(), rank=1) == 2
     assert capsys.readouterr().err == f"error: {line}\n"
 
 
