@@ -61,14 +61,11 @@ def write_landmarks(source: Path, detect: Detector, out: Path) -> tuple[int, int
         raise FileNotFoundError(f"--source {source} holds no files")
     rows, missed = [], 0
     for relative in tqdm(images, desc="detecting faces", unit="img", disable=None):
-        if not str(relative).isprintable():  # the list could not be written
-            log.warning("left out %s: its name is not printable", ascii(str(relative)))
-            missed += 1
-            continue
         try:
+            str(relative).encode()  # as the list will be; else an error now, and not at its end
             faces = detect(decode(read_file(Source(source), relative)))
         except (ValueError, OSError) as error:
-            log.warning("left out %s: %s", relative, error)
+            log.warning("left out %s: %s", command.escape(str(relative)), error)
             missed += 1
             continue
         if not faces:

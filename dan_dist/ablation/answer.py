@@ -31,24 +31,24 @@ class Answer(NamedTuple):
     """The setting of the highest mean accuracy at the last epoch, beside the next one."""
 
     best: str
-    accuracy: float  # per cent, mean over seeds
+    accuracy: float  # per cent, mean over runs: seeds, and folds of each
     deviation: float
-    seeds: int
+    runs: int
     next: str | None  # None where nothing else has finished
     next_accuracy: float
     next_deviation: float
-    next_seeds: int
+    next_runs: int
     ps: tuple[float, ...]  # of each seed that both have finished
     better_in: int  # of these seeds
 
     def words(self) -> str:
         """The answer in a sentence or two."""
-        many = f"(mean ± standard deviation of {self.seeds} runs)"
-        seeds = many if self.seeds > 1 else "(one run)"
-        line = f"best: {self.best}, {_percent(self.accuracy, self.deviation, self.seeds)} {seeds}"
+        many = f"(mean ± standard deviation of {self.runs} runs)"
+        runs = many if self.runs > 1 else "(one run)"
+        line = f"best: {self.best}, {_percent(self.accuracy, self.deviation, self.runs)} {runs}"
         if self.next is None:
             return f"{line}; no other setting has finished"
-        beside = _percent(self.next_accuracy, self.next_deviation, self.next_seeds)
+        beside = _percent(self.next_accuracy, self.next_deviation, self.next_runs)
         behind = self.accuracy - self.next_accuracy
         line += f"; next: {self.next}, {beside}, {behind:.2f} points less"
         if not self.ps:

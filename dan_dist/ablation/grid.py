@@ -18,16 +18,17 @@ from shards.files import write_atomically
 IDENTITY = "ablation.json"
 OWN_KEYS = ("train.output", "tracking.run_name", "tracking.parent")
 
+BASELINE = ["model.heads=0", "loss.fcn=none", "loss.afn=none"]  # no heads
+
 # The paper's own: figure 5, table 1, table 2; and how heads are fused. An axis is a name, and the
 # overrides of each point.
-BASELINE = ["model.heads=0", "loss.fcn=none", "loss.afn=none"]
 PRESETS: dict[str, dict[str, list[str]]] = {
     "heads": {"0": BASELINE} | {str(k): [f"model.heads={k}"] for k in range(1, 9)},
     "fcn-loss": {name: [f"loss.fcn={name}"] for name in ("none", "center", "affinity")},
     "afn-loss": {
         name: [f"loss.afn={name}"] for name in ("none", "partition", "partition_release")
     },
-    "fusion": {"none": BASELINE}  # no heads
+    "fusion": {"none": BASELINE}
     | {name: [f"model.fusion={name}"] for name in ("log_softmax", "mean")},
 }  # fmt: skip
 
@@ -37,6 +38,11 @@ class Axis(NamedTuple):
 
     name: str
     points: dict[str, list[str]]  # value → overrides
+
+    @property
+    def keys(self) -> set[str]:
+        """The keys that any of its points sets."""
+        return {o.partition("=")[0] for point in self.points.values() for o in point}
 
 
 class AblationRun(NamedTuple):
@@ -89,9 +95,8 @@ def parse(words: Sequence[str]) -> tuple[str, list[Axis], list[str]]:
         for word in overrides:
             if (key := word.partition("=")[0]) in varied:
                 raise ValueError(f"'{word}': '{axis.name}' varies {key} already")
-    keys = [{o.partition("=")[0] for point in a.points.values() for o in point} for a in axes]
-    for (a, own), (b, other) in combinations(zip(axes, keys, strict=True), 2):
-        if both := own & other:
+    for a, b in combinations(axes, 2):
+        if both := a.keys & b.keys:
             raise ValueError(f"'{a.name}' and '{b.name}' both set {', '.join(sorted(both))}")
     short = [axis.name.rsplit(".", 1)[-1] for axis in axes]
     if len(set(short)) == len(axes):
@@ -113,7 +118,7 @@ def grid_runs(
             raise ValueError(f"{key}: an ablation sets it itself; --output names its folder")
         if given.count(key) > 1:
             raise ValueError(f"{key} is given twice; write it once")
-    for key in {o.partition("=")[0] for a in axes for point in a.points.values() for o in point}:
+    for key in sorted(set[str]().union(*(axis.keys for axis in axes))):
         if key == "train.seed" or (key == "data.fold" and folds):
             raise ValueError(f"{key} is no axis: --seeds and --folds give each run its own")
     first = load_config(config, overrides)

@@ -68,7 +68,7 @@ class CheckpointWriter:
         try:
             running.result()
         except OSError as error:
-            line = f"no checkpoint could be written into {self._folder}: {words(error)}"
+            line = self._line_of(error)
             if self._stop_on_error:
                 raise OSError(line) from error
             log.warning("%s; the one before stays, training goes on", line)
@@ -84,7 +84,10 @@ class CheckpointWriter:
         """Ends the thread when it has written the checkpoint under way; says if it could not."""
         self._pool.shutdown()
         if self._running is not None and (error := self._running.exception()) is not None:
-            log.warning("no checkpoint could be written into %s: %s", self._folder, words(error))
+            log.warning("%s", self._line_of(error))
+
+    def _line_of(self, error: BaseException) -> str:
+        return f"no checkpoint could be written into {self._folder}: {words(error)}"
 
     def _write(self, step: int, content: dict[str, Any], is_best: bool) -> None:
         if is_best:
