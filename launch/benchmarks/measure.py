@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import psutil
 import torch
@@ -97,7 +97,7 @@ def torchrun(ranks: int, script: str, *arguments: str, **environment: str) -> No
 
 
 def cpu_s() -> float:
-    """CPU seconds of this process and its children up to now."""
-    own = psutil.Process()
-    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
-    return float(sum(t.user + t.system for t in times))
+    """CPU seconds of this process and its children up to now; the children's in whole ticks."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    # The process's own in nanoseconds: a few images take no whole tick, and ratios need a divisor.
+    return process_time() + float(sum(t.user + t.system for t in times))
