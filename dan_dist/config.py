@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent
 LARGEST = 2**18  # bytes of a file: one that YAML takes seconds to read is none of a person's
+CONFIG_FILE = "config.yaml"  # in a training's folder
 SHIPPED = "configs"  # beside the package in a clone, inside it where it is installed
 
 
@@ -217,7 +218,7 @@ def to_yaml(config: Config) -> str:
 
 def write_config(config: Config, folder: Path) -> None:
     """Writes `config.yaml` into a run's folder; a disk that is full costs the run nothing else."""
-    path = folder / "config.yaml"
+    path = folder / CONFIG_FILE
     try:
         write_atomically(path, to_yaml(config))
     except OSError as error:

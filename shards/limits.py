@@ -44,6 +44,23 @@ def memory_bytes() -> int:
     return min(limits)
 
 
+def left_bytes() -> int | None:
+    """The memory that the cgroups of this process leave to it; None: they do not limit it.
+
+    What a group holds of files can be dropped, where it is not in use: that is left too.
+    """
+    names = (("memory.max", "memory.current", "inactive_file"),
+             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))  # fmt: skip
+    left = []
+    for folder in _folders("memory"):
+        for most, used, idle in names:
+            if not (limit := _number(_read(folder / most))):
+                continue
+            found = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines())
+            left.append(limit - _number(_read(folder / used)) + _number(found.get(idle, "")))
+    return max(0, min(left)) if left else None
+
+
 def _folders(controller: str) -> Iterator[Path]:
     """This process's group in each hierarchy, version 1 or 2, and all those that hold it.
 

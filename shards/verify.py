@@ -84,6 +84,9 @@ def _run(options: argparse.Namespace) -> int:
         repeated += describe_leaks(leaks)
         if options.leaks:
             write_leaks(leaks, options.leaks)
+    elif asked := [f"--{name}" for name in ("leaks", "against") if getattr(options, name)]:
+        reason = "drawn faces are alike without being copies" if not faults else "there are faults"
+        print(f"{' and '.join(asked)}: no photographs were compared, as {reason}")
     samples = sum(sum(counts) for counts in shards.counts.values())
     for line in repeated:
         print(plain_name(line))

@@ -167,6 +167,27 @@ def test_a_node_decodes_once(faces: ShardSet, tmp_path: Path, monkeypatch) -> No
     assert to_file(split, tmp_path, 64) != paths[0]
 
 
+def test_storage_that_failed_for_a_moment_costs_no_image_for_ever(
+    faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    split, plain = damaged(faces, tmp_path / "damaged", "flipped", [0]), Reader._fetch
+
+    def failing(own: Reader, shard: int, offset: int, size: int, crc32: int) -> tuple[bytes, str]:
+        if (shard, offset) == tuple(int(split.index[7][name]) for name in ("shard", "offset")):
+            return b"", "Input/output error"
+        return plain(own, shard, offset, size, crc32)
+
+    with monkeypatch.context() as storage:
+        storage.setattr(Reader, "_fetch", failing)
+        path = to_file(split, tmp_path)
+        assert set(open_file(path, split, image_size=32).faults) == {0, 7}
+        assert to_file(split, tmp_path) == path and "decoding anew" not in caplog.text
+    assert to_file(split, tmp_path) == path and "can be read now: decoding anew" in caplog.text
+    assert set(open_file(path, split, image_size=32).faults) == {0}
+    made_ns = Path(path).stat().st_mtime_ns  # what is damaged for good costs nothing more
+    assert to_file(split, tmp_path) == path and Path(path).stat().st_mtime_ns == made_ns
+
+
 def test_ranks_share_the_memory(faces: ShardSet, tmp_path: Path) -> None:
     """That of the system's page cache: none has a copy, so what is written into it all see."""
     split = faces.split("train")

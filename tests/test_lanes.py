@@ -132,6 +132,24 @@ def test_of_a_record_that_is_partly_refused_the_rest_arrives(
     assert client().get_run(run.info.run_id).data.metrics == {"good": 2.0, "bad": 1.0}
 
 
+def test_a_refused_original_of_a_name_holds_no_value_back(
+    tmp_path: Path, server: TrackingServer
+) -> None:
+    refusal = json.dumps({"error_code": "INVALID_PARAMETER_VALUE", "message": "not this one"})
+    server.faults["log-batch"] = lambda body: (400, refusal) if ORIGINAL.encode() in body else None
+    server.faults["set-tag"] = server.faults["log-batch"]
+    run = track(tmp_path / "run", {"a [1]": 1.0, "b": 2.0}, params={"p [1]": 1})
+    assert run.data.metrics == {fit("a [1]"): 1.0, "b": 2.0}
+    assert run.data.params[fit("p [1]")] == "1"
+    assert {item.what for item in read_sent(tmp_path / "run").left_out} == {
+        f"tag {ORIGINAL}{fit(name)}" for name in ("a [1]", "p [1]")
+    }
+    server.faults.clear()
+    assert replay(tmp_path / "run")[1] == []
+    tags = client().get_run(run.info.run_id).data.tags
+    assert tags[ORIGINAL + fit("a [1]")] == "a [1]"
+
+
 def test_a_run_deleted_under_way_is_named_once_and_waits(
     tmp_path: Path, server: TrackingServer, caplog: pytest.LogCaptureFixture
 ) -> None:

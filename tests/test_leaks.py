@@ -112,6 +112,18 @@ def test_leaks_between_two_sets(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "/val show" not in printed
 
 
+def test_verify_says_why_it_compared_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["folder", "--workers", "1", "--size", "96", "--source", str(release(tmp_path / "a"))]
+    assert pack.main([*words, "--out", str(tmp_path / "A")]) == 0
+    (tmp_path / "A" / "other").touch()
+    wanted = [str(tmp_path / "A"), "--workers", "1", "--leaks", str(tmp_path / "l")]
+    assert verify.main([*wanted, "--against", str(tmp_path / "A")]) == 1
+    reason = "--leaks and --against: no photographs were compared, as there are faults"
+    assert reason in capsys.readouterr().out and not (tmp_path / "l").exists()
+
+
 def near(root: Path) -> Path:
     """48 px faces of one class, and in val copies of them from near to past the limit of a leak.
 

@@ -4,7 +4,10 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,8 @@ from conftest import copied, single
 from dan_dist.config import load_config
 from dan_dist.distributed.world import World
 from dan_dist.evaluation import evaluate
-from dan_dist.options import EvaluateOptions
+from dan_dist.inference import explain
+from dan_dist.options import EvaluateOptions, ExplainOptions
 from dan_dist.run import checkpoint
 from dan_dist.run.results import result_folder
 from dan_dist.tracking import sender
@@ -163,7 +167,35 @@ def test_results_of_other_things_are_never_overwritten(
     assert releases == [faces.release, "another"]
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "r.json").write_text("no json")
-    assert result_folder(tmp_path / "x", "r.json", {"a": 1}) == tmp_path / "x-2"
+    with result_folder(tmp_path / "x", "r.json", {"a": 1}) as folder:
+        assert folder == tmp_path / "x-2"
+
+
+def test_two_results_of_one_moment_share_no_folder(tmp_path: Path) -> None:
+    """The later one waits, and finds what the first has written meanwhile."""
+    begun, found = threading.Barrier(2), []
+
+    def write(value: int) -> None:
+        begun.wait()
+        with result_folder(tmp_path / "x", "r.json", {"a": value}) as folder:
+            found.append(folder.name)
+            time.sleep(0.3)
+            (folder / "r.json").write_text(json.dumps({"a": value}))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, (1, 2)))
+    assert found == ["x", "x-2"]
+
+
+def test_a_trainings_folder_takes_no_result(dan_run: Path, faces: ShardSet, tmp_path: Path) -> None:
+    run = copied(dan_run, tmp_path / "run")
+    kept = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    words: dict[str, Any] = {"checkpoint": run, "data": str(faces.root), "output": run}
+    with pytest.raises(ValueError, match=r"--output .* is the folder of a training"):
+        evaluate.main(EvaluateOptions(**words))
+    with pytest.raises(ValueError, match=r"--output .* is the folder of a training"):
+        explain.main(ExplainOptions(**words))
+    assert kept == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
 def test_mlflow_is_asked_before_an_evaluation_computes(

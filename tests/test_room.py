@@ -63,6 +63,29 @@ def test_cores_and_memory_are_those_of_the_cgroup(
     assert (limits.core_count(), limits.memory_bytes() / 2**30) == (cores, gigabytes)
 
 
+@pytest.mark.parametrize(
+    ("own", "files", "gigabytes"),
+    [
+        ("0::/", {"memory.current": str(2**30)}, None),
+        ("0::/", {"memory.max": str(2**33), "memory.current": str(2**32 + 2**31),
+                  "memory.stat": f"anon 5\ninactive_file {2**31}"}, 4),
+        ("0::/a/b", {"a/b/memory.max": str(2**34), "a/b/memory.current": "0",
+                     "a/memory.max": str(2**34), "a/memory.current": str(15 * 2**30)}, 1),
+        (V1, {"memory/memory.limit_in_bytes": str(2**32),
+              "memory/memory.usage_in_bytes": str(2**31),
+              "memory/memory.stat": f"total_inactive_file {2**30}"}, 3),
+        ("0::/", {"memory.max": str(2**30), "memory.current": str(2**31)}, 0),
+    ],
+)  # fmt: skip
+def test_memory_that_is_left_is_that_of_the_cgroups(
+    own: str, files: dict[str, str], gigabytes: int | None,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    cgroups(monkeypatch, tmp_path, own, files)
+    left = limits.left_bytes()
+    assert left == (None if gigabytes is None else gigabytes * 2**30)
+
+
 def test_ranks_share_a_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Four ranks beside each of two sockets: the affinity is a socket's, the quota all ranks'."""
     cgroups(monkeypatch, tmp_path, "0::/", {"cpu.max": "1600000 100000"})

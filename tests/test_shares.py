@@ -270,6 +270,13 @@ def test_rounded_shares_sum_up_and_leave_no_class_out() -> None:
     assert own.parts == shares.PARTS and own.last[1] == 1 and own.last[2] == 0
 
 
+def test_many_shares_below_one_part_are_taken_from_several_large_ones() -> None:
+    """One large share alone has fewer parts than the small ones are raised by."""
+    few, many = 30_000, 60_000
+    own = shares.explicit([Fraction(1)] * few + [Fraction(1, 10**15)] * many)
+    assert own.parts == shares.PARTS and own.last.min() == 1 and (own.last[few:] == 1).all()
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [

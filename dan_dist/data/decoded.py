@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 from dan_dist.data.graph import Source, as_batch, decode
 from dan_dist.data.pixels import PixelFile, checksums, sums_of
-from dan_dist.data.reader import READERS, Reader, decoding_fault
+from dan_dist.data.reader import READERS, Reader, decoding_fault, readable_key
 from shards.files import locked, replacing, write_atomically
 from shards.format import Split
+from shards.limits import left_bytes
 
 BATCH = 256  # images decoded at once
 READ_AHEAD = 4  # batches whose bytes are read meanwhile
@@ -154,12 +155,12 @@ def decode_to_file(
     _announce("host", split, image_size, need, free_memory(), "this machine")
     decoder = f"{'mixed' if device.type == 'cuda' else 'cpu'}-{nvidia.dali.__version__}"
     path = Path(cache) / f"{fingerprint[:16]}-{split.name}-{image_size}-{decoder}.pixels"
-    if _is_whole(path, split, need):  # looked at before the lock: the folder may be read-only
+    if _is_current(path, split, need):  # looked at before the lock: the folder may be read-only
         return str(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_suffix(".lock")
     with locked(lock, f"another process decodes into {path}", wait=True):
-        if _is_whole(path, split, need):
+        if _is_current(path, split, need):
             return str(path)
         if (free := shutil.disk_usage(path.parent).free) < need:
             raise OSError(f"data.cache {cache}: {need / 1e6:,.1f} MB are needed for the decoded "
@@ -187,8 +188,7 @@ def open_file(path: str, split: Split, *, image_size: int) -> Decoded:
     file = Path(path)
     if not _is_whole(file, split, size_bytes(split, image_size)):
         raise OSError(f"{path} is not whole any more; the same command decodes anew")
-    faults = json.loads(_faults_of(file).read_text())
-    return Decoded(PixelFile(file, image_size), {int(k): v for k, v in faults.items()})
+    return Decoded(PixelFile(file, image_size), _faults_in(file))
 
 
 def size_bytes(split: Split, image_size: int) -> int:
@@ -198,11 +198,8 @@ def size_bytes(split: Split, image_size: int) -> int:
 
 def free_memory() -> int:
     """Bytes that processes of this machine, or of this container, may still take."""
-    free = int(psutil.virtual_memory().available)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, int(text))
-    return free
+    free, left = int(psutil.virtual_memory().available), left_bytes()
+    return free if left is None else min(free, left)
 
 
 def decode_all(
@@ -309,6 +306,28 @@ def _announce(place: str, split: Split, size: int, need: int, free: int, where: 
 def _faults_of(path: Path) -> Path:
     """The file that is written last."""
     return path.with_suffix(".json")
+
+
+def _faults_in(path: Path) -> dict[int, str]:
+    faults = json.loads(_faults_of(path).read_text())
+    return {int(sample): fault for sample, fault in faults.items()}
+
+
+def _is_current(path: Path, split: Split, size: int) -> bool:
+    """Whether the file is whole and what it leaves out is still damaged.
+
+    Storage that failed for a moment must not cost an image for ever.
+    """
+    if not _is_whole(path, split, size):
+        return False
+    with closing(Reader(split, max_bad=0)) as reader:
+        samples = [*_faults_in(path)]
+        for sample, (content, fault) in zip(samples, reader.contents(samples), strict=True):
+            if not fault and not decoding_fault(content.tobytes()):
+                name = readable_key(split, sample)
+                log.warning("%s leaves out %s, which can be read now: decoding anew", path, name)
+                return False
+    return True
 
 
 def _is_whole(path: Path, split: Split, size: int) -> bool:

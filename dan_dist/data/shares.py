@@ -179,6 +179,11 @@ def _rounded(weights: Sequence[Fraction]) -> Weights:
     if missing > 0:
         for c in sorted(range(len(parts)), key=lambda c: -(exact[c] * PARTS % total))[:missing]:
             parts[c] += 1
-    else:  # shares below one part were raised: the largest gives
-        parts[max(range(len(parts)), key=parts.__getitem__)] += missing
+    else:  # shares below one part were raised: the largest gives, and the next where it is too few
+        for c in sorted(range(len(parts)), key=lambda c: -parts[c]):
+            given = min(parts[c] - 1, -missing)
+            parts[c] -= given
+            missing += given
+            if not missing:
+                break
     return np.array(parts, np.int64)

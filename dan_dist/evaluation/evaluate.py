@@ -38,8 +38,7 @@ from dan_dist.model.classes import columns_of, join_names, meet
 from dan_dist.model.dan import Output, features, probabilities, probabilities_among
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import EvaluateOptions
-from dan_dist.run.folder import check_writable
-from dan_dist.run.results import result_folder
+from dan_dist.run.results import check_result_folder, result_folder
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.inputs import dataset_inputs, model_of
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
@@ -108,7 +107,7 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluates a network on all ranks; returns the content of the JSON file that rank 0 writes."""
     wanted = wanted_folder(options, trained, shards.dataset, inputs.split.name)
-    world.run_once(lambda: check_writable(wanted, "--output"))
+    world.run_once(lambda: check_result_folder(wanted))
     rows = predict(trained, inputs.split, world, heart, options.precision, inputs.select)
     rows = rows if inputs.columns is None else rows[:, inputs.columns]
     details = inputs.judge(rows).details()
@@ -129,17 +128,18 @@ def evaluate(
         **inputs.facts,
     }
     if world.is_main:
-        output = output_folder(report, trained, options)
-        if trained.task == "expression":
-            facts = {key: report[key] for key in ("fingerprint", "step", "selected_on")}
-            write_predictions(output / PREDICTIONS, inputs.split, rows, facts)
-        if inputs.groups is not None:
-            write_groups(output / GROUPS, report["groups"])
-        save_report(report, details, output)
-        if not options.no_tracking:
-            used = dataset_inputs(shards, {CONTEXTS.get(inputs.split.name, "test"): inputs.split},
-                                  options.data)  # fmt: skip
-            track(output, report, details, trained, options.experiment, used)
+        own = {key: report[key] for key in OF if key in report}
+        with result_folder(wanted, REPORT, own) as output:
+            if trained.task == "expression":
+                facts = {key: report[key] for key in ("fingerprint", "step", "selected_on")}
+                write_predictions(output / PREDICTIONS, inputs.split, rows, facts)
+            if inputs.groups is not None:
+                write_groups(output / GROUPS, report["groups"])
+            save_report(report, details, output)
+            if not options.no_tracking:
+                context = CONTEXTS.get(inputs.split.name, "test")
+                used = dataset_inputs(shards, {context: inputs.split}, options.data)
+                track(output, report, details, trained, options.experiment, used)
         for line in details.lines:
             log.info("%s", line)
         log.info("selected_on: %s; figures and %s: %s", trained.selected_on, REPORT, output)
@@ -269,14 +269,6 @@ def open_pairs(shards: ShardSet, trained: Trained, options: EvaluateOptions) -> 
 
 def _title(trained: Trained, shards: ShardSet, split: Split) -> str:
     return f"{trained.name}, {trained.age}, on {title_of(shards, split)}"
-
-
-def output_folder(report: dict[str, Any], trained: Trained, options: EvaluateOptions) -> Path:
-    """The folder of a report, made where need be; one that holds another's stays as it is."""
-    wanted = wanted_folder(options, trained, report["dataset"], report["split"])
-    output = result_folder(wanted, REPORT, {key: report[key] for key in OF if key in report})
-    output.mkdir(parents=True, exist_ok=True)
-    return output
 
 
 def save_report(report: dict[str, Any], details: Details, output: Path) -> None:

@@ -16,6 +16,7 @@ from dan_dist.evaluation.figures import matrix_figure
 from dan_dist.evaluation.judge import WHOLE
 from dan_dist.model.weights import Trained
 from dan_dist.options import EvaluateCommand, EvaluateOptions, EvaluationChoices
+from dan_dist.run.results import check_result_folder
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.tracker import RunRecord, record_run
 from shards.files import write_atomically
@@ -49,6 +50,7 @@ def main(command: EvaluateCommand) -> list[dict[str, Any]]:
         rows = unlike([trained.name for trained in networks])
         columns = unlike([Path(data.rstrip("/")).name for data in command.data])
         output = command.output or networks[0].path.parent / FOLDER
+        world.run_once(lambda: check_result_folder(output))
         found = []
         for k, trained in enumerate(networks):
             for j, shards in enumerate(sets):

@@ -21,8 +21,7 @@ from dan_dist.inference.inputs import Inputs, open_inputs
 from dan_dist.inference.metrics import project
 from dan_dist.model.weights import load_trained
 from dan_dist.options import ExplainOptions
-from dan_dist.run.folder import check_writable
-from dan_dist.run.results import result_folder
+from dan_dist.run.results import check_result_folder, result_folder
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.inputs import model_of
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
@@ -60,13 +59,13 @@ def main(options: ExplainOptions) -> dict[str, Any]:
         path = networks[0].path
         name = re.sub(r"[^\w.-]", "_", f"{path.stem}-explained-{inputs.where}")
         wanted = options.output or path.parent / name
-        check_writable(wanted, "--output")
+        check_result_folder(wanted)
         explanations = [examine(trained, inputs, options.count, world) for trained in networks]
     report = describe(explanations, inputs)
-    output = result_folder(wanted, REPORT, {key: report[key] for key in OF})
-    write(output, report, explanations, inputs)
-    if not options.no_tracking:
-        track(output, report, explanations, inputs, options.experiment)
+    with result_folder(wanted, REPORT, {key: report[key] for key in OF}) as output:
+        write(output, report, explanations, inputs)
+        if not options.no_tracking:
+            track(output, report, explanations, inputs, options.experiment)
     log_numbers(explanations)
     log.info("figures and %s: %s", REPORT, output)
     return report

@@ -1,8 +1,8 @@
 """How each kind of a journal's records gets into MLflow."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -138,12 +138,12 @@ class Delivery:
         from mlflow.entities import Metric
 
         time_ms, step, values = record["time_ms"], record["step"], record["values"]
-        self._keep_names(run_id, values)
         link = self._link(run_id)
         rows = [
             (key, Metric(fit(key), value, time_ms, step, **link)) for key, value in values.items()
         ]
-        _send("metric", rows, lambda few: self.client.log_batch(run_id, metrics=few))
+        with self._names_kept(run_id, values):
+            _send("metric", rows, lambda few: self.client.log_batch(run_id, metrics=few))
 
     def _link(self, run_id: str) -> dict[str, str]:
         """The model and the data set that an evaluation's metrics are of; of a training, none."""
@@ -154,22 +154,38 @@ class Delivery:
     def _parameters(self, run_id: str, values: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        self._keep_names(run_id, values)
         rows = [(k, Param(fit(k), fit_value(v, PARAM_LETTERS))) for k, v in values.items()]
-        _send("parameter", rows, lambda few: self.client.log_batch(run_id, params=few))
+        with self._names_kept(run_id, values):
+            _send("parameter", rows, lambda few: self.client.log_batch(run_id, params=few))
 
     def _changes(self, run_id: str, record: Mapping[str, Any]) -> None:
         """Parameters keep in MLflow what they were at first: tags of their names tell the rest."""
         configured = self._journal.configured()
         assert configured is not None
-        self._keep_names(run_id, record["changed"])
-        self._tags(run_id, {k: v for k, v in configured.changed.items() if k in record["changed"]})
+        changed = {k: v for k, v in configured.changed.items() if k in record["changed"]}
+        with self._names_kept(run_id, record["changed"]):
+            self._tags(run_id, changed)
 
-    def _keep_names(self, run_id: str, names: Mapping[str, Any]) -> None:
-        """Records the original of each name that is not fit, once."""
+    @contextmanager
+    def _names_kept(self, run_id: str, names: Iterable[str]) -> Iterator[None]:
+        """Records the original of each name that is not fit, once, before what is sent inside.
+
+        Raises:
+            PartlyRefusedError: of the originals or of the entries; neither holds the other back.
+        """
         changed = {name: fit(name) for name in names if name not in self._known}
-        self._tags(run_id, originals(changed))
+        refused = dict[str, str]()
+        try:
+            self._tags(run_id, originals(changed))
+        except PartlyRefusedError as error:
+            refused |= error.refused
+        try:
+            yield
+        except PartlyRefusedError as error:
+            refused |= error.refused
         self._known |= changed.keys()
+        if refused:
+            raise PartlyRefusedError(refused)
 
     def _tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
