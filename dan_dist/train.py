@@ -34,6 +34,7 @@ from dan_dist.run.checkpoint import RESUMED, load
 from dan_dist.run.folder import (
     check_continues,
     checkpoint_to_resume,
+    keep_best_of,
     locked_run_folder,
     set_aside_after,
     step_path,
@@ -107,7 +108,7 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
             lambda: open_tracker(config, world, data.shards, data.splits, data.task.classes, state)
         ) as tracker,
         world.run_on_all(lambda: sample_system(config, world, tracker)),
-        claim_folder(config, world, plan.start),
+        claim_folder(config, world, state),
         open_train_loader(config, world, data.train, start=plan.start) as batches,
         open_val_loader(config, world, data.task.images) as validation,
         open_writer(config, world) as writer,
@@ -239,16 +240,21 @@ def warn_of_replaced(world: World, data: TrainingData) -> None:
 
 
 @contextmanager
-def claim_folder(config: Config, world: World, step: int) -> Iterator[None]:
-    """Makes the folder this run's own: what an earlier one left beyond `step` is set aside."""
+def claim_folder(config: Config, world: World, state: TrainState) -> Iterator[None]:
+    """Makes the folder this run's own: what an earlier one left beyond its step is set aside.
+
+    Where that was the best checkpoint, `state` knows of no best one any more.
+    """
     folder = Path(config.train.output)
 
-    def claim() -> None:
-        set_aside_after(folder, step)
+    def claim() -> str:
+        set_aside_after(folder, state.step)
         write_config(config, folder)
         open_outcome(folder)
+        return "chosen anew" if keep_best_of(folder, state.step) else ""
 
-    world.run_once(claim)
+    if world.run_once(claim):
+        state.best = {}
     yield
 
 

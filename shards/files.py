@@ -19,6 +19,7 @@ NO_FILE = "no regular file"  # a pipe, a socket, a device, a folder
 log = logging.getLogger(__name__)
 
 # What is wrong with a disk, not with what is written to it
+BLOCK = 2**16  # bytes read at once of a file that tells no size
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
@@ -70,8 +71,9 @@ def read_regular(path: str | Path, limit: int, *, follow: bool = True, cut: bool
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(NO_FILE)
         parts, size = [], 0
-        # A file object takes as long again. Files of /proc have a size of 0, others may grow.
-        wanted = limit if cut else min(status.st_size, limit) + 1
+        # A file object takes as long again. Files of /proc have a size of 0, others may grow; and
+        # Python makes room at once for all that is asked for.
+        wanted = min(limit, max(status.st_size, BLOCK)) if cut else min(status.st_size, limit) + 1
         while (not cut or size < limit) and (part := os.read(file, wanted)):
             size += len(part)
             if not cut and max(size, status.st_size) > limit:

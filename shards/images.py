@@ -54,8 +54,11 @@ def kept_jpeg(data: bytes, size: int | None) -> bytes | None:
     if plain is None:
         return None
     _check_pixels(*plain)
-    fits = min(plain) > 0 and size in (None, plain[0]) and size in (None, plain[1])
-    return jpeg if fits else None
+    if not (min(plain) > 0 and size in (None, plain[0]) and size in (None, plain[1])):
+        return None
+    if fault := lost_data(jpeg):
+        raise ValueError(f"cannot be decoded: {fault}")
+    return jpeg
 
 
 def encode(image: Image.Image) -> bytes:

@@ -21,6 +21,7 @@ from shards.format import DRAWN, ShardSet, open_shardset
 from shards.leaks import describe_leaks, recorded_leaks, without_leaks
 from shards.limits import core_count
 from shards.packing.plan import MOST_COMPARED
+from shards.packing.pool import worker_count
 from shards.packing.writer import SHARD_SIZE, merge, pack
 from shards.release import Release
 from shards.releases import (
@@ -174,7 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     for kind in (*sources.values(), faces, merging):
         kind.add_argument("--out", required=True, help="the folder for the shards")
     for kind in (*sources.values(), faces):
-        kind.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+        kind.add_argument("--workers", type=worker_count, default=0,
+                          help="processes (default: all cores)")  # fmt: skip
         kind.add_argument("--shard-size", type=int, default=SHARD_SIZE, help="images a shard")
         kind.add_argument("--overwrite", action="store_true", help="replace shards in --out")
         kind.add_argument(

@@ -38,7 +38,7 @@ from shards.jpeg import plain_jpeg_size
 from shards.leaks import Leaks, describe_leaks, find_leaks, of_split, write_leaks
 from shards.likeness import Likenesses, jpeg_picture, likenesses
 from shards.limits import core_count
-from shards.packing.pool import in_processes
+from shards.packing.pool import in_processes, worker_count
 from shards.releases.source import plain_name
 
 Parts = dict[str, tuple[int, int]]  # of one sample: kind → offset and size in the tar
@@ -59,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m shards.verify", description=__doc__)
     parser.add_argument("shards", help="folder with manifest.json")
-    parser.add_argument("--workers", type=int, default=0, help="processes (default: all cores)")
+    parser.add_argument("--workers", type=worker_count, default=0,
+                        help="processes (default: all cores)")  # fmt: skip
     parser.add_argument(
         "--against", metavar="DIR", help="a set whose photographs are looked for too"
     )

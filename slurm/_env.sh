@@ -58,12 +58,13 @@ dan_train() {
     local output=$2 name=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
     dan_listen
     mkdir -p "$output/logs"
-    rm -f "$output/outcome.json" "$output"/stop.* # an earlier attempt's
+    rm -f "$output"/stop.* # an earlier attempt's
     DAN_STOP_FILE=$output/stop.$name
     if [[ $MLFLOW_TRACKING_URI == sqlite:* && "$SLURM_NNODES${SLURM_ARRAY_TASK_ID:-}" != 1 ]]; then
         echo "warning: several nodes write $MLFLOW_TRACKING_URI; better a server" >&2
     fi
     dan_check || return 1
+    rm -f "$output/outcome.json" # an earlier attempt's; where no attempt begins, it stays true
     local code=0
     [ -n "$dan_signal" ] || dan_run "$name" "$@" || code=$?
     rm -f "$DAN_STOP_FILE"

@@ -95,9 +95,8 @@ def test_runs_have_names_seeds_and_a_parent_that_stays(tiny: Write, tmp_path: Pa
 def test_grids_that_cannot_be(tiny: Write, tmp_path: Path, words: list[str], line: str) -> None:
     with pytest.raises(ValueError, match=line):
         name, axes, overrides = grid.parse(words)
-        tracked = ["tracking.enabled=true", *overrides]
-        if "tracking.enabled=false" in overrides:
-            tracked = overrides
+        is_given = "tracking.enabled=false" in overrides
+        tracked = overrides if is_given else ["tracking.enabled=true", *overrides]
         grid.grid_runs(str(tiny("base")), axes, tracked, 1, tmp_path / "grid", name)
     assert not list(tmp_path.glob("grid/*/journal.jsonl"))
 
@@ -336,6 +335,7 @@ def test_nothing_finished_is_nothing_to_compare(
         main(*words, "--seeds", "0")
 
 
+@pytest.mark.slow
 def test_a_runs_overrides_are_printed_as_they_are_trained(tiny: Write, tmp_path: Path) -> None:
     """For batch scripts, which read them a line each."""
     folder = tmp_path / "grid"

@@ -69,6 +69,7 @@ def test_classes_meet_by_name() -> None:
             meet(own, other)
 
 
+@pytest.mark.slow
 def test_eight_classes_judged_on_seven(
     dan_run: Path, faces: ShardSet, seven: ShardSet, tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -112,6 +113,7 @@ def test_seven_classes_judged_on_eight(dan_run: Path, faces: ShardSet, tmp_path:
     assert "fear" not in report["classes"]
 
 
+@pytest.mark.slow
 def test_a_matrix_of_runs_and_sets(
     dan_run: Path, faces: ShardSet, seven: ShardSet, tmp_path: Path, store: str
 ) -> None:
@@ -136,6 +138,32 @@ def test_a_matrix_of_runs_and_sets(
     assert logged.data.tags["kind"] == "matrix"
     assert logged.data.metrics["accuracy/run-1 on seven"] == alone["accuracy"]
     assert {a.path for a in client.list_artifacts(logged.info.run_id)} >= set(matrix.FILES)
+
+
+def test_names_of_a_matrix_are_all_different_and_no_secrets() -> None:
+    assert matrix.unlike(["a", "a", "a-2", "b"]) == ["a-1", "a-3", "a-2", "b"]
+    assert matrix.unlike(["a-1", "a", "a"]) == ["a-1", "a-2", "a-3"]
+    assert matrix._name("https://host/container/faces/?sig=SECRET") == "faces"
+    assert matrix._name("s3://bucket/faces") == matrix._name("data/faces/") == "faces"
+
+
+@pytest.mark.slow
+def test_another_matrix_leaves_the_first_as_it_is(
+    dan_run: Path, faces: ShardSet, tmp_path: Path
+) -> None:
+    """Of the same command, of other weights under the same name and step, of other runs."""
+    content = checkpoint.load(dan_run / "best.pt")
+    content["objective"]["network.classifier.weight"].mul_(2)
+    other = tmp_path / "run"
+    other.mkdir()
+    torch.save(content, other / "best.pt")
+    for runs in ((dan_run, dan_run), (dan_run, dan_run), (dan_run, other), (other, dan_run)):
+        matrix.main(EvaluateCommand(checkpoint=runs, data=(str(faces.root),),
+                                    output=tmp_path / "m", no_tracking=True))  # fmt: skip
+    assert sorted(path.parent.name for path in tmp_path.glob("m*/matrix.json")) == [
+        "m", "m-2", "m-3",
+    ]  # fmt: skip
+    assert len(list(tmp_path.glob("m*/run-2-on-faces*/evaluation.json"))) == 3
 
 
 def test_a_set_without_common_classes_is_refused_before_anything_is_computed(

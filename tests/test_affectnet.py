@@ -127,6 +127,7 @@ def test_images_and_annotations_without_each_other_are_named(copy: Path) -> None
     assert "images/2.jpg: no annotation" in output and sum(shards.counts["train"]) == 46
 
 
+@pytest.mark.slow
 def test_odd_files_of_the_reduced_release_are_named(copy: Path) -> None:
     notes = copy / "train_set/annotations"
     np.save(notes / "0_exp.npy", np.array(f"{int(np.load(notes / '0_exp.npy'))}.0"))  # is taken

@@ -46,6 +46,7 @@ def test_aligning_to_its_own_template_changes_nothing() -> None:
     assert np.abs(back - np.asarray(image).astype(int)).max() <= 2
 
 
+@pytest.mark.slow
 def test_align_writes_what_the_detector_finds(tmp_path: Path) -> None:
     pytest.importorskip("insightface", reason="pip install -e '.[align]' brings the detector")
     (tmp_path / "images" / "deep").mkdir(parents=True)

@@ -85,6 +85,7 @@ def parts() -> list[dict[tuple[str, bool, str], list[Tensor]]]:
             for part in found]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planes", [False, True])
 @pytest.mark.parametrize("how", TRACED)
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-12), (torch.bfloat16, 2e-2)])
@@ -127,6 +128,7 @@ def graph_breaks(model: Objective) -> tuple[int, list[Any]]:
     return found.graph_count, found.break_reasons
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("afn", ["partition", "partition_release"])
 def test_the_objective_is_one_graph_at_two_ranks(two_ranks: None, afn: AfnLoss) -> None:
     shares = Shares(CPU, torch.float32)

@@ -98,6 +98,7 @@ def test_two_ranks_train_from_a_web_server_by_one_cache(
     assert [x for x in again.split() if "%" in x] == [x for x in local.split() if "%" in x]
 
 
+@pytest.mark.slow
 def test_training_from_s3(bucket: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     printed = train(2, tiny("s3"), f"data.shards={bucket}", f"data.cache={tmp_path / 'cache'}",
                     "train.epochs=1", cwd=tmp_path)  # fmt: skip
@@ -201,6 +202,7 @@ def test_a_url_runs_nothing_and_opens_nothing_else(source: str, tmp_path: Path) 
         localise(source, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_url_needs_a_cache(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.shards https://host/set is remote: set data\.cac"):
         localise("https://host/set", None)

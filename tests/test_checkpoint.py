@@ -29,6 +29,7 @@ from dan_dist.tracking.journal import Journal
 Write = Callable[[str], Path]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["a bit", "cut off"])
 def test_a_damaged_checkpoint_is_passed_over(
     baseline_run: Path, tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
@@ -148,6 +149,31 @@ def test_a_longer_run_can_be_ended_at_its_checkpoint(tiny: Write, tmp_path: Path
     assert outcome(tmp_path / "run")["step"] == 7
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("is_best", [True, False])
+def test_a_best_checkpoint_of_later_is_forgotten(
+    tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_best: bool
+) -> None:
+    """As after damage: what the run resumes from is older than what it had chosen."""
+    folder = tmp_path / "run"
+    single(tiny("run"), "train.keep_checkpoints=9")
+    first = checkpoint.load(step_path(folder, 10))
+    best = checkpoint.load(folder / "best.pt")
+    torch.save({**best, "step": 20, "of": "damage"}, folder / "best.pt")
+    step_path(folder, 20).unlink()
+    beaten = {"accuracy": 2.0} if is_best else {}  # which no epoch reaches
+    metrics = first["metrics"] | beaten
+    chosen = {**metrics, "epoch": 1.0, "accuracy": 2.0}  # not the accuracy of this one, if not best
+    kept = {"best": chosen, "metrics": metrics}
+    torch.save({**first, **kept}, step_path(folder, 10))
+    single(tiny("run"), "train.keep_checkpoints=9")
+    assert checkpoint.load(folder / "best.pt.damaged")["of"] == "damage"
+    found, last = checkpoint.load(folder / "best.pt"), checkpoint.load(step_path(folder, 20))
+    assert "optimizer" not in found and found["step"] == (10 if is_best else 20)
+    assert last["best"]["epoch"] == (1 if is_best else 2)
+    assert ("the best is chosen anew" in caplog.text) == (not is_best)
+
+
 class Executes:
     def __reduce__(self) -> tuple:
         return (os.system, ("touch executed",))
@@ -214,6 +240,7 @@ def test_two_trainings_do_not_write_into_one_folder(tiny: Write, tmp_path: Path)
     assert not (tmp_path / "other" / "outcome.json").exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_clock(tiny: Write, tmp_path: Path) -> None:
     single(tiny("run"), "train.checkpoint_minutes=1e-6", "train.keep_checkpoints=99")
     steps = [int(p.stem[5:]) for p in steps_saved(tmp_path / "run")]

@@ -22,7 +22,7 @@ from dan_dist.options import (
     ExplainOptions,
     ExportOptions,
     PredictOptions,
-)
+)  # fmt: skip
 from dan_dist.programs import read_train_command
 from dan_dist.run.cli import parse
 from shards import pack, show, verify
@@ -34,17 +34,8 @@ DATA, DRY = f"{OWN}test_lines_on_data_sets_run", f"{OWN}test_training_lines_pass
 NEEDS = f"{OWN}test_each_recipe_names_what_it_needs"
 OPTIONS = {"evaluate": EvaluateCommand, "explain": ExplainOptions, "export": ExportOptions,
            "predict": PredictOptions, "certify": CertifyOptions}  # fmt: skip
-STARTS = (
-    "DAN_",
-    "python ",
-    "torchrun ",
-    "sbatch ",
-    "deepspeed ",
-    "mlflow ",
-    "pip ",
-    "pytest",
-    ".ci/run",
-)
+STARTS = ("DAN_", "python ", "torchrun ", "sbatch ", "deepspeed ", "mlflow ", "pip ", "pytest",
+          ".ci/run")  # fmt: skip
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
@@ -280,6 +271,7 @@ def packed(place: Path) -> set[str]:
     return done
 
 
+@pytest.mark.slow
 def test_lines_on_data_sets_run(
     place: Path, packed: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -182,6 +182,10 @@ def test_storage_that_failed_for_a_moment_costs_no_image_for_ever(
         path = to_file(split, tmp_path)
         assert set(open_file(path, split, image_size=32).faults) == {0, 7}
         assert to_file(split, tmp_path) == path and "decoding anew" not in caplog.text
+    with monkeypatch.context() as disk:  # no room for another: what is there goes on serving
+        disk.setattr(module.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+        assert to_file(split, tmp_path) == path and "is used as it is: " in caplog.text
+    assert set(open_file(path, split, image_size=32).faults) == {0, 7}
     assert to_file(split, tmp_path) == path and "can be read now: decoding anew" in caplog.text
     assert set(open_file(path, split, image_size=32).faults) == {0}
     made_ns = Path(path).stat().st_mtime_ns  # what is damaged for good costs nothing more
@@ -233,6 +237,7 @@ def test_a_file_that_changes_under_a_training_is_damage(
             own.read(hit - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["host", "device"])
 def test_a_training_is_the_same(tiny: Callable[[str], Path], tmp_path: Path, place: str) -> None:
     """Of the whole story, by the key; and a run may go on with it."""

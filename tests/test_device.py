@@ -107,6 +107,7 @@ def test_a_cpu_has_a_name() -> None:
     assert device_name(torch.device("cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_predict_warns_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside its lines of JSON, not among them."""

@@ -34,6 +34,7 @@ def tree(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_configuration_that_is_the_same(tmp_path: Path) -> None:
     """All of its output is YAML: what was found stands in it as comments."""
     script = REPOSITORY / "launch" / "train.py"

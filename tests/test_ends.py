@@ -303,6 +303,7 @@ def test_a_disk_that_is_full_from_the_start_is_named(
     assert (tmp_path / RESERVE).stat().st_size == 4096
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
 @pytest.mark.parametrize("disk", ["full", "read-only"])
 def test_a_complete_set_is_packed_again_without_a_byte(

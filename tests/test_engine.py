@@ -74,6 +74,7 @@ def bf16_noise(model: Objective) -> Tensor:
     return torch.stack(changes).square().mean(dim=0).sqrt()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "loss_within", "update_within"),
     [("float64", 1e-12, 1e-9), ("float32", 1e-4, 0.05), ("bf16", None, 1.0)],

@@ -127,6 +127,7 @@ def fake_step(monkeypatch: pytest.MonkeyPatch, size: int, optim: Optim) -> Log:
     return log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, RANKS])
 @pytest.mark.parametrize("optim", [Optim(), Optim(name="sgd", clip_norm=1.0, ema=0.99)])
 def test_forward_and_update_never_wait(

@@ -47,6 +47,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], *, gradient: bool) 
     monkeypatch.setattr(Engine, "_forward", poisoned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [True, False])
 def test_steps_that_are_not_finite_can_be_skipped_up_to_a_limit(
     tiny: Write,

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from packs import pack_here
 from PIL import Image
@@ -144,6 +145,7 @@ def test_files_are_read_to_a_bound(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert read_regular(tmp_path / "file", 8) == b"12345678"
     assert read_regular(tmp_path / "file", 3, cut=True) == b"123"
+    assert read_regular(tmp_path / "file", 2**50, cut=True) == b"12345678"  # no room is made for it
     assert read_regular("/proc/self/status", 1 << 20).startswith(b"Name:")  # its size is 0
     for path, line in (("/dev/zero", "no regular file"), (tmp_path / "pipe", "no regular file"),
                        (tmp_path, "no regular file"), (tmp_path / "file", "8 bytes, at most 7"),
@@ -180,6 +182,13 @@ def test_two_ranks_predict_as_one(
         "predict", 2, baseline_run, root, "--json", "--csv", tmp_path / "t.csv", "--device", "cpu",
         cwd=tmp_path, inside=in_parts_of_three,
     )  # fmt: skip
+    files = [tmp_path / name for name in ("one.parquet", "one.npy", "one.csv")]
+    pictures = [row["image"] for row in rows if "probabilities" in row][:2]
+    words = [w for n, f in zip(("parquet", "features", "csv"), files, strict=True)
+             for w in (f"--{n}", f)]  # fmt: skip
+    few = launch("predict", 2, baseline_run, *pictures, *words, "--device", "cpu", cwd=tmp_path)
+    assert few.returncode == 0, few.stderr  # the second rank has no picture
+    assert len(pd.read_parquet(files[0])) == len(np.load(files[1])) == 2
     assert done.returncode == 1, done.stderr
     both = [json.loads(line) for line in done.stdout.splitlines()]
     for row, own in zip(rows, both, strict=True):

@@ -45,6 +45,12 @@ def test_a_grid_goes_over_folds(tiny: Write, tmp_path: Path) -> None:
     assert config.data.fold == "2/3" == found[2].fold and config.train.seed == 0
 
 
+def test_runs_that_would_share_a_folder_are_refused(tiny: Write, tmp_path: Path) -> None:
+    _, axes, _ = grid.parse(["model.backbone=runs/a/b.pth,runs/a_b.pth"])
+    with pytest.raises(ValueError, match=r"would both have the folder .*runs_a_b"):
+        grid.grid_runs(str(tiny("base")), axes, ["tracking.enabled=true"], 1, tmp_path / "g", "b")
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_several_ranks_are_launched(
     tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int

@@ -93,6 +93,7 @@ def former(
     return request.param, rebuild(request.param, data, tmp_path), data
 
 
+@pytest.mark.slow
 def test_a_run_goes_on(
     former: tuple[str, Path, ShardSet], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_run_goes_on(
     assert mlflow.MlflowClient(store).get_run(after["run_id"]).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_its_optimiser_and_statistics_are_taken_over(
     former: tuple[str, Path, ShardSet], tmp_path: Path
 ) -> None:
@@ -139,6 +141,7 @@ def test_its_optimiser_and_statistics_are_taken_over(
                 assert other is tensor or torch.equal(other, tensor), (key, part)
 
 
+@pytest.mark.slow
 def test_its_best_checkpoint_is_evaluated(former: tuple[str, Path, ShardSet]) -> None:
     name, run, data = former
     report = evaluate.main(EvaluateOptions(checkpoint=run, data=str(data.root), no_tracking=True))
@@ -146,6 +149,7 @@ def test_its_best_checkpoint_is_evaluated(former: tuple[str, Path, ShardSet]) ->
     assert report["images" if name == "dan" else "pairs"] == (16 if name == "dan" else 60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "line"),
     [

@@ -114,6 +114,14 @@ def test_cut_jpegs_are_not_encoded_anew() -> None:
             to_jpeg(damaged_scans(jpeg)[kind], 24)
 
 
+@pytest.mark.parametrize("size", [None, 96, 24])
+def test_jpegs_that_lack_data_and_not_their_end_are_refused(size: int | None) -> None:
+    jpeg = encoded(picture(0, (96, 96)), "JPEG", quality=95)
+    assert to_jpeg(jpeg, size)[1] == (size != 24)
+    with pytest.raises(ValueError, match="cannot be decoded: premature end of data"):
+        to_jpeg(jpeg[: len(jpeg) // 2] + b"\xff\xd9", size)
+
+
 def test_image_bombs_are_refused_undecoded() -> None:
     bomb = encoded(Image.new("1", (20_000, 20_000)), "PNG")
     with pytest.raises(ValueError, match=r"20000×20000 pixels|exceeds limit"):

@@ -88,6 +88,7 @@ def test_a_wing_imports_only_rows_below_it(name: str) -> None:
             assert ROW_OF[other] > ROW_OF[name], f"{path} imports {other}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

@@ -73,6 +73,7 @@ def test_a_server_that_was_away_gets_every_record_once(
     assert client.get_logged_model(model.model_id).status == "READY"
 
 
+@pytest.mark.slow
 def test_recorded_metrics_do_not_depend_on_interruptions(tiny: Write, tmp_path: Path) -> None:
     options = ["tracking.enabled=true", "train.log_every=5", "train.max_steps=10"]
     single(tiny("whole"), *options)

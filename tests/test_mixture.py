@@ -127,6 +127,7 @@ def test_damage_is_each_sets_own(faces: ShardSet, others: ShardSet) -> None:
         reader.report(1, "a test's")
 
 
+@pytest.mark.slow
 def test_two_sets_train_resume_to_the_bit_and_are_judged_each(
     tiny: Write, tmp_path: Path, faces: ShardSet, others: ShardSet
 ) -> None:
@@ -149,6 +150,7 @@ def test_two_sets_train_resume_to_the_bit_and_are_judged_each(
     assert checkpoint is not None and checkpoint[1]["class_names"] == list(faces.class_names)
 
 
+@pytest.mark.slow
 def test_sets_from_a_server_and_a_folder_go_through_a_cache(
     tiny: Write, tmp_path: Path, faces: ShardSet, others: ShardSet
 ) -> None:

@@ -44,6 +44,7 @@ def client() -> Any:
     return connect(os.environ["MLFLOW_TRACKING_URI"])
 
 
+@pytest.mark.slow
 def test_accuracy_first_and_runs_found_by_data_and_code(
     tiny: Write, faces: ShardSet, tmp_path: Path, server: TrackingServer,
     monkeypatch: pytest.MonkeyPatch,
@@ -149,6 +150,7 @@ def test_an_evaluation_is_at_the_model_and_at_its_data(
         register(tmp_path, "faces", "champion")
 
 
+@pytest.mark.slow
 def test_results_of_other_things_are_never_overwritten(
     dan_run: Path, faces: ShardSet, tmp_path: Path
 ) -> None:
@@ -167,8 +169,10 @@ def test_results_of_other_things_are_never_overwritten(
     assert releases == [faces.release, "another"]
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "r.json").write_text("no json")
+    (tmp_path / "x-2").mkdir()
+    (tmp_path / "x-2" / "step-00000010.pt").touch()  # a training's
     with result_folder(tmp_path / "x", "r.json", {"a": 1}) as folder:
-        assert folder == tmp_path / "x-2"
+        assert folder == tmp_path / "x-3"
 
 
 def test_two_results_of_one_moment_share_no_folder(tmp_path: Path) -> None:

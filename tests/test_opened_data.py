@@ -66,6 +66,7 @@ def test_another_index_than_was_packed_is_refused(
         join([Part(faces, 1, {}), Part(own, 1, {})], None).split(split)
 
 
+@pytest.mark.slow
 def test_no_program_takes_another_index(
     faces: ShardSet, baseline_run: Path, tiny: Write, tmp_path: Path
 ) -> None:
@@ -130,6 +131,7 @@ def test_what_becomes_of_the_folder_changes_no_batch(faces: ShardSet, tmp_path: 
     assert split.index["label"].tolist() == faces.split("val").index["label"].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["packed over", "removed"])
 def test_a_set_that_is_replaced_under_a_training_is_named(
     faces: ShardSet, tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

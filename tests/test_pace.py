@@ -80,6 +80,7 @@ def train_slowly(program: str, words: list[str]) -> None:
     call_program(program, words)
 
 
+@pytest.mark.slow
 def test_a_slow_reader_is_named_with_its_node(tiny: Write, tmp_path: Path, store: str) -> None:
     inside = functools.partial(train_slowly)
     words = [tiny("run"), "tracking.enabled=true", "train.log_every=5", "train.epochs=1"]

@@ -144,8 +144,17 @@ def test_an_empty_split_is_refused(tmp_path: Path, split: str) -> None:
 def test_a_split_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
     source = tree(tmp_path / "source")
     shutil.copytree(source / "val", os.fsdecode(os.fsencode(source) + b"/t\xe9st"))
-    with pytest.raises(ValueError, match=r"split 't\\udce9st' has no printable name"):
+    with pytest.raises(ValueError, match=r"split 't\\udce9st' has no plain printable name"):
         packed(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../evil", "fold/1", "/evil", ".", ""])
+def test_a_split_whose_name_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
+    release = folder.release(tree(tmp_path / "source"))
+    release.splits[name] = release.splits.pop("val")
+    with pytest.raises(ValueError, match="has no plain printable name"):
+        pack(release, tmp_path / "out", size=24)
     assert not (tmp_path / "out").exists()
 
 

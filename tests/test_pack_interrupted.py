@@ -146,6 +146,7 @@ def test_a_pack_killed_at_any_moment_goes_on_and_ends_the_same(tmp_path: Path) -
     assert interrupted  # some kills met the pack at work
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_pack_leaves_no_process_and_no_manifest(tmp_path: Path, number: int) -> None:
     source, out = tree(tmp_path / "source", train=400), tmp_path / "out"
@@ -179,6 +180,7 @@ def test_a_source_that_vanishes_midway_stops_the_pack(tmp_path: Path) -> None:
         pack(release, tmp_path / "out", size=32, workers=1, shard_size=10)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_error_and_packing_goes_on(tmp_path: Path) -> None:
     """On a real file system of 300 KB, in a mount namespace of its own."""
     reduced, disk = tmp_path / "reduced", tmp_path / "disk"

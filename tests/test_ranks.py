@@ -68,6 +68,7 @@ def test_the_server_runs_one_thread() -> None:
     assert len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_another_server_of_this_process_is_replaced() -> None:
     """As packing starts one, which has imported nothing."""
     forkserver._forkserver._stop()

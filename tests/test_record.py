@@ -31,6 +31,7 @@ def recorded(folder: Path, uri: str) -> tuple[Any, dict[str, Any]]:
     return run, yaml.safe_load(Path(path).read_text())
 
 
+@pytest.mark.slow
 def test_what_changes_when_a_run_goes_on_is_recorded(tiny: Write, tmp_path: Path, uri: str) -> None:
     options = ["tracking.enabled=true", "train.log_every=2"]
     single(tiny("run"), *options, "train.max_steps=2")

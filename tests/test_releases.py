@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,28 @@ def test_broken_raf_db_lists(tmp_path: Path) -> None:
     assert "train_00001_aligned.jpg: not in the partition list" in output
     path.unlink()
     assert "list_patition_label.txt not found" in refused(root, "rafdb")
+
+
+def test_a_list_at_the_top_opens_nothing_outside(tmp_path: Path) -> None:
+    """The folder of RAF-DB that holds its list is the source itself."""
+    layouts.write_rafdb(tmp_path / "raf", 14, 7, seed=0)
+    source = tmp_path / "raf" / "Image"
+    (tmp_path / "raf/EmoLabel/list_patition_label.txt").rename(source / "list_patition_label.txt")
+    (tmp_path / "secret.jpg").write_bytes((source / "aligned/train_00001_aligned.jpg").read_bytes())
+    (source / "aligned/train_00001_aligned.jpg").unlink()
+    (source / "aligned/train_00001_aligned.jpg").symlink_to(tmp_path / "secret.jpg")
+    found = rafdb.release(source)
+    item = found.splits["train"][0]
+    with pytest.raises(ValueError, match="leads out of the source"):
+        found.read(item)
+    assert not any(Path(item.source).is_absolute() or "Image" in item.source
+                   for item in found.splits["test"])  # fmt: skip
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_place_of_a_list_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fer2013.csv")
+    assert "fer2013.csv: no regular file" in refused(tmp_path, "fer2013")
 
 
 def test_classes_have_the_names_that_the_faces_are_drawn_by() -> None:

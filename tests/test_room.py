@@ -15,8 +15,7 @@ from dan_dist import programs, room
 from dan_dist.config import layered, load_config
 from dan_dist.distributed.world import World
 from dan_dist.run.signals import StopRequest
-from shards import limits, pack
-from shards.packing.pool import in_processes
+from shards import limits, pack, verify
 
 MANY = list(range(16))
 
@@ -119,11 +118,12 @@ def test_absurd_values_are_refused_by_the_schema(key: str) -> None:
 def test_absurd_numbers_of_workers_runs_and_pixels_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with (
-        pytest.raises(ValueError, match=r"^--workers is 100000, expected 1024 at most$"),
-        in_processes(len, [], 100_000),
-    ):
-        pass
+    for program in (lambda *own: pack.main(["folder", "--source", "x", "--out", "y", *own]),
+                    lambda *own: verify.main(["x", *own])):  # fmt: skip
+        for workers in ("-1", "100000", "two"):
+            with pytest.raises(SystemExit):
+                program("--workers", workers)
+            assert f"{workers!r}, expected 0 to 1024 processes" in capsys.readouterr().err
     for options in (["--seeds", "1000000000"], ["--nproc", "100000"]):
         with pytest.raises(ValueError, match=f"{options[1]}, expected 1 to 1000"):
             programs._ablate(["heads", *options], StopRequest())

@@ -209,6 +209,7 @@ def opened() -> Iterator[list[str]]:
     OPENED.clear()
 
 
+@pytest.mark.slow
 def test_the_test_split_is_opened_after_the_last_epoch(
     tested: ShardSet, tiny: Write, tmp_path: Path, opened: list[str], store: str,
     caplog: pytest.LogCaptureFixture,
@@ -247,6 +248,7 @@ def test_the_test_split_is_opened_after_the_last_epoch(
     assert outcome(run)["result"]["looks"] == 2 and "look 2" in caplog.text
 
 
+@pytest.mark.slow
 def test_two_ranks_look_as_one(tested: ShardSet, tiny: Write, tmp_path: Path) -> None:
     words = [f"data.shards={tested.root}", "data.test_split=test", "train.max_steps=1"]
     printed = train(2, tiny("run"), *words, cwd=tmp_path)

@@ -83,6 +83,7 @@ def due(own: Shares, batch: int, steps: int) -> list[list[int]]:
     return sums
 
 
+@pytest.mark.slow
 @random(800)
 @given(mixtures())
 def test_totals_differ_from_their_shares_by_less_than_one_at_every_step(
@@ -103,6 +104,7 @@ def test_totals_differ_from_their_shares_by_less_than_one_at_every_step(
         assert not any(n for n, q in zip(drawn, parts, strict=True) if q == 0)
 
 
+@pytest.mark.slow
 @random(500)
 @given(mixtures(), st.integers(0, 99))
 def test_cycles_are_permutations_and_no_batch_holds_an_image_twice(
@@ -121,6 +123,7 @@ def test_cycles_are_permutations_and_no_batch_holds_an_image_twice(
             assert ends_inside or len(np.unique(mine)) == len(mine)
 
 
+@pytest.mark.slow
 @random(500)
 @given(mixtures(), st.integers(1, 6))
 def test_an_epoch_found_alone_is_that_of_a_run_from_step_0(

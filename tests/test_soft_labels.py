@@ -91,6 +91,7 @@ def test_a_batch_has_the_votes_of_its_images_and_of_substitutes(
     assert seen
 
 
+@pytest.mark.slow
 def test_a_training_on_votes_that_agree_is_the_hard_one(faces: ShardSet, tmp_path: Path) -> None:
     shards = with_votes(faces, tmp_path / "votes")
     options = ["data.synthetic=null", f"data.shards={shards.root}", "model.image_size=32",

@@ -121,6 +121,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert both[0]["best"]["accuracy"] <= both[1]["best"]["accuracy"]
 
 
+@pytest.mark.slow
 @both_tasks
 def test_resume_at_another_world_size_goes_on_with_the_same_batches(
     tiny: Write, tmp_path: Path, task: list[str]
@@ -146,6 +147,7 @@ def test_a_checkpoint_that_does_not_know_all_keys_is_gone_on_with(
         single(tiny("run"), "data.pairs=60")
 
 
+@pytest.mark.slow
 def test_checkpoints_are_whole_and_few(tiny: Write, tmp_path: Path) -> None:
     single(tiny("run"), *DAN, "train.checkpoint_every=6", "train.keep_checkpoints=2")
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
@@ -204,6 +206,7 @@ def test_evaluation_is_the_same_on_any_number_of_ranks(tiny: Write, tmp_path: Pa
     assert one["accuracy"] * 16 == round(one["accuracy"] * 16)
 
 
+@pytest.mark.slow
 def test_without_sync_bn_ranks_still_agree_on_what_is_saved(tiny: Write, tmp_path: Path) -> None:
     out = train(2, tiny("run"), "model.sync_bn=false", "train.max_steps=4", cwd=tmp_path)
     assert "finished after 4 steps" in out

@@ -30,9 +30,11 @@ from dan_dist.distributed.heartbeat import session
 from dan_dist.evaluation.predictions import predict as outputs
 from dan_dist.inference import export
 from dan_dist.inference import predict as prediction
+from dan_dist.inference.card import describe_results
 from dan_dist.model.dan import DAN, Output
 from dan_dist.model.weights import load_trained
 from dan_dist.options import ExportOptions, PredictOptions
+from dan_dist.run import checkpoint
 from dan_dist.tracking import logged_model
 from dan_dist.tracking import tracker as tracking
 from dan_dist.tracking.store import connect
@@ -59,6 +61,7 @@ def evaluated(folder: Path, faces: ShardSet) -> NDArray[np.float32]:
         return outputs(load_trained(folder), split, world, heart, "auto")
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_the_evaluation(
     dan_run: Path, faces: ShardSet, tmp_path: Path
 ) -> None:
@@ -189,6 +192,10 @@ def test_exported_files_give_the_networks_logits(
     for part in ("Wilson", "split `val`", faces.fingerprint, "Intended use", "Licences",
                  "opset 17"):  # fmt: skip
         assert part in card.read_text()
+    whole = checkpoint.load(dan_run / "best.pt")
+    torch.save({**whole, "step": whole["step"] + 1}, tmp_path / "step-00000005.pt")
+    other = describe_results(load_trained(tmp_path / "step-00000005.pt"))
+    assert other == "The file does not name any."  # the best evaluation is another checkpoint's
     check_header(onnx)
     session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
     extra = {"metadata.json": ""}
@@ -239,6 +246,7 @@ def logged(client: Any) -> list[Any]:
     return sorted(client.search_logged_models([experiment]), key=lambda m: int(m.params["step"]))
 
 
+@pytest.mark.slow
 def test_the_best_model_is_in_mlflow(
     dan_run: Path, tiny: Write, faces: ShardSet, tmp_path: Path, store: str
 ) -> None:
@@ -284,6 +292,7 @@ def test_the_best_model_is_in_mlflow(
     assert len(logged(client)) == 1 + (load_trained(tmp_path / "run").step > best.step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call", ["create_logged_model", "log_model_artifacts", "log_outputs", "finalize_logged_model"]
 )

@@ -225,6 +225,7 @@ def test_the_classifier_follows_the_names(authors: Path) -> None:
         load_weights(DAN(8, 2), affectnet.CLASSES, str(authors))
 
 
+@pytest.mark.slow
 def test_a_training_starts_from_it(
     authors: Path, tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -263,6 +264,7 @@ def test_a_dan_from_a_baseline(
     assert all(torch.equal(trunk[name], dan[name]) for name in learned)
 
 
+@pytest.mark.slow
 def test_evaluated_under_classes_in_another_order(authors: Path, faces: ShardSet) -> None:
     """The same network with its classes named in another order: as many are right."""
     state = torch.load(authors, weights_only=True)

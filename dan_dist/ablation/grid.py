@@ -125,7 +125,7 @@ def grid_runs(
     if not first.tracking.enabled:
         raise ValueError("tracking.enabled=false: an ablation is compared in MLflow")
     parent = ablation_id(folder, name)
-    found = []
+    found = list[AblationRun]()
     parts: list[str | None] = [f"{k}/{folds}" for k in range(1, folds + 1)]
     numbers = range(first.train.seed, first.train.seed + seeds)
     for seed, fold in product(numbers, parts or [None]):
@@ -137,6 +137,9 @@ def grid_runs(
             words = [word for pair in values.items() for word in pair]
             words += ["seed", str(seed), *(["fold", fold.split("/")[0]] if fold else [])]
             own = re.sub(r"[^\w.-]", "_", "-".join(words))
+            if any(run.name == own for run in found):
+                raise ValueError(f"two runs of the grid would both have the folder {own}: give "
+                                 "values that differ in a letter or digit")  # fmt: skip
             lasting = [f"train.seed={seed}", *([f"data.fold={fold}"] if fold else [])]
             run = AblationRun(own, values, seed, layered(overrides, chosen, lasting), fold)
             output = str(folder / own).replace("$", "$$")

@@ -7,6 +7,7 @@ numbers and the same operators. A damaged image is replaced when it is sampled, 
 import json
 import logging
 import shutil
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -26,8 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dan_dist.data.graph import Source, as_batch, decode
-from dan_dist.data.pixels import PixelFile, checksums, sums_of
+from dan_dist.data.pixels import PixelFile, checksums, faults_of, is_whole, read_faults, sums_of
 from dan_dist.data.reader import READERS, Reader, decoding_fault, readable_key
+from shards.command import words
 from shards.files import locked, replacing, write_atomically
 from shards.format import Split
 from shards.limits import left_bytes
@@ -157,25 +159,42 @@ def decode_to_file(
     path = Path(cache) / f"{fingerprint[:16]}-{split.name}-{image_size}-{decoder}.pixels"
     if _is_current(path, split, need):  # looked at before the lock: the folder may be read-only
         return str(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_suffix(".lock")
-    with locked(lock, f"another process decodes into {path}", wait=True):
-        if _is_current(path, split, need):
-            return str(path)
-        if (free := shutil.disk_usage(path.parent).free) < need:
-            raise OSError(f"data.cache {cache}: {need / 1e6:,.1f} MB are needed for the decoded "
-                          f"images, {free / 1e6:,.1f} MB are free")  # fmt: skip
-        faults, sums = dict[int, str](), []
-        _faults_of(path).unlink(missing_ok=True)  # of pixels that somebody has removed
-        with replacing(path) as file:
-            for rows in decode_all(
-                split, faults, image_size=image_size, device=device, threads=threads
-            ):
-                pixels = rows.cpu().numpy()
-                file.write(pixels.data)
-                sums.append(checksums(pixels.reshape(len(pixels), -1)))
-        write_atomically(sums_of(path), np.concatenate(sums).tobytes())
-        write_atomically(_faults_of(path), json.dumps(faults, indent=1) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = locked(path.with_suffix(".lock"), f"another process decodes into {path}", wait=True)
+        with lock:
+            return _made(path, split, image_size=image_size, device=device, threads=threads)
+    except OSError as error:
+        if not is_whole(path, len(split), need):
+            raise
+        log.warning("%s is used as it is: %s", path, words(error))
+        return str(path)
+
+
+def _made(path: Path, split: Split, *, image_size: int, device: torch.device, threads: int) -> str:
+    """The file, decoded anew where it is not whole or leaves out what can be read; under its lock.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    need = size_bytes(split, image_size)
+    if _is_current(path, split, need):
+        return str(path)
+    if (free := shutil.disk_usage(path.parent).free) < need:
+        raise OSError(f"data.cache {path.parent}: {need / 1e6:,.1f} MB are needed for the decoded "
+                      f"images, {free / 1e6:,.1f} MB are free")  # fmt: skip
+    tempfile.TemporaryFile(dir=path.parent).close()  # before the file that is there is touched
+    faults, sums = dict[int, str](), list[NDArray[np.uint64]]()
+    faults_of(path).unlink(missing_ok=True)  # of pixels that somebody has removed
+    with replacing(path) as file:
+        for rows in decode_all(
+            split, faults, image_size=image_size, device=device, threads=threads
+        ):
+            pixels = rows.cpu().numpy()
+            file.write(pixels.data)
+            sums.append(checksums(pixels.reshape(len(pixels), -1)))
+    write_atomically(sums_of(path), np.concatenate(sums).tobytes())
+    write_atomically(faults_of(path), json.dumps(faults, indent=1) + "\n")
     return str(path)
 
 
@@ -186,9 +205,9 @@ def open_file(path: str, split: Split, *, image_size: int) -> Decoded:
         OSError: it is there no more, or not whole.
     """
     file = Path(path)
-    if not _is_whole(file, split, size_bytes(split, image_size)):
+    if not is_whole(file, len(split), size_bytes(split, image_size)):
         raise OSError(f"{path} is not whole any more; the same command decodes anew")
-    return Decoded(PixelFile(file, image_size), _faults_in(file))
+    return Decoded(PixelFile(file, image_size), read_faults(file))
 
 
 def size_bytes(split: Split, image_size: int) -> int:
@@ -303,34 +322,21 @@ def _announce(place: str, split: Split, size: int, need: int, free: int, where: 
     log.info("data.decoded is %s: %s of memory, %s are free", place, line, f"{free / 1e9:,.2f} GB")
 
 
-def _faults_of(path: Path) -> Path:
-    """The file that is written last."""
-    return path.with_suffix(".json")
-
-
-def _faults_in(path: Path) -> dict[int, str]:
-    faults = json.loads(_faults_of(path).read_text())
-    return {int(sample): fault for sample, fault in faults.items()}
-
-
 def _is_current(path: Path, split: Split, size: int) -> bool:
     """Whether the file is whole and what it leaves out is still damaged.
 
     Storage that failed for a moment must not cost an image for ever.
     """
-    if not _is_whole(path, split, size):
+    if not is_whole(path, len(split), size):
+        return False
+    try:
+        samples = [*read_faults(path)]
+    except FileNotFoundError:  # another process has begun to decode anew
         return False
     with closing(Reader(split, max_bad=0)) as reader:
-        samples = [*_faults_in(path)]
         for sample, (content, fault) in zip(samples, reader.contents(samples), strict=True):
             if not fault and not decoding_fault(content.tobytes()):
                 name = readable_key(split, sample)
                 log.warning("%s leaves out %s, which can be read now: decoding anew", path, name)
                 return False
     return True
-
-
-def _is_whole(path: Path, split: Split, size: int) -> bool:
-    expected = {path: size, sums_of(path): 8 * len(split)}
-    found = all(file.is_file() and file.stat().st_size == n for file, n in expected.items())
-    return found and _faults_of(path).is_file()

@@ -1,5 +1,6 @@
 """Decoded pixels in a file, checked as they are read."""
 
+import json
 import os
 from pathlib import Path
 
@@ -56,3 +57,21 @@ def checksums(pixels: NDArray[np.uint8]) -> NDArray[np.uint64]:
 def sums_of(path: Path) -> Path:
     """The file with the checksum of each image's pixels."""
     return path.with_suffix(".sums")
+
+
+def faults_of(path: Path) -> Path:
+    """The file with what is wrong with images that could not be decoded; it is written last."""
+    return path.with_suffix(".json")
+
+
+def read_faults(path: Path) -> dict[int, str]:
+    """The samples that could not be decoded, and why; FileNotFoundError: nothing tells."""
+    faults = json.loads(faults_of(path).read_text())
+    return {int(sample): fault for sample, fault in faults.items()}
+
+
+def is_whole(path: Path, samples: int, size_bytes: int) -> bool:
+    """Whether all that belongs to a file of pixels is there, by its sizes."""
+    expected = {path: size_bytes, sums_of(path): 8 * samples}
+    found = all(file.is_file() and file.stat().st_size == n for file, n in expected.items())
+    return found and faults_of(path).is_file()

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -29,6 +30,7 @@ from shards.limits import core_count, core_quota
 T = TypeVar("T")
 POLL_S = 0.05
 COLLECTIVE_S = 3600.0  # a hanging rank is found by its heartbeat, long before
+LEAVE_S = 60.0  # that rank 0 waits at the end for ranks that have nothing to do but to end too
 ABORT_S = 5.0  # that a process which has nothing else to do waits for its group to be aborted
 
 
@@ -188,7 +190,17 @@ def group_of_one(world: World) -> None:
 
 
 def close_world(world: World) -> None:
-    """Leaves the process group; that of one rank alone, which DeepSpeed holds on to, stays."""
+    """Leaves the process group; that of one rank alone, which DeepSpeed holds on to, stays.
+
+    Rank 0 goes last: without torchrun the store is its process's, from which others may yet read.
+    """
+    if world.store is not None:
+        with suppress(RuntimeError):  # the store has gone, with a launcher that has given up
+            left = world.store.add("left", 1)
+            until_s = time.monotonic() + LEAVE_S
+            while world.is_main and left < world.size and time.monotonic() < until_s:
+                time.sleep(POLL_S)
+                left = world.store.add("left", 0)
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -42,14 +42,15 @@ from dan_dist.run.results import check_result_folder, result_folder
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.inputs import dataset_inputs, model_of
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
-from shards.files import write_atomically
+from shards.files import sha256_of, write_atomically
 from shards.format import ShardSet, Split, open_shardset
 
 log = logging.getLogger(__name__)
 
 REPORT = "evaluation.json"
 # What a report is of; another of the same replaces it.
-OF = ("checkpoint", "step", "weights", "dataset", "release", "fingerprint", "split", "pairs_sha256")
+OF = ("checkpoint_sha256", "step", "weights", "dataset", "release", "fingerprint", "split",
+      "pairs_sha256")  # fmt: skip
 CONTEXTS = {"train": "train", "val": "val"}  # MLflow's word for a split; any other is a test
 
 
@@ -116,6 +117,7 @@ def evaluate(
         details = add_groups(details, judge_groups(rows, inputs.split, inputs.groups), title)
     report = {
         "checkpoint": trained.path.name,
+        "checkpoint_sha256": sha256_of(trained.path),
         "step": trained.step,
         "dataset": shards.dataset,
         "release": shards.release,

@@ -3,26 +3,31 @@
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
+from dan_dist.data.cache import is_remote
 from dan_dist.distributed.heartbeat import session
 from dan_dist.evaluation import evaluate as single
 from dan_dist.evaluation.figures import matrix_figure
 from dan_dist.evaluation.judge import WHOLE
 from dan_dist.model.weights import Trained
 from dan_dist.options import EvaluateCommand, EvaluateOptions, EvaluationChoices
-from dan_dist.run.results import check_result_folder
+from dan_dist.run.results import check_result_folder, result_folder
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.tracker import RunRecord, record_run
-from shards.files import write_atomically
+from shards.files import sha256_of, write_atomically
 
 FOLDER = "across"  # beside the first checkpoint
-FILES = ("matrix.md", "matrix.csv", "matrix.json", "matrix.png")
+REPORT = "matrix.json"
+FILES = ("matrix.md", "matrix.csv", REPORT, "matrix.png")
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +42,10 @@ def main(command: EvaluateCommand) -> list[dict[str, Any]]:
              for path in command.checkpoint]  # fmt: skip
     if len(cells) == len(cells[0]) == 1:
         return [single.main(cells[0][0])]
-    with session(command.device, timeout_s=60.0, on_loss=lambda line: None) as (world, heart):
+    with (
+        session(command.device, timeout_s=60.0, on_loss=lambda line: None) as (world, heart),
+        ExitStack() as stack,
+    ):
         networks = [single.open_network(row[0], world) for row in cells]
         if other := [trained for trained in networks if trained.task != "expression"]:
             raise ValueError(f"{other[0].path} was trained on identities: evaluate it by itself")
@@ -48,9 +56,16 @@ def main(command: EvaluateCommand) -> list[dict[str, Any]]:
             for trained, row in zip(networks, cells, strict=True)
         ]  # fmt: skip
         rows = unlike([trained.name for trained in networks])
-        columns = unlike([Path(data.rstrip("/")).name for data in command.data])
-        output = command.output or networks[0].path.parent / FOLDER
-        world.run_once(lambda: check_result_folder(output))
+        columns = unlike([_name(data) for data in command.data])
+        wanted = command.output or networks[0].path.parent / FOLDER
+        world.run_once(lambda: check_result_folder(wanted))
+        digests = [sha256_of(trained.path) for trained in networks]
+        judged = [
+            [rows[k], digest, columns[j], sets[j].fingerprint, inputs.split.name]
+            for k, digest in enumerate(digests) for j, inputs in enumerate(opened[k])
+        ]  # fmt: skip
+        held = result_folder(wanted, REPORT, {"of": judged})
+        output = Path(world.run_once(lambda: str(stack.enter_context(held))))
         found = []
         for k, trained in enumerate(networks):
             for j, shards in enumerate(sets):
@@ -60,7 +75,7 @@ def main(command: EvaluateCommand) -> list[dict[str, Any]]:
                 report = single.evaluate(trained, shards, opened[k][j], cell, world, heart)
                 found.append({"run": rows[k], "data": columns[j], **report})
         if world.is_main:
-            publish(found, networks, command, output)
+            publish(found, judged, networks, command, output)
         return found
 
 
@@ -71,19 +86,31 @@ def _options(
     return EvaluateOptions(checkpoint=checkpoint, data=data, **{**shared, **changed})
 
 
+def _name(data: str) -> str:
+    """A set's name by its folder or address, whose query signs it."""
+    path = urlsplit(data).path if is_remote(data) else data
+    return Path(path.rstrip("/")).name
+
+
 def unlike(names: Sequence[str]) -> list[str]:
-    """The names, of which a second one that is the same gets a number."""
-    return [
-        name if names.count(name) == 1 else f"{name}-{list(names[: k + 1]).count(name)}"
-        for k, name in enumerate(names)
-    ]
+    """The names, of which those that are the same get a number; none is there twice."""
+    found: list[str] = []
+    for name in names:
+        is_alone = names.count(name) == 1
+        numbered = (f"{name}-{number}" for number in count(1))
+        taken = {*found, *names}
+        found.append(name if is_alone else next(own for own in numbered if own not in taken))
+    return found
 
 
 def publish(
-    found: Sequence[dict[str, Any]], networks: Sequence[Trained], command: EvaluateCommand,
-    output: Path,
+    found: Sequence[dict[str, Any]], judged: Sequence[Sequence[str]], networks: Sequence[Trained],
+    command: EvaluateCommand, output: Path,
 ) -> None:  # fmt: skip
-    """Writes table, figure and JSON file, records them in MLflow, logs the table."""
+    """Writes table, figure and JSON file, records them in MLflow, logs the table.
+
+    judged: of each cell, what tells it from others.
+    """
     import pandas as pd  # takes a while to import
 
     rows, columns = (list(dict.fromkeys(r[key] for r in found)) for key in ("run", "data"))
@@ -94,8 +121,9 @@ def publish(
     text = markdown(found, rows, columns)
     write_atomically(output / "matrix.md", text)
     write_atomically(output / "matrix.csv", pd.DataFrame(flat(found)).to_csv(index=False))
-    write_atomically(output / "matrix.json", json.dumps(list(found), indent=1) + "\n")
     save(matrix_figure(tables, rows, columns), output / "matrix.png")
+    content = {"of": judged, "cells": list(found)}
+    write_atomically(output / REPORT, json.dumps(content, indent=1) + "\n")
     if not command.no_tracking:
         record = RunRecord(
             experiment=command.experiment or networks[0].experiment,

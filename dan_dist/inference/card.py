@@ -5,7 +5,9 @@ from typing import Any
 
 from scipy.stats import binomtest
 
+from dan_dist.data.holdout import HELD_OUT
 from dan_dist.model.weights import Trained
+from dan_dist.run.checkpoint import BEST
 from shards.command import escape
 from shards.cut import BOX, SIMILARITY, parse_cut
 
@@ -118,27 +120,33 @@ def describe_protocol(trained: Trained) -> str:
     data, train = trained.config["data"], trained.config["train"]
     sets = ", ".join(trained.facts.get("sets", ())) or "a set that the file does not name"
     start = trained.config["model"].get("weights") or trained.config["model"].get("backbone")
-    lines = (
+    lines: tuple[str, ...] = (
         f"Trained on split `train` of {sets}, fingerprint `{trained.facts.get('fingerprint')}`,",
         f"for {train.get('epochs')} epochs in batches of {train.get('global_batch')}, seed",
         f"{train.get('seed')}; start of the weights: `{start}`.",
-        f"The checkpoint is that of the best epoch on split `{data['val_split']}`: its accuracy",
-        "there chose it, and is higher than on images that chose nothing.",
     )
+    if trained.path.name == BEST:
+        where = f"split `{data['val_split']}`"
+        if trained.selected_on == HELD_OUT:
+            where = "images held out of `train`"
+        lines += (f"The checkpoint is that of the best epoch on {where}: its accuracy there chose",
+                  "it, and is higher than on images that chose nothing.")  # fmt: skip
     return escape(" ".join(lines))
 
 
 def describe_results(trained: Trained) -> str:
     """The training's own evaluation of the checkpoint, with Wilson's interval of the accuracy."""
-    best: Mapping[str, Any] = trained.facts.get("best", {})
-    if "accuracy" not in best:
+    own = "best" if trained.path.name == BEST else "evaluation"
+    found: Mapping[str, Any] = trained.facts.get(own, {})
+    if "accuracy" not in found:
         return "The file does not name any."
     images = trained.facts.get("images")
     rows = ["| metric | value |", "|---|---|"]
-    rows += [f"| {name} | {100 * value:.2f} % |" for name, value in best.items() if name != "epoch"]
+    values = ((name, value) for name, value in found.items() if name != "epoch")
+    rows += [f"| {name} | {100 * value:.2f} % |" for name, value in values]
     lines = ["Of the training's own evaluation of this checkpoint:", "", *rows]
-    if images and 0 <= best["accuracy"] <= 1:
-        right = round(best["accuracy"] * images)
+    if images and 0 <= found["accuracy"] <= 1:
+        right = round(found["accuracy"] * images)
         low, high = binomtest(right, images).proportion_ci(method="wilson")
         lines += ["", f"The accuracy's 95 % interval over {images} images is {100 * low:.2f} to "
                   f"{100 * high:.2f} % (Wilson)."]  # fmt: skip

@@ -25,7 +25,7 @@ from dan_dist.run.results import check_result_folder, result_folder
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.inputs import model_of
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
-from shards.files import scratch_folder, write_atomically
+from shards.files import scratch_folder, sha256_of, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +104,8 @@ def describe(explanations: Sequence[Explanation], inputs: Inputs) -> dict[str, A
 
 
 def seen(explanations: Sequence[Explanation], inputs: Inputs) -> str:
-    """A digest of the first network and the images: a look at other ones is another result."""
-    own = [explanations[0].trained.path.name, explanations[0].trained.step]
+    """A digest of the networks and the images: a look at other ones is another result."""
+    own = [sha256_of(explanation.trained.path) for explanation in explanations]
     digest = hashlib.sha256(json.dumps([own, inputs.faces.names, inputs.origin]).encode())
     for split in filter(None, (inputs.faces.split, inputs.labelled)):
         digest.update(split.index.tobytes())

@@ -98,7 +98,7 @@ def writing(files: Files, class_names: Sequence[str], *, faces: bool) -> Iterato
             writers.append(partial(_draw, names=names, folder=files.draw))
 
         def write(rows: Sequence[Row]) -> None:
-            for writer in writers:
+            for writer in writers if rows else ():  # a rank may have had no image
                 writer(rows)
 
         yield write

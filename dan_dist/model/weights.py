@@ -74,7 +74,8 @@ class Trained(NamedTuple):
     step: int  # optimiser steps; in the authors' files, epochs
     config: dict[str, Any]  # of the training; empty in the authors' files
     run_id: str | None  # MLflow's, of the training
-    facts: dict[str, Any]  # sets, fingerprint, face_cut, the best evaluation and its images, if any
+    # sets, fingerprint, face_cut, its own evaluation and the best one and their images, if any
+    facts: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -190,6 +191,8 @@ def _ours(path: Path, content: dict[str, Any], weights: Which) -> Trained:
     facts: dict[str, Any] = {
         key: content[key] for key in ("sets", "fingerprint", "best", "face_cut") if key in content
     }
+    if content.get("evaluated") == content["step"]:
+        facts["evaluation"] = content["metrics"]
     if isinstance(right := content.get("right"), Tensor):
         facts["images"] = right.numel()
     network = fill_network(

@@ -91,13 +91,17 @@ class CheckpointWriter:
 
     def _write(self, step: int, content: dict[str, Any], is_best: bool) -> None:
         if is_best:
-            self._best = {k: v for k, v in content.items() if k != "optimizer"}
+            self._best = _without_optimizer(content)
         if self._best is not None:  # before any checkpoint that records it as the best
             save(self._folder / BEST, self._best)
             self._best = None
         save(step_path(self._folder, step), content)
         self.saved = step
         prune(self._folder, self._keep)
+
+
+def _without_optimizer(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key != "optimizer"}
 
 
 def step_path(folder: Path, step: int) -> Path:
@@ -179,6 +183,30 @@ def set_aside_after(folder: Path, step: int) -> None:
     for path in folder.glob("*.partial"):
         path.unlink(missing_ok=True)
     (folder / DAMAGE).unlink(missing_ok=True)
+
+
+def keep_best_of(folder: Path, step: int) -> bool:
+    """Sets a best checkpoint aside that is of a later step than `step`, from which a run resumes.
+
+    What was chosen after that is forgotten: where the checkpoint of `step` is itself the best up to
+    there, it becomes the best one again. Returns whether there is none now.
+    """
+    path, resumed = folder / BEST, step_path(folder, step)
+    try:
+        if load(path, keys=())["step"] <= step:
+            return False
+        path.rename(path.with_name(path.name + ".damaged"))
+    except (ValueError, OSError, KeyError):  # damaged or missing: who reads it says so
+        return False
+    if resumed.is_file():
+        content = load(resumed, keys=RESUMED)
+        chosen, last = content["best"].items(), content["metrics"].items()
+        if content.get("evaluated") == step and last <= chosen:
+            save(path, _without_optimizer(content))
+            return False
+    log.warning("%s was of a later step than %d and is set aside: the best is chosen anew",
+                path, step)  # fmt: skip
+    return True
 
 
 @contextmanager

@@ -23,7 +23,7 @@ def check_result_folder(folder: Path) -> None:
             in MLflow have the names of a result's.
     """
     check_writable(folder, "--output")
-    if (folder / CONFIG_FILE).exists() or steps_saved(folder):
+    if _is_training(folder):
         raise ValueError(f"--output {folder} is the folder of a training; give one of its own")
 
 
@@ -38,14 +38,21 @@ def result_folder(wanted: Path, report: str, own: Mapping[str, Any]) -> Iterator
     """
     numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
     for folder in chain([wanted], numbered):
+        if _is_training(folder):  # its lock would be waited for
+            continue
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, f"another process writes a result into {folder}", wait=True):
-            if (folder / report).exists() and not _is_of(folder / report, own):
+            other = (folder / report).exists() and not _is_of(folder / report, own)
+            if other or _is_training(folder):
                 continue
             if folder != wanted:
                 log.info("%s holds another result and stays as it is", wanted)
             yield folder
             return
+
+
+def _is_training(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).exists() or bool(steps_saved(folder))
 
 
 def _is_of(path: Path, own: Mapping[str, Any]) -> bool:

@@ -71,8 +71,9 @@ def plan_pack(release: Release, size: int | None, shard_size: int) -> tuple[Plan
     _check_classes(release)
     digest, jobs = hashlib.sha256(), []
     for split, items in release.splits.items():
-        if not split.isprintable():
-            raise ValueError(f"{release.dataset}: split {split!r} has no printable name, rename it")
+        if not split.isprintable() or Path(split).name != split:  # it is part of files' names
+            raise ValueError(f"{release.dataset}: split {split!r} has no plain printable name, "
+                             "rename it")  # fmt: skip
         if not len(items):
             raise ValueError(f"{release.dataset}: split '{split}' holds no images")
         labels = np.empty(len(items), np.int32)

@@ -3,6 +3,7 @@
 Not joblib's: its workers go on with the tasks they hold after their parent was killed.
 """
 
+import argparse
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,17 @@ TASKS_AHEAD = 2  # handed to each worker in advance: their arguments are held in
 T = TypeVar("T")
 
 
+def worker_count(text: str) -> int:
+    """The value of a program's --workers; 0 stands for all cores.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no number that a machine can have.
+    """
+    if not text.isdecimal() or len(text) > 4 or int(text) > MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected 0 to {MOST_WORKERS} processes")
+    return int(text)
+
+
 @contextmanager
 def in_processes(
     function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], workers: int
@@ -32,12 +44,7 @@ def in_processes(
     """Yields (number of the task, its result) in the order in which tasks end.
 
     function: a module-level function. With one worker it runs in this process.
-
-    Raises:
-        ValueError: more workers than a machine can have.
     """
-    if workers > MOST_WORKERS:
-        raise ValueError(f"--workers is {workers}, expected {MOST_WORKERS} at most")
     if workers <= 1:
         yield ((number, function(*task)) for number, task in enumerate(arguments))
         return

@@ -64,7 +64,7 @@ def release(source: str | Path | Source, *, compound: bool = False) -> Release:
             raise FileNotFoundError(_no_images(source, found))
         # Paths of items are relative to the set's folder, wherever that lies in the source.
         home = path.parent.parent
-        if images.is_relative_to(home):
+        if home.is_relative_to(source.root) and images.is_relative_to(home):
             source = Source(home, source.links)
         left_out = LeftOut(source.root)
         splits = _listed(path, images, source, subset, left_out)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import folders
-from shards.files import read_regular
+from shards.files import NO_FILE, read_regular
 from shards.images import MAX_BYTES
 from shards.release import Content, Item, LeftOut
 
@@ -123,6 +123,8 @@ def lines(path: Path, source: Source) -> Iterator[tuple[str, int, str]]:
     """(where it stands, byte at which it begins, text) of each line that is not blank."""
     if not source.holds(path):
         raise ValueError(f"{path} is {LEADS_OUT}; {FOLLOW}")
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: {NO_FILE}")
     with path.open("rb") as file:
         at = len(b"\xef\xbb\xbf") if file.read(3) == b"\xef\xbb\xbf" else 0  # a byte order mark
         file.seek(at)
