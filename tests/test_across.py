@@ -96,6 +96,7 @@ def test_eight_classes_judged_on_seven(
         assert row == pytest.approx(expected[key], rel=2e-2), key  # bfloat16
 
 
+@pytest.mark.slow
 def test_seven_classes_judged_on_eight(dan_run: Path, faces: ShardSet, tmp_path: Path) -> None:
     """The data's images of a class that the network does not know are left out and counted."""
     content = checkpoint.load(dan_run / "best.pt")

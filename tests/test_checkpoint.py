@@ -139,6 +139,7 @@ def test_a_failure_of_the_run_hides_no_failure_of_the_disk(
     assert f"no checkpoint could be written into {tmp_path}: " in caplog.text
 
 
+@pytest.mark.slow
 def test_a_longer_run_can_be_ended_at_its_checkpoint(tiny: Write, tmp_path: Path) -> None:
     """In mid-epoch, without evaluation: as one that was to end there from the start."""
     whole = single(tiny("whole"), "train.max_steps=7").metrics

@@ -128,6 +128,7 @@ EXECUTED = {
     "python -m dan_dist.tracking register *":
         "test_mlflow.py::test_an_evaluation_is_at_the_model_and_at_its_data",
     "python tests/chaos.py*": "test_elastic.py::test_chaos_in_short",
+    "python tests/standing.py*": "test_elastic.py::test_programs_end_beside_a_load",
     "torchrun --nnodes=1:2 --max-restarts=3 …": "test_elastic.py::"
         "test_an_elastic_job_goes_on_without_the_dead",
     "torchrun --no-python dan-train …": "test_packaging.py::"
@@ -291,6 +292,7 @@ def test_what_the_lines_leave_is_ignored_by_git() -> None:
     assert {"/data/", "/runs/", "/sheets/", "*.out", "mlflow.db*"} <= {*ignored}
 
 
+@pytest.mark.slow
 def test_training_lines_pass_a_dry_run(
     place: Path, packed: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

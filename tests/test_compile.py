@@ -102,9 +102,8 @@ def test_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert cache_dir() == "/elsewhere"
 
 
-@pytest.mark.parametrize(
-    ("heads", "micro_batch", "steps"), [(2, None, 1), pytest.param(0, 4, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("heads", "micro_batch", "steps"), [(2, None, 1), (0, 4, 1)])
 def test_a_compiled_objective_trains_the_same(
     rehearsed: None, heads: int, micro_batch: int | None, steps: int
 ) -> None:
@@ -184,6 +183,7 @@ def everything(found: Engine) -> list[Tensor]:
     return [t.detach().clone() for t in found._changed()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 2])
 def test_a_captured_step_begins_where_it_was(before: int) -> None:
     """Recording leaves weights, statistics, average, optimiser and random numbers as they were."""

@@ -117,9 +117,8 @@ def single_steps_alone() -> dict[str, dict[str, float]]:
     return single_steps(ALONE)
 
 
-@pytest.mark.parametrize(
-    "stage", [STAGES[0], *(pytest.param(s, marks=pytest.mark.slow) for s in STAGES[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_skipped_step_leaves_the_next_ones_as_they_are(stage: int) -> None:
     ranks(1, skip_a_step, stage)
 

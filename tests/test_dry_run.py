@@ -114,6 +114,7 @@ def test_faces_that_are_not_drawn_yet_are_judged_by_their_list(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.txt"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_goes_on_or_is_refused(
     tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture, faces: ShardSet
 ) -> None:

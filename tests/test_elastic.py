@@ -33,6 +33,13 @@ def test_chaos_in_short(tmp_path: Path) -> None:
     assert tried == held and int(tried) > 10, done.stdout
 
 
+def test_programs_end_beside_a_load(tmp_path: Path) -> None:
+    done = run(sys.executable, REPOSITORY / "tests" / "standing.py", "--times", "1", "--load", "1",
+               "--programs", "predict", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| predict | 1 |" in done.stdout and "0 of them stood still" in done.stdout
+
+
 @pytest.mark.parametrize("victim", ["worker", "node"])
 def test_an_elastic_job_goes_on_without_the_dead(tiny: Write, tmp_path: Path, victim: str) -> None:
     """Two nodes of one rank each under torchrun's own restarts."""

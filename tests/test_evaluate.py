@@ -88,7 +88,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_gives_the_same_file(
     dan_run: Path, many: str, tmp_path: Path, ranks: int
 ) -> None:

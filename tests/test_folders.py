@@ -168,6 +168,7 @@ def in_parts_of_three(program: str, words: list[str]) -> None:
     call_program(program, words)
 
 
+@pytest.mark.slow
 def test_two_ranks_predict_as_one(
     baseline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

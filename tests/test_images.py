@@ -118,7 +118,7 @@ def test_cut_jpegs_are_not_encoded_anew() -> None:
 def test_jpegs_that_lack_data_and_not_their_end_are_refused(size: int | None) -> None:
     jpeg = encoded(picture(0, (96, 96)), "JPEG", quality=95)
     assert to_jpeg(jpeg, size)[1] == (size != 24)
-    with pytest.raises(ValueError, match="cannot be decoded: premature end of data"):
+    with pytest.raises(ValueError, match=r"cannot be decoded: .*premature end of data"):
         to_jpeg(jpeg[: len(jpeg) // 2] + b"\xff\xd9", size)
 
 

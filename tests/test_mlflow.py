@@ -84,6 +84,7 @@ def test_accuracy_first_and_runs_found_by_data_and_code(
     assert profile["num_rows"] == 80 and sum(profile["images"].values()) == 80
 
 
+@pytest.mark.slow
 def test_a_trace_of_some_steps_is_an_artifact(tiny: Write, tmp_path: Path, store: str) -> None:
     single(tiny("run"), "tracking.enabled=true", "train.max_steps=6", "train.profile=2")
     (path,) = (tmp_path / "run" / "profile").glob("*.json.gz")

@@ -95,6 +95,7 @@ def work_on_own_set(program: str, words: list[str]) -> str:
     return "no error"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["train", "evaluate"])
 def test_two_nodes_with_two_sets_are_told_apart(
     faces: ShardSet, baseline_run: Path, tiny: Write, tmp_path: Path, program: str

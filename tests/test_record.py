@@ -49,6 +49,7 @@ def test_what_changes_when_a_run_goes_on_is_recorded(tiny: Write, tmp_path: Path
     assert again.count('"kind": "config"') == 2
 
 
+@pytest.mark.slow
 def test_the_run_is_shown_where_there_is_one(
     tiny: Write, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

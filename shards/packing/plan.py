@@ -71,7 +71,8 @@ def plan_pack(release: Release, size: int | None, shard_size: int) -> tuple[Plan
     _check_classes(release)
     digest, jobs = hashlib.sha256(), []
     for split, items in release.splits.items():
-        if not split.isprintable() or Path(split).name != split:  # it is part of files' names
+        # It is part of files' names.
+        if not split or not split.isprintable() or Path(split).name != split:
             raise ValueError(f"{release.dataset}: split {split!r} has no plain printable name, "
                              "rename it")  # fmt: skip
         if not len(items):
