@@ -6,6 +6,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +47,11 @@ from shards.index import INDEX_DTYPE, with_soft
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Outline(ShardSet):
     """A set whose images are not here: its splits have labels alone."""
+
+    is_soft: bool  # whether they are soft, as a training wants them, which the copy may not have
 
     def split(self, name: str) -> Split:
         if name not in self.counts:
@@ -56,8 +60,8 @@ class Outline(ShardSet):
         index = np.zeros(sum(counts), INDEX_DTYPE)
         index["label"] = np.repeat(np.arange(len(counts)), counts)
         index["crc32"] = np.arange(len(index))  # different images
-        # Whether the index has soft labels is known when it is copied: here, it may.
-        index = with_soft(index, np.eye(len(counts), dtype=np.float32)[index["label"]])
+        if self.is_soft:
+            index = with_soft(index, np.eye(len(counts), dtype=np.float32)[index["label"]])
         return Split(name, self.root, (), index, self.class_names, self.image_size)
 
 
@@ -98,7 +102,7 @@ def find_shards(config: Config) -> ShardSet:
 
 def _find(config: Config, source: str, faces: Synthetic | None) -> ShardSet:
     """One set; faces: that are drawn for it."""
-    cache = config.data.cache
+    cache, is_soft = config.data.cache, config.loss.classification == "soft"
     if faces is not None and not (Path(source) / MANIFEST).exists():
         drawn = drawn_release(faces, source)
         with no_new_folders(Path(source)):
@@ -109,7 +113,7 @@ def _find(config: Config, source: str, faces: Synthetic | None) -> ShardSet:
         log.info("data.shards %s: not there yet; the training draws the faces", source)
         return Outline(
             Path(source), drawn.dataset, drawn.release, drawn.class_names, faces.size, "", counts,
-            dict.fromkeys(counts, ()), {}, {}, {}, drawn.face_cut,
+            dict.fromkeys(counts, ()), {}, {}, {}, drawn.face_cut, is_soft,
         )  # fmt: skip
     if faces is not None:
         make_synthetic(config)  # they are there: compares them
@@ -128,7 +132,7 @@ def _find(config: Config, source: str, faces: Synthetic | None) -> ShardSet:
             f"data.cache {cache}: {needed / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free"
         )
     log.info("data.cache %s: the training copies %.1f MB into it", cache, needed / 1e6)
-    return Outline(**vars(found)) if is_remote(source) else open_shardset(source)
+    return Outline(**vars(found), is_soft=is_soft) if is_remote(source) else open_shardset(source)
 
 
 def without_pairs_file(config: Config, shards: ShardSet) -> Config:

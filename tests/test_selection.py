@@ -27,7 +27,7 @@ from dan_dist.run import checkpoint
 from dan_dist.run.plan import make_plan
 from shards.duplicates import duplicate_groups
 from shards.format import INDEX_DTYPE, ShardSet, Split, open_shardset
-from shards.index import with_groups
+from shards.index import soft_of, with_groups
 from shards.packing.writer import pack
 from shards.releases import synthetic
 from shards.releases.sfew import film_of
@@ -142,7 +142,10 @@ def test_dry_runs_outline_is_cut_too() -> None:
     from dan_dist.dry_run import Outline
 
     outline = Outline(Path("x"), "d", "r", ("a", "b"), 32, "", {"train": (20, 10)}, {"train": ()},
-                      {}, {}, {}, None)  # fmt: skip
+                      {}, {}, {}, None, is_soft=True)  # fmt: skip
+    assert soft_of(outline.split("train").index).tolist() == [[1, 0]] * 20 + [[0, 1]] * 10
+    many = replace(outline, counts={"train": (5,) * 80_000}, is_soft=False)  # shares: 128 GB
+    assert soft_of(many.split("train").index) is None
     kept, held = hold_out(outline, outline.split("train"), [0.1, 0.9], 0, 0, "data.holdout")
     assert np.bincount(held.index["label"]).tolist() == [2, 1] and len(kept) == 27
 
