@@ -153,10 +153,12 @@ def find_output(words: Sequence[str]) -> Path | None:
 
     None: they do not name it, or not so that it can be read.
     """
-    given = [word for word in words if word.startswith("train.output=")]
+    given = [word for word in words if word.startswith(("train.output=", "train="))]
     try:
-        if given:
-            return _as_path(read_overrides(given[-1:], Config)[0].value)
+        for word in reversed(given):
+            for own in read_overrides([word], Config):
+                if own.path == ("train", "output"):
+                    return _as_path(own.value)
         known = [w for w in words if w != "--config" and not w.startswith("--local_rank=")]
         names = [w.removeprefix("--config=") for w in known]
         if any(name.startswith("-") for name in names):

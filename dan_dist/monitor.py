@@ -272,14 +272,15 @@ def validation_values(result: EvaluationResult) -> dict[str, float]:
 def save_evidence(config: Config, world: World, split: Split, state: TrainState) -> Iterator[None]:
     """Leaves in the run's folder what is needed to look into a failure of the block.
 
-    Of a step that is not finite `not-finite-rank<r>.json`; of too many damaged images the mark that
-    makes the next run resume from a checkpoint before them.
+    Of a step that is not finite `not-finite-rank<r>.json`; of too many damaged images of `split`,
+    which is trained on, the mark that makes the next run resume from a checkpoint before them.
     """
     folder = Path(config.train.output)
     try:
         yield
-    except TooMuchDamageError:
-        if state.replaced_since is not None:
+    except TooMuchDamageError as error:
+        # Of validation or test images nothing was learned.
+        if error.split is split and state.replaced_since is not None:
             with suppress(OSError):
                 mark_damage(folder, state.replaced_since)
         raise

@@ -159,7 +159,10 @@ class _Reading:
     def values(self, hint: Any) -> Any:
         """Of a whole YAML text."""
         try:
-            node = yaml.compose(self.text, yaml.BaseLoader)
+            try:
+                node = yaml.compose(self.text, yaml.BaseLoader)
+            except (ValueError, OverflowError) as error:  # of an escape that is no character
+                raise ValueError(f"{self.where}: not YAML: {error}") from error
             if node is None:
                 return None
             self.end = node.end_mark.index

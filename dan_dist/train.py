@@ -34,8 +34,8 @@ from dan_dist.run.checkpoint import RESUMED, load
 from dan_dist.run.folder import (
     check_continues,
     checkpoint_to_resume,
-    keep_best_of,
     locked_run_folder,
+    restore_best,
     set_aside_after,
     step_path,
     steps_saved,
@@ -108,7 +108,7 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
             lambda: open_tracker(config, world, data.shards, data.splits, data.task.classes, state)
         ) as tracker,
         world.run_on_all(lambda: sample_system(config, world, tracker)),
-        claim_folder(config, world, state),
+        claim_folder(config, world, state, plan),
         open_train_loader(config, world, data.train, start=plan.start) as batches,
         open_val_loader(config, world, data.task.images) as validation,
         open_writer(config, world) as writer,
@@ -175,23 +175,18 @@ def prepare(config: Config, world: World) -> Prepared:
     )
     steps = make_plan(config, images=len(data.train), start=0).total
     engine = build_engine(config, world, objective, steps=steps)
-    state = world.run_on_all(lambda: resume(resumed, config, engine, data))
+    content = world.run_on_all(lambda: read_checkpoint(resumed, config, data) if resumed else None)
+    state = resume(content, engine)  # all together: a sharded engine needs every rank for it
     plan = make_plan(config, images=len(data.train), start=state.step)
     engine.warm_up(config.model.image_size)  # before the loader, whose GPU work ends a capture
     return Prepared(data, engine, state, plan)
 
 
-def resume(path: str, config: Config, engine: Engine, data: TrainingData) -> TrainState:
-    """Loads a checkpoint into the engine; returns the run's state. Without a path, a new run's.
-
-    Raises:
-        ValueError: it is of another configuration, data set or step. OSError: it cannot be read.
-    """
-    if not path:
+def resume(content: dict[str, Any] | None, engine: Engine) -> TrainState:
+    """Loads a checkpoint's content into the engine; returns the run's state, of None a new one."""
+    if content is None:
         return TrainState()
-    content = read_checkpoint(path, config, data)
     engine.load_state(content)
-    log.info("resumed after step %d from %s", content["step"], path)
     return TrainState.from_checkpoint(content)
 
 
@@ -227,6 +222,7 @@ def read_checkpoint(path: str, config: Config, data: TrainingData) -> dict[str, 
         check_state(content, objective, config.optim)
     except ValueError as error:
         raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
+    log.info("resumed after step %d from %s", content["step"], path)
     return content
 
 
@@ -240,10 +236,10 @@ def warn_of_replaced(world: World, data: TrainingData) -> None:
 
 
 @contextmanager
-def claim_folder(config: Config, world: World, state: TrainState) -> Iterator[None]:
+def claim_folder(config: Config, world: World, state: TrainState, plan: Plan) -> Iterator[None]:
     """Makes the folder this run's own: what an earlier one left beyond its step is set aside.
 
-    Where that was the best checkpoint, `state` knows of no best one any more.
+    Where that was the best checkpoint, `state` knows what is the best one now.
     """
     folder = Path(config.train.output)
 
@@ -251,10 +247,11 @@ def claim_folder(config: Config, world: World, state: TrainState) -> Iterator[No
         set_aside_after(folder, state.step)
         write_config(config, folder)
         open_outcome(folder)
-        return "chosen anew" if keep_best_of(folder, state.step) else ""
+        return restore_best(folder, state.step)
 
-    if world.run_once(claim):
-        state.best = {}
+    if became := world.run_once(claim):
+        epoch = float(plan.epoch(state.step))
+        state.best = {**state.metrics, "epoch": epoch} if became == "this" else {}
     yield
 
 

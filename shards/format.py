@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from shards.cut import cut_of_release, parse_cut
 from shards.files import read_bounded, replacing, sha256_of, write_atomically
-from shards.index import INDEX_DTYPE, check_present, read_index
+from shards.index import INDEX_DTYPE, check_present, npy_bytes, read_index
 
 FORMAT = "dan_dist shards, version 1"
 MANIFEST = "manifest.json"
@@ -319,14 +319,13 @@ def write_index(
     root: Path, split: str, shards: list[Shard], index: NDArray[Any], classes: int
 ) -> dict[str, Any]:
     """Writes the index of a split; returns the split as the manifest describes it."""
-    buffer = BytesIO()
-    np.save(buffer, index, allow_pickle=False)
-    write_atomically(root / f"index-{split}.npy", buffer.getvalue())
+    content = npy_bytes(index)
+    write_atomically(root / f"index-{split}.npy", content)
     return {
         "samples": len(index),
         "counts": np.bincount(index["label"], minlength=classes).tolist(),
         "index": f"index-{split}.npy",
-        "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "index_sha256": hashlib.sha256(content).hexdigest(),
         "shards": [asdict(shard) for shard in shards],
     }
 

@@ -73,6 +73,13 @@ def soft_of(index: NDArray[Any]) -> NDArray[np.float32] | None:
     return index["soft"] if "soft" in (index.dtype.names or ()) else None
 
 
+def npy_bytes(array: NDArray[Any]) -> bytes:
+    """A NumPy file's content: NumPy itself, on a full disk, names neither file nor reason."""
+    buffer = BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
 def read_index(
     path: Path, sizes_bytes: Sequence[int], samples: int, classes: int
 ) -> tuple[NDArray[Any], str]:

@@ -50,11 +50,15 @@ class Content(NamedTuple):
 
 def check_soft(values: Sequence[Any], where: str) -> tuple[float, ...]:
     """Votes or shares of the classes; a ValueError names `where` these are none."""
-    if not all(type(v) in (int, float) and math.isfinite(v) and v >= 0 for v in values):
+    try:
+        shares = tuple(float(v) for v in values if type(v) in (int, float))
+    except OverflowError as error:
+        raise ValueError(f"{where}: a number is too large") from error
+    if len(shares) != len(values) or not all(math.isfinite(v) and v >= 0 for v in shares):
         raise ValueError(f"{where}: {list(values)}, expected numbers of 0 or more")
-    if not sum(values) > 0:
+    if not sum(shares) > 0:
         raise ValueError(f"{where}: {list(values)} sum to nothing")
-    return tuple(map(float, values))
+    return shares
 
 
 @dataclass

@@ -21,6 +21,7 @@ from dan_dist.run.folder import (
     CheckpointWriter,
     checkpoint_to_resume,
     locked_run_folder,
+    restore_best,
     step_path,
     steps_saved,
 )
@@ -92,10 +93,10 @@ def test_all_ranks_go_on_from_what_one_has_chosen(
     assert chosen == str(newest)
     newest.unlink()
     with pytest.raises(OSError, match=r"step-00000010\.pt cannot be read: No such file"):
-        story.resume(chosen, config, None, None)  # type: ignore[arg-type]
+        story.read_checkpoint(chosen, config, None)  # type: ignore[arg-type]
     os.link(older, newest)
     with pytest.raises(ValueError, match=r"step-00000010\.pt is of step 5"):
-        story.resume(chosen, config, None, None)  # type: ignore[arg-type]
+        story.read_checkpoint(chosen, config, None)  # type: ignore[arg-type]
 
 
 def test_the_best_checkpoint_is_there_whenever_another_says_so(
@@ -151,28 +152,31 @@ def test_a_longer_run_can_be_ended_at_its_checkpoint(tiny: Write, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_best", [True, False])
+@pytest.mark.parametrize("step", [10, 15])
 def test_a_best_checkpoint_of_later_is_forgotten(
-    tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_best: bool
+    tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture, step: int
 ) -> None:
-    """As after damage: what the run resumes from is older than what it had chosen."""
-    folder = tmp_path / "run"
-    single(tiny("run"), "train.keep_checkpoints=9")
-    first = checkpoint.load(step_path(folder, 10))
+    """As after damage: the run goes on from the end of an epoch, or from its midst."""
+    folder, options = tmp_path / "run", ["train.keep_checkpoints=9", "train.checkpoint_every=5"]
+    single(tiny("run"), *options)
+    content = checkpoint.load(step_path(folder, step))
     best = checkpoint.load(folder / "best.pt")
     torch.save({**best, "step": 20, "of": "damage"}, folder / "best.pt")
-    step_path(folder, 20).unlink()
-    beaten = {"accuracy": 2.0} if is_best else {}  # which no epoch reaches
-    metrics = first["metrics"] | beaten
-    chosen = {**metrics, "epoch": 1.0, "accuracy": 2.0}  # not the accuracy of this one, if not best
-    kept = {"best": chosen, "metrics": metrics}
-    torch.save({**first, **kept}, step_path(folder, 10))
-    single(tiny("run"), "train.keep_checkpoints=9")
+    for later in [path for path in steps_saved(folder) if path > step_path(folder, step)]:
+        later.unlink()
+    content["best"] = {**content["best"], "accuracy": 2.0}  # which no epoch reaches
+    torch.save(content, step_path(folder, step))
+    became = "this" if step == 10 else "none"
+    assert [restore_best(folder, step) for _ in range(2)] == [became, "" if step == 10 else "none"]
     assert checkpoint.load(folder / "best.pt.damaged")["of"] == "damage"
+    (folder / "best.pt").unlink(missing_ok=True)  # killed between
+    caplog.clear()
+    single(tiny("run"), *options)
     found, last = checkpoint.load(folder / "best.pt"), checkpoint.load(step_path(folder, 20))
-    assert "optimizer" not in found and found["step"] == (10 if is_best else 20)
-    assert last["best"]["epoch"] == (1 if is_best else 2)
-    assert ("the best is chosen anew" in caplog.text) == (not is_best)
+    assert "optimizer" not in found and found["step"] == 10 * last["best"]["epoch"]
+    assert last["best"]["accuracy"] == found["metrics"]["accuracy"] < 2
+    words = "takes its place" if step == 10 else "it is chosen anew"
+    assert words in caplog.text and (step == 10 or found["step"] == 20)
 
 
 class Executes:

@@ -26,7 +26,7 @@ def test_chaos_in_short(tmp_path: Path) -> None:
     task = random.choice(("baseline", "expression", "identity"))
     kinds = ("images,packing,shards,configurations,checkpoints,resumes,servers,full_disks,"
              "sigkill_rank,sigkill_all,sigusr1,corrupt_checkpoint,truncate_shard")  # fmt: skip
-    done = run(sys.executable, REPOSITORY / "tests" / "chaos.py", "--faults", "40", "--kinds",
+    done = run(sys.executable, REPOSITORY / "tests" / "chaos.py", "--faults", "24", "--kinds",
                kinds, "--task", task, "--minutes", "2", cwd=tmp_path, timeout_s=500)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     tried, held = re.findall(r"\| all \| (\d+) \| (\d+) \|", done.stdout)[0]

@@ -29,7 +29,11 @@ log = logging.getLogger(__name__)
 
 
 class TooMuchDamageError(OSError):
-    """More damaged images than the configuration tolerates."""
+    """More damaged images of a split than the configuration tolerates."""
+
+    def __init__(self, line: str, split: Split) -> None:
+        super().__init__(line)
+        self.split = split
 
 
 def readable_key(split: Split, sample: int) -> str:
@@ -122,8 +126,8 @@ class Reader:
             self.report(candidate, fault)
         raise TooMuchDamageError(
             f"{self.split.root}: no intact image is left of the class of "
-            f"{readable_key(self.split, sample)}"
-        )
+            f"{readable_key(self.split, sample)}", self.split,
+        )  # fmt: skip
 
     def advise(self, ids: list[int]) -> None:
         """Tells the kernel that these images are wanted soon; it reads them while others go on."""
@@ -143,8 +147,9 @@ class Reader:
         if count > self.max_bad:
             raise TooMuchDamageError(
                 f"{self.split.root / name}: {fault}; {count} images of split "
-                f"'{self.split.name}' are damaged, at most {self.max_bad} are tolerated"
-            )
+                f"'{self.split.name}' are damaged, at most {self.max_bad} are tolerated",
+                self.split,
+            )  # fmt: skip
         log.warning("damaged image %s (%s): replaced by another of its class", name, fault)
 
     def close(self) -> None:

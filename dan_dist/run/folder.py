@@ -1,6 +1,7 @@
 """A run's folder: its checkpoints, the one to resume from, the lock of the one that trains."""
 
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -185,28 +186,36 @@ def set_aside_after(folder: Path, step: int) -> None:
     (folder / DAMAGE).unlink(missing_ok=True)
 
 
-def keep_best_of(folder: Path, step: int) -> bool:
-    """Sets a best checkpoint aside that is of a later step than `step`, from which a run resumes.
+def restore_best(folder: Path, step: int) -> str:
+    """Sees to the best checkpoint of a run that resumes from `step`.
 
-    What was chosen after that is forgotten: where the checkpoint of `step` is itself the best up to
-    there, it becomes the best one again. Returns whether there is none now.
+    One of a later step is set aside, as what was learned after `step` is. In place of it, or of one
+    that is missing, comes the checkpoint of `step` where that was evaluated.
+
+    Returns:
+        "": it is as the run knows it. "this": it is now that of `step`. "none": there is none.
     """
     path, resumed = folder / BEST, step_path(folder, step)
     try:
-        if load(path, keys=())["step"] <= step:
-            return False
-        path.rename(path.with_name(path.name + ".damaged"))
-    except (ValueError, OSError, KeyError):  # damaged or missing: who reads it says so
-        return False
-    if resumed.is_file():
-        content = load(resumed, keys=RESUMED)
-        chosen, last = content["best"].items(), content["metrics"].items()
-        if content.get("evaluated") == step and last <= chosen:
-            save(path, _without_optimizer(content))
-            return False
-    log.warning("%s was of a later step than %d and is set aside: the best is chosen anew",
-                path, step)  # fmt: skip
-    return True
+        if path.exists() and load(path, keys=())["step"] <= step:
+            return ""
+    except (ValueError, OSError, KeyError):  # damaged: who reads it says so
+        return ""
+    content = load(resumed, keys=RESUMED) if resumed.is_file() else {}
+    if path.exists():
+        aside = path.with_name(path.name + ".damaged")
+        aside.unlink(missing_ok=True)
+        os.link(path, aside)  # so that it is there until another takes its place
+    if content.get("best") and content.get("evaluated") == step:
+        save(path, _without_optimizer(content))
+        became = "this"
+    else:
+        path.unlink(missing_ok=True)
+        became = "none" if content.get("best") else ""
+    if became:
+        place = f"that of step {step} takes its place" if became == "this" else "it is chosen anew"
+        log.warning("%s is missing, or of a later step than %d: %s", path, step, place)
+    return became
 
 
 @contextmanager

@@ -171,9 +171,10 @@ def _authors(
     faces = ImageFolder(folder, transform)
     counts = torch.bincount(torch.tensor(faces.targets))
     weights = (1 / counts)[faces.targets]
-    sampler = WeightedRandomSampler(weights.tolist(), 100 * len(faces))  # never at its end
-    for images, _ in DataLoader(faces, batch, sampler=sampler, num_workers=workers):
-        yield images
+    sampler = WeightedRandomSampler(weights.tolist(), 100 * len(faces))
+    while True:
+        for images, _ in DataLoader(faces, batch, sampler=sampler, num_workers=workers):
+            yield images
 
 
 def _webdataset(

@@ -84,6 +84,8 @@ def _run(part: Part, folder: Path, limit_s: float) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": str(LAUNCH.parent)}
     if path := os.environ.get("PYTHONPATH"):
         environment["PYTHONPATH"] += os.pathsep + path
+    if part.writes is not None:
+        part.writes.unlink(missing_ok=True)  # an earlier visit's
     began_s = perf_counter()
     with log.open("w") as output:
         try:

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards.files import replacing, write_atomically
+from shards.files import write_atomically
 from shards.format import Sample, Shard, write_shard
 from shards.images import holds_one_value, to_jpeg
-from shards.index import INDEX_DTYPE, with_soft
+from shards.index import INDEX_DTYPE, npy_bytes, with_soft
 from shards.likeness import jpeg_picture_or_blank, likenesses
 from shards.release import Item, Read
 
@@ -66,8 +66,7 @@ def write_job(
     path = out / f"{name}.tar"
     shard, rows = write_shard(path, samples())
     assert len(soft) in (0, len(rows)), "a release has votes of all its images, or of none"
-    with replacing(path.with_suffix(LIKENESSES)) as file:
-        np.save(file, likenesses(pictures), allow_pickle=False)
+    write_atomically(path.with_suffix(LIKENESSES), npy_bytes(likenesses(pictures)))
     sizes = {suffix: path.with_suffix(suffix).stat().st_size for suffix in SUFFIXES}
     record = {"shard": asdict(shard), "rows": rows.tolist(), "soft": soft, "drops": drops,
               "verbatim": verbatim, "flat": flat, "size_bytes": sizes}  # fmt: skip

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -84,21 +84,23 @@ def _array(source: Source, relative: str) -> Any:
     data = read_file(source, relative)
     try:
         start = data.index(b"\n") + 1  # the header ends with it
-        shape, dtype = _array_header(data[:start])
-        return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
+        shape, order, dtype = _array_header(data[:start])
+        return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order=order)
     except Exception as error:  # the header is parsed as Python text: errors of many kinds
         raise ValueError(f"{relative}: no plain array: {error}") from error
 
 
 @lru_cache(64)  # a release's million arrays have a handful of headers
-def _array_header(header: bytes) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _array_header(
+    header: bytes,
+) -> tuple[tuple[int, ...], Literal["F", "C"], np.dtype[Any]]:
     file = io.BytesIO(header)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not of npy format 1.0")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype.hasobject:
         raise ValueError("it holds pickled objects")
-    return shape, dtype
+    return shape, "F" if is_fortran else "C", dtype
 
 
 def read_crop(item: Item, source: Source, size: int | None, notes_of: Mapping[str, str]) -> Content:

@@ -96,7 +96,7 @@ def rows(path: Path, source: Source) -> Iterator[Row]:
     """
     columns: tuple[str, ...] = ()
     for where, at, line in lines(path, source):
-        values = _split(line, where)
+        values = cells(line, where)
         if not columns:
             columns = tuple(value.strip() for value in values)
             if missing := [name for name in COLUMNS if name not in columns]:
@@ -132,14 +132,14 @@ def read_face(item: Item, source: Source) -> Image.Image:
     line = line_at(path, at)
     if zlib.crc32(line.encode()) != crc32:
         raise OSError(f"{path} was changed while it was packed")
-    text = max(_split(line, path), key=len)  # the one column of many numbers
+    text = max(cells(line, path), key=len)  # the one column of many numbers
     pixels = [int(value) if value.isdecimal() else -1 for value in text.split()]
     if min(pixels) < 0 or max(pixels) > 255:
         raise ValueError("a pixel is no number from 0 to 255")
     return Image.fromarray(np.array(pixels, np.uint8).reshape(SIDE, SIDE))
 
 
-def _split(line: str, where: str) -> list[str]:
+def cells(line: str, where: str) -> list[str]:
     try:
         return next(csv.reader([line]))
     except csv.Error as error:

@@ -4,7 +4,6 @@
 in the same order. The rules of the majority are those of the authors' code, src/ferplus.py.
 """
 
-import csv
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -90,7 +89,7 @@ def _ballots(path: Path, source: Source) -> Iterator[Ballot]:
     wanted = ("Usage", "Image name", *COLUMNS)
     is_header = True
     for where, _, line in lines(path, source):
-        values = [value.strip() for value in next(csv.reader([line]))]
+        values = [value.strip() for value in fer2013.cells(line, where)]
         if is_header:
             if tuple(values) != wanted:
                 raise ValueError(f"{where}: {line[:80]!r}, expected {','.join(wanted)}")
