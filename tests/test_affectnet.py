@@ -15,8 +15,9 @@ from packs import pack_command, refused, samples
 from PIL import Image
 
 from dan_dist.config import load_config
-from shards.releases import affectnet
+from shards.releases import affectnet, affectnet_crops
 from shards.releases.drawing.face import draw_face
+from shards.releases.source import open_source
 
 
 @pytest.fixture(scope="module")
@@ -276,3 +277,12 @@ def test_broken_lists_of_the_full_release(tmp_path: Path) -> None:
     (root / "training.csv").write_text(whole)
     (root / "validation.csv").unlink()
     assert "validation.csv not found" in refused(root, "affectnet")
+
+
+def test_arrays_of_either_order_are_the_same(tmp_path: Path) -> None:
+    points = np.arange(6.0).reshape(3, 2)
+    np.save(tmp_path / "c.npy", points)
+    np.save(tmp_path / "f.npy", np.asfortranarray(points))
+    source = open_source(tmp_path)
+    for name in ("c.npy", "f.npy"):
+        assert affectnet_crops._array(source, name).ravel().tolist() == [0, 1, 2, 3, 4, 5]

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import outcome, single
+from conftest import ALONE, outcome, single
+from dan_dist.config import load_config
 from dan_dist.data.order import TrainOrder
 from dan_dist.data.reader import Reader, TooMuchDamageError
+from dan_dist.monitor import save_evidence
 from dan_dist.run import checkpoint
-from dan_dist.run.folder import mark_damage, newest_checkpoint, step_path
+from dan_dist.run.folder import damaged_since, mark_damage, newest_checkpoint, step_path
+from dan_dist.run.state import TrainState
 from dan_dist.tracking.journal import read_records
 from shards.format import ShardSet, open_shardset
 
@@ -123,6 +126,21 @@ def test_damage_under_and_over_the_limit(tiny: Write, tmp_path: Path, faces: Sha
         return {step: v["train/loss"] for step, v in kept if "train/loss" in v}
 
     assert losses("over") == losses("whole")
+
+
+def test_damage_of_validation_images_marks_nothing(
+    tiny: Write, faces: ShardSet, tmp_path: Path
+) -> None:
+    config, train, val = load_config(tiny("run")), faces.split("train"), faces.split("val")
+    (tmp_path / "run").mkdir()
+    state = TrainState(step=9, replaced=1, replaced_since=7)
+    for split, mark in ((val, None), (train, 7)):
+        with (
+            pytest.raises(TooMuchDamageError, match="x"),
+            save_evidence(config, ALONE, train, state),
+        ):
+            raise TooMuchDamageError("x", split)
+        assert damaged_since(tmp_path / "run") == mark
 
 
 def test_a_checkpoint_from_before_the_damage_is_preferred(tiny: Write, tmp_path: Path) -> None:

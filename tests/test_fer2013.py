@@ -143,6 +143,8 @@ def test_ferplus(tmp_path: Path) -> None:
         ("Training,fer0000013", "PublicTest,fer0000013", "has 'val' at"),
         ("Usage,", "use,", "line 1: 'use,Image name,"),
         ("PrivateTest,fer0000027.png,", "", "expected 10 numbers of votes"),
+        ("Training,fer0000001", "Training\r,fer0000001", "line 3: new-line character"),
+        ("fer0000001.png,0,10", f"fer0000001.png,0,{'9' * 400}", "line 3: votes: a number is too"),
     ],
 )  # fmt: skip
 def test_bad_votes(tmp_path: Path, old: str, new: str, error: str) -> None:

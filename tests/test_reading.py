@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dan_dist.config import LARGEST, Config, load_config, to_yaml
+from dan_dist.config import LARGEST, Config, find_output, load_config, to_yaml
 
 BASE = "data: {shards: data/x}\ntrain: {epochs: 1, global_batch: 8, output: runs/x}\n"
 UNUSUAL = ["1e3", "0x10", "on", "No", "007", "1_000", "2020-01-01", "1:30", "null", "none", "NaN",
@@ -204,6 +204,26 @@ def test_a_file_that_cannot_be_read_is_one_line(content: bytes, line: str, tmp_p
     with pytest.raises(ValueError) as caught:
         load_config(path)
     assert str(caught.value).startswith(f"{path}: {line}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("escape", ["UFFFFFFFF", "U00110000"])
+def test_an_escape_that_is_no_character_is_refused(escape: str, tmp_path: Path) -> None:
+    word = f'tracking.run_name="\\{escape}"'
+    with pytest.raises(ValueError, match=r"tracking\.run_name.*: not YAML: "):
+        load_config("demo", [word])
+    assert find_output([f'train.output="\\{escape}"']) is None
+    (tmp_path / "x.yaml").write_text(f'train: {{output: "\\{escape}"}}\n')
+    with pytest.raises(ValueError, match=r"x\.yaml: not YAML: "):
+        load_config(tmp_path / "x.yaml")
+
+
+def test_the_folder_of_a_training_is_that_of_the_last_word() -> None:
+    """To which a refused command leaves its reason: no other run's."""
+    words = ["affectnet8", "train={output: b, epochs: abc}"]
+    assert find_output(words) in (Path("b"), None)
+    assert find_output(["train.output=a", "train={output: b}"]) == Path("b")
+    assert find_output(["train={output: b}", "train.output=a"]) == Path("a")
+    assert find_output(["affectnet8", "train={epochs: 3}"]) == Path("runs/affectnet8")
 
 
 def test_a_folder_or_a_pipe_is_no_configuration(tmp_path: Path) -> None:
