@@ -247,11 +247,11 @@ def claim_folder(config: Config, world: World, state: TrainState, plan: Plan) ->
         set_aside_after(folder, state.step)
         write_config(config, folder)
         open_outcome(folder)
-        return restore_best(folder, state.step)
+        return restore_best(folder, state.step, epoch)
 
+    epoch = plan.epoch(state.step)
     if became := world.run_once(claim):
-        epoch = float(plan.epoch(state.step))
-        state.best = {**state.metrics, "epoch": epoch} if became == "this" else {}
+        state.best = {**state.metrics, "epoch": float(epoch)} if became == "this" else {}
     yield
 
 

@@ -186,11 +186,11 @@ def set_aside_after(folder: Path, step: int) -> None:
     (folder / DAMAGE).unlink(missing_ok=True)
 
 
-def restore_best(folder: Path, step: int) -> str:
+def restore_best(folder: Path, step: int, epoch: int) -> str:
     """Sees to the best checkpoint of a run that resumes from `step`.
 
     One of a later step is set aside, as what was learned after `step` is. In place of it, or of one
-    that is missing, comes the checkpoint of `step` where that was evaluated.
+    that is missing, comes the checkpoint of `step`, at the end of `epoch`, if that was evaluated.
 
     Returns:
         "": it is as the run knows it. "this": it is now that of `step`. "none": there is none.
@@ -205,9 +205,13 @@ def restore_best(folder: Path, step: int) -> str:
     if path.exists():
         aside = path.with_name(path.name + ".damaged")
         aside.unlink(missing_ok=True)
-        os.link(path, aside)  # so that it is there until another takes its place
+        try:
+            os.link(path, aside)  # so that it is there until another takes its place
+        except OSError:  # a file system without hard links
+            path.rename(aside)
     if content.get("best") and content.get("evaluated") == step:
-        save(path, _without_optimizer(content))
+        own = {**content["metrics"], "epoch": float(epoch)}
+        save(path, _without_optimizer({**content, "best": own}))
         became = "this"
     else:
         path.unlink(missing_ok=True)
