@@ -51,7 +51,7 @@ def die() -> None:
 
 
 def fail() -> None:
-    raise TooMuchDamageError("train-00.tar: broken")
+    raise TooMuchDamageError("train-00.tar: broken", None)  # type: ignore[arg-type]
 
 
 def train_with_fault(fault: Callable[[], None], program: str, words: list[str]) -> None:
