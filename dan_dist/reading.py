@@ -80,11 +80,8 @@ def inside(hint: Any, own: str) -> Any:
 
 def takes_brackets(hint: Any) -> bool:
     """Whether a list or a mapping may stand there."""
-    forms = [kind.type for kind in kinds(hint)]
-    return any(
-        form in (Any, UNKNOWN) or get_origin(form) in (dict, list) or _is_section(form)
-        for form in forms
-    )
+    return any(kind.type in (Any, UNKNOWN) or get_origin(kind.type) in (dict, list)
+               or _is_section(kind.type) for kind in kinds(hint))  # fmt: skip
 
 
 def _is_section(form: Any) -> bool:
