@@ -175,17 +175,20 @@ def prepare(config: Config, world: World) -> Prepared:
     )
     steps = make_plan(config, images=len(data.train), start=0).total
     engine = build_engine(config, world, objective, steps=steps)
-    content = world.run_on_all(lambda: read_checkpoint(resumed, config, data) if resumed else None)
-    state = resume(content, engine)  # all together: a sharded engine needs every rank for it
+    state = TrainState()
+    if resumed:
+        state = resume(world.run_on_all(lambda: read_checkpoint(resumed, config, data)), engine)
+        log.info("resumed after step %d from %s", state.step, resumed)
     plan = make_plan(config, images=len(data.train), start=state.step)
     engine.warm_up(config.model.image_size)  # before the loader, whose GPU work ends a capture
     return Prepared(data, engine, state, plan)
 
 
-def resume(content: dict[str, Any] | None, engine: Engine) -> TrainState:
-    """Loads a checkpoint's content into the engine; returns the run's state, of None a new one."""
-    if content is None:
-        return TrainState()
+def resume(content: dict[str, Any], engine: Engine) -> TrainState:
+    """Loads a checkpoint's content into the engine, on all ranks at once; returns the run's state.
+
+    A sharded engine needs every rank for it: none may wait for the others elsewhere.
+    """
     engine.load_state(content)
     return TrainState.from_checkpoint(content)
 
@@ -222,7 +225,6 @@ def read_checkpoint(path: str, config: Config, data: TrainingData) -> dict[str, 
         check_state(content, objective, config.optim)
     except ValueError as error:
         raise ValueError(f"{path}: not a readable checkpoint ({error})") from error
-    log.info("resumed after step %d from %s", content["step"], path)
     return content
 
 

@@ -177,6 +177,13 @@ def check_header(onnx: Path) -> None:
     assert b"dan_dist/" not in onnx.read_bytes()  # no path of this machine
 
 
+def test_a_card_gives_no_other_checkpoints_figures(dan_run: Path, tmp_path: Path) -> None:
+    whole = checkpoint.load(dan_run / "best.pt")
+    torch.save({**whole, "step": whole["step"] + 1}, tmp_path / "step-00000005.pt")
+    other = describe_results(load_trained(tmp_path / "step-00000005.pt"))
+    assert other == "The file does not name any."  # the best evaluation is another checkpoint's
+
+
 @pytest.mark.slow
 def test_exported_files_give_the_networks_logits(
     dan_run: Path, faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -192,10 +199,6 @@ def test_exported_files_give_the_networks_logits(
     for part in ("Wilson", "split `val`", faces.fingerprint, "Intended use", "Licences",
                  "opset 17"):  # fmt: skip
         assert part in card.read_text()
-    whole = checkpoint.load(dan_run / "best.pt")
-    torch.save({**whole, "step": whole["step"] + 1}, tmp_path / "step-00000005.pt")
-    other = describe_results(load_trained(tmp_path / "step-00000005.pt"))
-    assert other == "The file does not name any."  # the best evaluation is another checkpoint's
     check_header(onnx)
     session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
     extra = {"metadata.json": ""}

@@ -91,9 +91,7 @@ def _array(source: Source, relative: str) -> Any:
 
 
 @lru_cache(64)  # a release's million arrays have a handful of headers
-def _array_header(
-    header: bytes,
-) -> tuple[tuple[int, ...], Literal["F", "C"], np.dtype[Any]]:
+def _array_header(header: bytes) -> tuple[tuple[int, ...], Literal["F", "C"], np.dtype[Any]]:
     file = io.BytesIO(header)
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("not of npy format 1.0")

@@ -140,6 +140,7 @@ def read_face(item: Item, source: Source) -> Image.Image:
 
 
 def cells(line: str, where: str) -> list[str]:
+    """The cells of a line of CSV; a ValueError names `where` it is none."""
     try:
         return next(csv.reader([line]))
     except csv.Error as error:
