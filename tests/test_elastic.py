@@ -20,6 +20,8 @@ from conftest import REPOSITORY, SCRIPT, outcome, run, start
 Write = Callable[[str], Path]
 pytestmark = pytest.mark.slow
 
+BOTH = "2 ranks on 2 nodes"  # a training with all of them begins with it
+
 
 def test_chaos_in_short(tmp_path: Path) -> None:
     """The command: every kind of spoiled input, and some of the trainings' faults, in any task."""
@@ -40,38 +42,58 @@ def test_programs_end_beside_a_load(tmp_path: Path) -> None:
     assert "| predict | 1 |" in done.stdout and "0 of them stood still" in done.stdout
 
 
-@pytest.mark.parametrize("victim", ["worker", "node"])
-def test_an_elastic_job_goes_on_without_the_dead(tiny: Write, tmp_path: Path, victim: str) -> None:
+@pytest.mark.parametrize("victim", ["worker", "node", "node that comes back"])
+def test_an_elastic_job_goes_on_without_the_dead(
+    tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
     """Two nodes of one rank each under torchrun's own restarts."""
+    # Without it a node that joins a later round waits for an address that nobody writes.
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     options = ["-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1",
                "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=job", "--local-addr",
                "127.0.0.1", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-conf",
                "last_call_timeout=5,join_timeout=60", SCRIPT, tiny("run"), "train.epochs=4",
                "train.checkpoint_every=3"]  # fmt: skip
-    nodes = [start(*options, cwd=tmp_path)]
-    time.sleep(1)
-    nodes.append(start(*options, cwd=tmp_path))
-    texts = ["", ""]  # rank 0 prints, on whichever node it is
-    readers = [threading.Thread(target=follow, args=(n, texts, k)) for k, n in enumerate(nodes)]
+    nodes, texts, readers = [], [], []
+
+    def join() -> None:
+        """Starts a node; rank 0 prints, on whichever node it is."""
+        nodes.append(start(*options, cwd=tmp_path))
+        texts.append("")
+        readers.append(threading.Thread(target=follow, args=(nodes[-1], texts, len(texts) - 1)))
+        readers[-1].start()
+
     try:
-        for reader in readers:
-            reader.start()
-        deadline_s = time.monotonic() + 90
-        while "step 8 " not in "".join(texts) and time.monotonic() < deadline_s:
-            time.sleep(0.05)
-        assert "step 8 " in "".join(texts), texts
-        family = psutil.Process(nodes[1].pid).children(recursive=victim == "node")
+        join()
+        time.sleep(1)
+        join()
+        until(lambda: "step 8 " in "".join(texts), texts)
+        family = psutil.Process(nodes[1].pid).children(recursive=victim != "worker")
         for process in family[:1] if victim == "worker" else [nodes[1], *family]:
             process.kill()
+        if victim == "node that comes back":
+            before = "".join(texts).count(BOTH)
+            join()
+            until(lambda: "".join(texts).count(BOTH) > before, texts)
         nodes[0].wait(150)
-        readers[0].join(10)
+        for reader in readers:
+            reader.join(10)
         printed = "".join(texts)
         assert "resumed after step" in printed and "finished after 40 steps" in printed, printed
         assert outcome(tmp_path / "run")["status"] == "finished"
+        assert nodes[0].returncode == 0, printed
     finally:
         for node in nodes:
             if node.poll() is None:
                 os.killpg(node.pid, signal.SIGKILL)
+
+
+def until(said: Callable[[], bool], texts: list[str]) -> None:
+    """Waits for words of the nodes."""
+    deadline_s = time.monotonic() + 90
+    while not said() and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    assert said(), "".join(texts)
 
 
 def follow(process: subprocess.Popen[str], texts: list[str], number: int) -> None:
