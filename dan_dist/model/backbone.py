@@ -7,6 +7,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from dan_dist.data.crops import is_address
 from dan_dist.model.authors import STAGES
 from dan_dist.model.classes import join_names
 from dan_dist.model.dan import CHANNELS, DAN
@@ -88,6 +89,8 @@ def _download_imagenet() -> dict[str, Tensor]:
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
     """A file's content, and the training that it comes from, where the file names it."""
+    if is_address(path):
+        raise ValueError(f"model.backbone {path}: an address, expected a file; download it first")
     if not path.is_file():
         raise FileNotFoundError(
             f"model.backbone {path}: no such file; give the path of a ResNet-18 weights file "

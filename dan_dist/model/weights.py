@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from dan_dist.data.crops import is_address
 from dan_dist.data.photographs import cut_of_shards
 from dan_dist.data.splits import selected_on
 from dan_dist.model.authors import AUTHORS_SIZE, read_authors
@@ -74,7 +75,8 @@ class Trained(NamedTuple):
     step: int  # optimiser steps; in the authors' files, epochs
     config: dict[str, Any]  # of the training; empty in the authors' files
     run_id: str | None  # MLflow's, of the training
-    # sets, fingerprint, face_cut, its own evaluation and the best one and their images, if any
+    # sets, fingerprint, face_cut, its own evaluation and the best one and their images, if any;
+    # other_weights: these evaluations were of the average of the weights, not of these
     facts: dict[str, Any]
 
     @property
@@ -138,6 +140,8 @@ def load_trained(
     """
     path = path / BEST if path.is_dir() else path
     if not path.is_file():
+        if is_address(path):
+            raise ValueError(f"{path}: an address, expected a checkpoint; download the file first")
         raise FileNotFoundError(f"{path}: no such checkpoint")
     check_kind(path)
     content = read(path)
@@ -195,6 +199,8 @@ def _ours(path: Path, content: dict[str, Any], weights: Which) -> Trained:
         facts["evaluation"] = content["metrics"]
     if isinstance(right := content.get("right"), Tensor):
         facts["images"] = right.numel()
+    if weights == "trained" and "average" in content:
+        facts["other_weights"] = True
     network = fill_network(
         len(names), known.model.heads, own, path,
         cosine=known.loss.classification == "arcface", fusion=known.model.fusion,
