@@ -3,11 +3,14 @@
 import io
 import logging
 import os
+import resource
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from detectors import onnx_detector
+from ranks import ranks
 from test_folders import album, predicted
 from trees import encoded, picture
 
@@ -17,6 +20,7 @@ from dan_dist.inference.outputs import Files, Row, writing
 from dan_dist.model.backbone import load_backbone
 from dan_dist.model.dan import DAN
 from dan_dist.model.weights import load_trained
+from dan_dist.options import PredictOptions
 
 
 def named(way: str, paths: list[Path], folder: Path, patch: pytest.MonkeyPatch) -> list[Path]:
@@ -142,3 +146,32 @@ def test_what_cannot_be_read_again_is_not_drawn_and_ends_nothing(
         writing(Files(None, None, None, tmp_path / "file"), ["sad", "happy"], faces=False) as write,
     ):
         write(rows[2:])
+
+
+def peak_kib(run: Path, listed: Path, detector: Path, out: Path) -> int:
+    """The most memory that a prediction with all its files has taken, of a process of its own."""
+    files = {"csv": out / "t.csv", "parquet": out / "t.parquet", "features": out / "f.npy"}
+    options = {"faces": True, "detector": detector, "face_cut": "box:0", **files}
+    given = PredictOptions(checkpoint=run, images=(listed,), json=True, device="cpu", **options)
+    assert prediction.main(given) == 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_photographs(
+    baseline_run: Path, tmp_path: Path
+) -> None:
+    """Five times as many take a tenth more at most."""
+    pytest.importorskip("insightface", reason="pip install -e '.[align]' reads the detector")
+    onnx_detector(tmp_path / "d.onnx", [(160, 160), (480, 320)], half=64, score=0.9)
+    paths = [tmp_path / f"{k}.jpg" for k in range(128)]
+    for k, path in enumerate(paths):
+        picture(k, (160, 160)).save(path)
+    found = []
+    for times in (1, 5):
+        listed = tmp_path / f"{times}.txt"
+        listed.write_text("\n".join(map(str, paths * times)))
+        words = (baseline_run, listed, tmp_path / "d.onnx", tmp_path / f"{times}")
+        found += ranks(1, peak_kib, *words, timeout_s=300)
+        assert np.load(tmp_path / f"{times}" / "f.npy", mmap_mode="r").shape == (256 * times, 512)
+    assert found[1] <= 1.10 * found[0]
