@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dan_dist.data.photographs import FindFaces
 from shards import folders
-from shards.files import read_regular
+from shards.files import is_address, read_regular
 from shards.format import Sample, Split, write_shard
 from shards.images import MAX_BYTES, SUFFIXES, decode, holds_one_value, kept_jpeg, to_jpeg
 from shards.index import INDEX_DTYPE
@@ -31,7 +31,6 @@ MAX_LIST_BYTES = 1 << 30  # of a list of paths
 NO_FACE = "no face found"
 NEAR_SQUARE = 0.02  # of the shorter side, by which a crop may be longer
 
-_ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/.*", re.IGNORECASE)  # pathlib keeps one slash of two
 _NO_TEXT = re.compile(rb"[^\t\n\r\x20-\xff]")
 
 log = logging.getLogger(__name__)
@@ -74,11 +73,6 @@ class Prepared(NamedTuple):
     face: int | None = None
     box: Box | None = None
     changed: tuple[int, int] | None = None
-
-
-def is_address(path: Path) -> bool:
-    """Whether a path is one of a server."""
-    return _ADDRESS.fullmatch(str(path)) is not None
 
 
 def find_images(given: Sequence[Path]) -> list[Path]:

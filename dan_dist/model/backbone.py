@@ -7,7 +7,6 @@ import torch
 import torchvision
 from torch import Tensor
 
-from dan_dist.data.crops import is_address
 from dan_dist.model.authors import STAGES
 from dan_dist.model.classes import join_names
 from dan_dist.model.dan import CHANNELS, DAN
@@ -15,6 +14,7 @@ from dan_dist.model.state_dict import Place, find_places, match
 from dan_dist.run.checkpoint import FORMAT, NETWORK, check, learned, load, read, save
 from dan_dist.run.plain import refuse_not_finite
 from shards.command import words
+from shards.files import is_address
 
 BACKBONE = "backbone.pth"
 

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from dan_dist.data.crops import is_address
 from dan_dist.data.photographs import cut_of_shards
 from dan_dist.data.splits import selected_on
 from dan_dist.model.authors import AUTHORS_SIZE, read_authors
@@ -17,7 +16,7 @@ from dan_dist.options import Precision
 from dan_dist.run.checkpoint import BEST, FORMAT, NETWORK, check, learned, read
 from dan_dist.schema import MOST_HEADS, MOST_PIXELS
 from shards.command import escape
-from shards.files import read_regular
+from shards.files import is_address, read_regular
 from shards.kinds import HEAD_BYTES, ONNX, ZIP, begins_as_picture, describe
 
 Which = Literal["auto", "average", "trained"]  # of a checkpoint's weights
