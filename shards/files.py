@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -21,6 +22,13 @@ log = logging.getLogger(__name__)
 # What is wrong with a disk, not with what is written to it
 BLOCK = 2**16  # bytes read at once of a file that tells no size
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/.*", re.IGNORECASE)  # pathlib keeps one slash of two
+
+
+def is_address(path: Path) -> bool:
+    """Whether a path is one of a server, where a file is expected."""
+    return _ADDRESS.fullmatch(str(path)) is not None
 
 
 def sha256_of(path: Path) -> str:

@@ -2,7 +2,8 @@
 
 A folder's pictures are its files, searched to the bottom, that have a picture's ending or begin as
 a picture does. Hidden entries, what systems leave beside files, and other files are passed over and
-counted. What is no regular file, and what cannot be read, is given: whoever reads it names it.
+counted. What is no regular file, and what cannot be read, is given: whoever reads it names it. Of
+files that a person names, only what systems leave is passed over.
 """
 
 import os
@@ -18,6 +19,8 @@ LITTER = frozenset(
     ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir", "$recycle.bin",
      "system volume information")
 )  # fmt: skip
+HIDDEN_LITTER = frozenset((".ds_store", ".appledouble", ".ipynb_checkpoints"))
+COMPANION = "._"  # begins the name of macOS's file beside another
 
 Entries = list[os.DirEntry[str]]
 
@@ -27,13 +30,29 @@ def entries(folder: Path, passed_over: Counter[str]) -> Entries:
     found = []
     with os.scandir(folder) as scan:
         for entry in sorted(scan, key=lambda e: e.name):
-            if entry.name.startswith("."):
-                passed_over["hidden"] += 1
-            elif entry.name.lower() in LITTER:
-                passed_over["left by a file manager"] += 1
+            if reason := _reason(entry.name):
+                passed_over[reason] += 1
             else:
                 found.append(entry)
     return found
+
+
+def _reason(name: str) -> str:
+    """Why an entry of a folder is passed over; "": it is not."""
+    if name.startswith("."):
+        return "hidden"
+    return "left by a file manager" if name.lower() in LITTER else ""
+
+
+def left_by_systems(path: Path) -> str:
+    """Why a path is passed over even where it is named; "": it is not.
+
+    It, or a folder around it, is what a system leaves beside files; other hidden ones are meant.
+    """
+    for name in path.parts:
+        if name.startswith(COMPANION) or name.lower() in LITTER | HIDDEN_LITTER:
+            return _reason(name)
+    return ""
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

@@ -87,9 +87,11 @@ EXECUTED = {
         "test_explain.py::test_given_images",
     "find . -name '*.jpg' | python launch/predict.py *": "test_folders.py::test_lists_of_paths",
     "python runs/affectnet8/best-example.py *":
-        "test_use.py::test_exported_files_give_the_networks_logits",
+        "test_export.py::test_exported_files_give_the_networks_logits",
+    "python launch/predict.py * --faces*":
+        "test_faces.py::test_documented_lines_on_photographs_run",
     "python launch/predict.py *": "test_use.py::test_predictions_are_those_of_the_evaluation",
-    "python launch/export.py *": "test_use.py::test_exported_files_give_the_networks_logits",
+    "python launch/export.py *": "test_export.py::test_exported_files_give_the_networks_logits",
     "python launch/certify.py demo *": "test_certificate.py::test_the_command_runs_each_world",
     "python launch/certify.py runs/*": "test_certificate.py::test_the_command_runs_each_world",
     "python launch/ablate.py *":

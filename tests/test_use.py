@@ -9,37 +9,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import mlflow
 import numpy as np
-import onnx as onnx_format
-import onnxruntime
 import pandas as pd
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
 from conftest import DAN as OPTIONS
 from conftest import LAUNCH, STEPS, copied, run, single
 from dan_dist.data import crops
-from dan_dist.data.augment import MEAN, STD
 from dan_dist.data.reader import Reader
 from dan_dist.distributed.heartbeat import session
 from dan_dist.evaluation.predictions import predict as outputs
-from dan_dist.inference import export
 from dan_dist.inference import predict as prediction
-from dan_dist.inference.card import describe_results
-from dan_dist.model.dan import DAN, Output
 from dan_dist.model.weights import load_trained
-from dan_dist.options import ExportOptions, PredictOptions
-from dan_dist.run import checkpoint
+from dan_dist.options import PredictOptions
 from dan_dist.tracking import logged_model
 from dan_dist.tracking import tracker as tracking
 from dan_dist.tracking.store import connect
 from shards.format import ShardSet
-from shards.images import decode
 
 Write = Callable[[str], Path]
 
@@ -134,114 +123,6 @@ def test_many_crops_keep_their_order(faces: ShardSet, tmp_path: Path) -> None:
     reader = Reader(packed.split, max_bad=0)
     assert all(reader.read(k).tobytes() == p.read_bytes() for k, p in enumerate(packed.paths))
     reader.close()
-
-
-def settled(heads: int) -> DAN:
-    """A network whose BatchNorms all do something."""
-    torch.manual_seed(heads)
-    network = DAN(8, heads)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-    with torch.no_grad():
-        for _ in range(10):
-            network.train()(torch.randn(4, 3, 64, 64))
-    return network.eval()
-
-
-@pytest.mark.parametrize("heads", [0, 1, 3])
-def test_the_merged_network_is_the_network(heads: int) -> None:
-    network, images = settled(heads).double(), torch.randn(4, 3, 64, 64).double()
-    before = {k: v.clone() for k, v in network.state_dict().items()}
-    merged = export.merge(network)
-    with torch.no_grad():
-        found, expected = merged(images), network(images)
-    for part in range(len(Output._fields)):
-        if expected[part] is not None:
-            largest = expected[part].abs().max()
-            assert (found[part] - expected[part]).abs().max() < 1e-9 * largest
-    kinds = [type(module) for module in merged.modules()]
-    assert not any("BatchNorm" in kind.__name__ for kind in kinds)
-    assert sum(kind is nn.Conv2d for kind in kinds) == 20 + 2 * heads
-    assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
-
-
-def check_header(onnx: Path) -> None:
-    """Others than the newest read the file: opset, version, and a batch axis by its name."""
-    model = onnx_format.load(onnx)
-    assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)]
-    assert model.ir_version == 8  # what ONNX Runtime 1.15 reads at most is 9
-    for value in (*model.graph.input, *model.graph.output):
-        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
-    assert b"dan_dist/" not in onnx.read_bytes()  # no path of this machine
-
-
-def test_a_card_gives_no_other_checkpoints_figures(dan_run: Path, tmp_path: Path) -> None:
-    whole = checkpoint.load(dan_run / "best.pt")
-    torch.save({**whole, "step": whole["step"] + 1}, tmp_path / "step-00000005.pt")
-    other = describe_results(load_trained(tmp_path / "step-00000005.pt"))
-    assert other == "The file does not name any."  # the best evaluation is another checkpoint's
-
-
-@pytest.mark.slow
-def test_exported_files_give_the_networks_logits(
-    dan_run: Path, faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network, out = load_trained(dan_run).network, tmp_path / "out"
-    script = LAUNCH / "export.py"
-    done = run(sys.executable, script, dan_run, "--output", out, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "times as fast as the network" in done.stdout
-    onnx, program = out / "best.onnx", out / "best.pt2"
-    card, example = out / "best-card.md", out / "best-example.py"
-    assert set(out.iterdir()) == {onnx, program, card, example}
-    for part in ("Wilson", "split `val`", faces.fingerprint, "Intended use", "Licences",
-                 "opset 17"):  # fmt: skip
-        assert part in card.read_text()
-    check_header(onnx)
-    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
-    extra = {"metadata.json": ""}
-    module = torch.export.load(program, extra_files=extra).module()
-    facts = session.get_modelmeta().custom_metadata_map
-    assert json.loads(facts["class_names"]) == list(faces.class_names)
-    assert json.loads(facts["size"]) == 32 and json.loads(facts["mean"]) == list(MEAN)
-    assert json.loads(extra["metadata.json"])["class_names"] == list(faces.class_names)
-    paths = crop_files(faces, tmp_path / "crops")
-    other = cv2.dnn.readNetFromONNX(str(onnx))
-    other.setInput(noise := np.random.default_rng(0).uniform(0, 255, (1, 3, 32, 32)).astype("f4"))
-    assert np.allclose(other.forward("logits"), session.run(["logits"], {"pixels": noise})[0],
-                       atol=1e-4)  # fmt: skip
-    alone = "import runpy, sys; sys.modules['torch'] = None; del sys.argv[0]; "
-    alone += "runpy.run_path(sys.argv[0])"
-    done = run(sys.executable, "-I", "-c", alone, example, *paths[:2], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    pixels = np.stack([np.asarray(decode(p.read_bytes())) for p in paths]).transpose(0, 3, 1, 2)
-    scaled = (pixels / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
-    with torch.no_grad():
-        logits = network(torch.from_numpy(scaled).float()).logits
-    for line, path, row in zip(lines, paths, logits, strict=False):
-        assert line.startswith(f"{path} {faces.class_names[int(row.argmax())]} {{")
-    assert len(lines) == 2
-    for images in (1, 16):
-        given, expected = pixels[:images].astype(np.float32), logits[:images]
-        both = session.run(["logits", "probabilities"], {"pixels": given})
-        for found in (both, module(torch.from_numpy(given))):
-            error = np.abs(np.asarray(found[0]) - expected.numpy()).max()
-            assert error < 1e-4 * expected.abs().max()
-            assert np.allclose(np.asarray(found[1]), expected.softmax(dim=1), atol=1e-5)
-
-    def spoilt(network: DAN) -> DAN:
-        with torch.no_grad():
-            network.classifier.bias[3] += 0.01
-        return network
-
-    exact = export.merge
-    monkeypatch.setattr(export, "merge", lambda network: spoilt(exact(network)))
-    with pytest.raises(ValueError, match=r"merged: logits are .* off, at most 0\.0001"):
-        export.main(ExportOptions(checkpoint=dan_run, output=tmp_path / "spoilt"))
-    assert not list((tmp_path / "spoilt").iterdir())
 
 
 def logged(client: Any) -> list[Any]:

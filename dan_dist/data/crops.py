@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from dan_dist.data.photographs import FindFaces
 from shards import folders
-from shards.files import read_regular
+from shards.files import is_address, read_regular
 from shards.format import Sample, Split, write_shard
 from shards.images import MAX_BYTES, SUFFIXES, decode, holds_one_value, kept_jpeg, to_jpeg
 from shards.index import INDEX_DTYPE
+from shards.kinds import HEAD_BYTES, begins_as_picture
 from shards.pixels import is_flat
 from shards.releases.boxes import Box
 
@@ -30,7 +31,7 @@ MAX_LIST_BYTES = 1 << 30  # of a list of paths
 NO_FACE = "no face found"
 NEAR_SQUARE = 0.02  # of the shorter side, by which a crop may be longer
 
-_ADDRESS = re.compile(r"[a-z][a-z0-9+]+:/.*")  # pathlib keeps one slash of two
+_NO_TEXT = re.compile(rb"[^\t\n\r\x20-\xff]")
 
 log = logging.getLogger(__name__)
 
@@ -77,39 +78,72 @@ class Prepared(NamedTuple):
 def find_images(given: Sequence[Path]) -> list[Path]:
     """The files that are named, in lists too, and all pictures in the folders that are, by name.
 
-    A list is `-`, the standard input, or a text file: a path a line, from the working folder. The
-    log counts what is passed over. What a list names and is not there is found when it is read.
+    A list is `-`, the standard input, or a text file: a path a line, from the working folder. What
+    systems leave beside pictures is passed over, named or not (`folders.left_by_systems`); the log
+    counts it. What a list names and is not there is found when it is read.
 
     Raises:
-        FileNotFoundError: a path that does not exist, a folder without pictures, an empty list.
+        FileNotFoundError: a path that does not exist, or no picture in all that is given.
         ValueError: an address.
     """
     found: list[Path] = []
-    for path in given:
-        if str(path) == STDIN:
-            found += _listed(sys.stdin.buffer.read(MAX_LIST_BYTES).splitlines())
-        elif path.suffix.lower() == LIST_SUFFIX and path.is_file():
-            found += _listed(read_regular(path, MAX_LIST_BYTES).splitlines())
-        elif path.is_dir():
-            if not (inside := _below(path)):
-                endings = ", ".join(sorted(SUFFIXES))
-                raise FileNotFoundError(f"{path}: no image in it ({endings})")
-            found += inside
-        elif path.exists() or path.is_symlink():
+    passed_over: Counter[str] = Counter()
+    empty: list[str] = []
+    for path in _named(given, empty):
+        if reason := folders.left_by_systems(path):
+            passed_over[reason] += 1
+        elif not path.is_dir():
             found.append(path)
-        elif _ADDRESS.fullmatch(str(path)):
-            raise ValueError(f"{path}: an address; download the file first")
+        elif inside := _below(path):
+            found += inside
         else:
-            raise FileNotFoundError(f"{path}: no such file or folder")
+            empty.append(f"{path}: no image in it ({', '.join(sorted(SUFFIXES))})")
+    if passed_over:
+        log.info("passed over of what is named: %s", folders.describe(passed_over))
     if not found:
-        raise FileNotFoundError(f"{', '.join(map(str, given))}: no path in it")
+        if passed_over:
+            named = ", ".join(map(str, given))
+            empty.append(f"{named}: no image, passed over: {folders.describe(passed_over)}")
+        raise FileNotFoundError("; ".join(empty))
+    for line in empty:
+        log.warning(line)
     return found
 
 
-def _listed(lines: Iterable[bytes]) -> Iterator[Path]:
-    for line in filter(bytes.strip, lines):
-        path = Path(os.fsdecode(line))
-        yield from _below(path) if path.is_dir() else [path]
+def _named(given: Sequence[Path], empty: list[str]) -> Iterator[Path]:
+    """What the command line names, and in the place of a list what that names.
+
+    empty: gets a line for each list without a path.
+    """
+    for path in given:
+        is_list = path.suffix.lower() == LIST_SUFFIX and path.is_file()
+        if str(path) == STDIN or (is_list and not folders.left_by_systems(path)):
+            data = (sys.stdin.buffer.read(MAX_LIST_BYTES) if str(path) == STDIN
+                    else read_regular(path, MAX_LIST_BYTES))  # fmt: skip
+            lines = [line for line in data.splitlines() if line.strip()]
+            if not lines:
+                empty.append(f"{path}: no path in it")
+            yield from (Path(os.fsdecode(line)) for line in lines)
+        elif path.exists() or path.is_symlink():
+            if _may_be_list(path):
+                log.warning("%s: read as an image; the name of a list of paths ends in %s",
+                            path, LIST_SUFFIX)  # fmt: skip
+            yield path
+        elif is_address(path):
+            raise ValueError(f"{path}: an address; download the file first")
+        else:
+            raise FileNotFoundError(f"{path}: no such file or folder")
+
+
+def _may_be_list(path: Path) -> bool:
+    """Whether a file, which has no picture's ending, begins as text."""
+    if path.suffix.lower() in SUFFIXES or not path.is_file():
+        return False
+    try:
+        head = read_regular(path, HEAD_BYTES, cut=True)
+    except (OSError, ValueError):
+        return False
+    return bool(head) and not begins_as_picture(head) and not _NO_TEXT.search(head)
 
 
 def _below(folder: Path) -> list[Path]:
@@ -141,6 +175,8 @@ def pack_images(
 ) -> PackedImages:  # fmt: skip
     """Writes images into a shard in `folder` as the packer would, `size` pixels wide and high.
 
+    Where the aspect ratio of one is changed, its `Given` tells; see `warn_of_changed`.
+
     progress: called after each image; None shows a bar, of many images. find_faces: the images are
     photographs, of which the faces are packed; one without a face has NO_FACE as its fault.
     """
@@ -163,16 +199,14 @@ def pack_images(
         desc="reading", total=len(paths), disable=bool(progress) or len(paths) <= AHEAD
     ) as bar:
         shard, index = write_shard(folder / "crops.tar", samples(progress or bar.update))
-    _tell_of_changed([own for own in given if own.changed])
     index = index if shard.samples else np.empty(0, INDEX_DTYPE)
     return PackedImages(Split("crops", folder, (shard,), index, (), size), given)
 
 
-def _tell_of_changed(changed: list[Given]) -> None:
-    if changed:
-        width, height = changed[0].changed or (0, 0)
-        log.warning("%d images are no squares: their aspect ratio was changed to one; the first: "
-                    "%s, %d×%d pixels", len(changed), changed[0].path, width, height)  # fmt: skip
+def warn_of_changed(count: int, path: Path, size: tuple[int, int]) -> None:
+    """A line on images that were made square; the path of the first one, and its size."""
+    log.warning("%d images are no squares: their aspect ratio was changed to one; the first: "
+                "%s, %d×%d pixels", count, path, *size)  # fmt: skip
 
 
 def _prepared(
@@ -198,7 +232,7 @@ def _prepare(path: Path, size: int, find_faces: FindFaces | None) -> list[Prepar
         return [Prepared(jpeg, is_flat=holds_one_value(jpeg),
                          changed=None if is_square else image.size)]  # fmt: skip
     except OSError as error:
-        if _ADDRESS.fullmatch(str(path)):
+        if is_address(path):
             return [Prepared(b"", "an address; download the file first")]
         return [Prepared(b"", error.strerror or str(error))]
     except ValueError as error:

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from shards.files import read_regular, write_atomically
-from shards.images import MAX_BYTES, decode, encode
+from shards.files import write_atomically
+from shards.images import encode
 from shards.releases.boxes import Box
-from shards.releases.source import safe_key
 
 SIDES = 256, 1600  # pixels of a picture's longer side, at least and at most
 LEAST_TEXT = 15  # pixels
@@ -29,9 +28,8 @@ class Label(NamedTuple):
     label: int  # of its class, which chooses the colour
 
 
-def draw(path: Path, number: int, labels: Sequence[Label], folder: Path) -> None:
-    """Writes the picture of an image file, upright, with its labels, as `<number>-<name>.jpg`."""
-    picture = decode(read_regular(path, MAX_BYTES)).convert("RGB")
+def draw(picture: Image.Image, labels: Sequence[Label], path: Path) -> None:
+    """Writes an upright RGB picture with its labels as a JPEG; OSError: it cannot be written."""
     least, most = SIDES
     longer = max(picture.size)
     scale = min(max(longer, least), most) / longer
@@ -39,7 +37,7 @@ def draw(path: Path, number: int, labels: Sequence[Label], folder: Path) -> None
     sheet = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3)
     faces = [label for label in labels if label.box is not None]
     sheet = _with_faces(sheet, faces, scale) if faces else _with_line(sheet, labels[0].text)
-    write_atomically(folder / f"{number:06d}-{safe_key(path.stem)}.jpg", encode(sheet))
+    write_atomically(path, encode(sheet))
 
 
 def _with_line(picture: Image.Image, text: str) -> Image.Image:

@@ -23,6 +23,7 @@ from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import ExportOptions
 from dan_dist.run.checkpoint import disk_error
 from dan_dist.run.folder import check_writable
+from shards.command import words
 from shards.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def main(options: ExportOptions) -> list[Path]:
             "network": lambda x: plain(x)[0],
             "merged": lambda x: merged(x)[0],
             "torch.export": load_program(partial[1]),
-            "ONNX Runtime": load_onnx(partial[0]),
+            "ONNX Runtime": load_onnx(partial[0], options.opset),
         }
         check(forms, size)
         for before, after in zip(partial, files, strict=True):
@@ -185,11 +186,16 @@ def write(
         raise disk_error(error, onnx.parent) from error
 
 
-def load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    """The logits of pixels by a file of ONNX."""
+def load_onnx(path: Path, opset: int) -> Callable[[Tensor], Tensor]:
+    """The logits of pixels by a file of ONNX; ValueError: ONNX Runtime does not read this opset."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own errors share no base but Exception
+        version = onnxruntime.__version__
+        raise ValueError(f"--opset {opset}: ONNX Runtime {version} does not read the file "
+                         f"({words(error)})") from error  # fmt: skip
     return lambda x: torch.from_numpy(session.run(["logits"], {"pixels": x.numpy()})[0])
 
 
@@ -230,7 +236,7 @@ def write_onnx(
     Its format's version is the lowest that holds the opset: older runtimes refuse a newer one.
     """
     import onnx
-    from onnx import helper, version_converter
+    from onnx import helper
 
     by_steps: dict[Any, Callable[..., Any]] = {
         torch.ops.aten.log_softmax.int: plain_log_softmax,
@@ -246,23 +252,38 @@ def write_onnx(
         verbose=False,
     )
     assert exported is not None
-    model = exported.model_proto
-    if opset != TORCHS_OPSET:
-        model = version_converter.convert_version(model, opset)
-    model.ir_version = helper.find_min_ir_version_for(model.opset_import)
-    for node in model.graph.node:
-        node.ClearField("metadata_props")  # where its line of Python lies
-        if (
-            node.op_type in ("ReduceMean", "ReduceMax") and opset < 18
-        ):  # the converter leaves what 18 added
-            kept = [a for a in node.attribute if a.name != "noop_with_empty_axes"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
+    model = at_opset(exported.model_proto, opset)
     helper.set_model_props(
         model, {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
     )
-    onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
+
+
+def at_opset(model: Any, opset: int) -> Any:
+    """A model as torch's exporter gives it, by the operators of another version, checked.
+
+    Raises:
+        ValueError: the installed onnx does not know the version, or cannot convert to it.
+    """
+    import onnx
+    from onnx import helper, version_converter
+
+    try:
+        if opset != TORCHS_OPSET:
+            model = version_converter.convert_version(model, opset)
+        model.ir_version = helper.find_min_ir_version_for(model.opset_import)
+        for node in model.graph.node:
+            node.ClearField("metadata_props")  # where its line of Python lies
+            # The converter leaves what 18 added.
+            if node.op_type in ("ReduceMean", "ReduceMax") and opset < 18:
+                kept = [a for a in node.attribute if a.name != "noop_with_empty_axes"]
+                del node.attribute[:]
+                node.attribute.extend(kept)
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # the converter's and the checker's share no base but Exception
+        raise ValueError(f"--opset {opset}: onnx {onnx.__version__} cannot write it "
+                         f"({words(error)})") from error  # fmt: skip
+    return model
 
 
 @torch.no_grad()

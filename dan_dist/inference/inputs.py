@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dan_dist.data.cache import localise
-from dan_dist.data.crops import Given, find_images, pack_images
+from dan_dist.data.crops import Given, find_images, pack_images, warn_of_changed
 from dan_dist.data.sampler import epoch_order, group_samples
 from dan_dist.evaluation.evaluate import open_split
 from dan_dist.model.weights import Trained
@@ -102,6 +102,8 @@ def given_faces(given: Sequence[Path], folder: Path, size: int, threads: int) ->
         log.warning("left out %s: %s", path, fault)
     if not packed.paths:
         raise ValueError(f"none of {len(paths)} images could be read")
+    if changed := [(own.path, own.changed) for own in packed.given if own.changed]:
+        warn_of_changed(len(changed), *changed[0])
     read = [own for own in packed.given if not own.fault]
     names, notes = [str(own.path) for own in read], [_note(own) for own in read]
     return Faces(packed.split, names, notes, [None] * len(names), packed.faults)

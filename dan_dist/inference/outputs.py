@@ -5,6 +5,7 @@ Each is written as rows come, under another name, and appears when all rows are 
 
 import csv
 import io
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,12 +18,16 @@ from numpy.typing import NDArray
 
 from dan_dist.data.crops import NO_FACE
 from dan_dist.inference.drawing import Label, draw
-from shards.files import replacing
+from shards.command import words
+from shards.files import read_regular, replacing
+from shards.images import MAX_BYTES, decode
 from shards.releases.boxes import Box
-from shards.releases.source import plain_name
+from shards.releases.source import plain_name, safe_key
 
 FEATURES = 512
 PLACE = ("face", "left", "top", "width", "height")  # columns of a photograph's face
+
+log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
@@ -35,6 +40,7 @@ class Row(NamedTuple):
     fault: str  # why there is no prediction; "": there is one
     probabilities: NDArray[np.float32]  # (classes,); NaN where there is no prediction
     features: NDArray[np.float32]  # (512,), likewise
+    changed: tuple[int, int] | None = None  # width and height of a crop that was made square
 
     @property
     def is_unread(self) -> bool:
@@ -227,7 +233,10 @@ def _places(rows: Sequence[Row]) -> Iterator[list[int | None]]:
 
 
 def _draw(rows: Sequence[Row], names: list[str], folder: Path) -> None:
-    """A picture for each image that was read, under its number."""
+    """A picture for each image that was read, under its number.
+
+    One that has gone or changed since it was read has none; the log names it.
+    """
     for number, own in groupby(rows, key=lambda row: row.number):
         found = list(own)
         labels = [
@@ -235,8 +244,15 @@ def _draw(rows: Sequence[Row], names: list[str], folder: Path) -> None:
             for row in found
             if not row.is_unread
         ]
-        if labels:
-            draw(found[0].path, number, labels, folder)
+        if not labels:
+            continue
+        path = found[0].path
+        try:
+            picture = decode(read_regular(path, MAX_BYTES)).convert("RGB")
+        except (OSError, ValueError) as error:
+            log.warning("%s is not drawn, as it cannot be read again: %s", path, words(error))
+            continue
+        draw(picture, labels, folder / f"{number:06d}-{safe_key(path.stem)}.jpg")
 
 
 def _text(row: Row, names: list[str]) -> str:

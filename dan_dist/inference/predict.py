@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dan_dist.data.crops import NO_FACE, PackedImages, find_images, pack_images
+from dan_dist.data.crops import (
+    NO_FACE,
+    PackedImages,
+    find_images,
+    pack_images,
+    warn_of_changed,
+)
 from dan_dist.data.photographs import THRESHOLD, FindFaces, choose_cut, face_finder
 from dan_dist.distributed.heartbeat import Heartbeat, session
 from dan_dist.distributed.world import World
@@ -67,7 +73,7 @@ def main(options: PredictOptions) -> int:
         show = print_json(names) if options.json else print_table(names, paths, options.faces)
         bar = tqdm(desc="predicting", total=len(paths), unit="img",
                    disable=len(paths) <= FEW or not world.is_main)  # fmt: skip
-        found = Counter[str]()
+        tally = Tally()
         with bar, open_files(files, names, world, faces=options.faces) as write:
 
             def predict_part(own: Sequence[Path], start: int) -> list[Row]:
@@ -84,7 +90,7 @@ def main(options: PredictOptions) -> int:
 
             def write_part(rows: Sequence[Row]) -> str:
                 heart.beat("rows", int(bar.n))
-                found.update(kind_of(row) for row in rows)
+                tally.add(rows)
                 write(rows)
                 return "on" if shown(show, rows) or any(files) else ""
 
@@ -93,12 +99,10 @@ def main(options: PredictOptions) -> int:
                 if not world.run_once(partial(write_part, rows)):
                     break  # nobody reads on: `| head`
         heart.finish()
-        if world.is_main and options.faces:
-            log.info("%d faces in %d photographs; no face found in %d",
-                     found[""], len(paths), found[NO_FACE])  # fmt: skip
+        tally.tell(photographs=len(paths) if world.is_main and options.faces else None)
         for path in filter(None, files if world.is_main else ()):
             log.info("written: %s", path)
-        return found[UNREAD]
+        return tally.kinds[UNREAD]
 
 
 def shared_paths(given: Sequence[Path], world: World) -> list[Path]:
@@ -134,9 +138,28 @@ def in_turn(
         yield from parts or [[]] * world.size
 
 
-def kind_of(row: Row) -> str:
-    """ "": a prediction; NO_FACE; UNREAD."""
-    return UNREAD if row.is_unread else row.fault
+class Tally:
+    """What became of the images, over all parts and ranks; of other ranks than 0, nothing."""
+
+    def __init__(self) -> None:
+        self.kinds = Counter[str]()  # "": predictions; NO_FACE; UNREAD
+        self._changed: tuple[int, Path, tuple[int, int]] | None = None  # how many, the first
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Counts further rows, in their order."""
+        for row in rows:
+            self.kinds[UNREAD if row.is_unread else row.fault] += 1
+            if row.changed:
+                count, path, size = self._changed or (0, row.path, row.changed)
+                self._changed = (count + 1, path, size)
+
+    def tell(self, *, photographs: int | None) -> None:
+        """The last lines: of crops that were made square, and of the faces of photographs."""
+        if self._changed:
+            warn_of_changed(*self._changed)
+        if photographs is not None:
+            log.info("%d faces in %d photographs; no face found in %d",
+                     self.kinds[""], photographs, self.kinds[NO_FACE])  # fmt: skip
 
 
 def open_detector(options: PredictOptions, trained: Trained) -> FindFaces:
@@ -170,7 +193,7 @@ def predicted(
     return [
         Row(
             start + own.position + 1, own.path, own.face, own.box, own.fault,
-            *split_row(nothing if own.fault else next(found)),
+            *split_row(nothing if own.fault else next(found)), own.changed,
         )
         for own in packed.given
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from dan_dist.model.state_dict import Place, find_places, match
 from dan_dist.run.checkpoint import FORMAT, NETWORK, check, learned, load, read, save
 from dan_dist.run.plain import refuse_not_finite
 from shards.command import words
+from shards.files import is_address
 
 BACKBONE = "backbone.pth"
 
@@ -88,6 +89,8 @@ def _download_imagenet() -> dict[str, Tensor]:
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
     """A file's content, and the training that it comes from, where the file names it."""
+    if is_address(path):
+        raise ValueError(f"model.backbone {path}: an address, expected a file; download it first")
     if not path.is_file():
         raise FileNotFoundError(
             f"model.backbone {path}: no such file; give the path of a ResNet-18 weights file "

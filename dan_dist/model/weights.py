@@ -16,7 +16,7 @@ from dan_dist.options import Precision
 from dan_dist.run.checkpoint import BEST, FORMAT, NETWORK, check, learned, read
 from dan_dist.schema import MOST_HEADS, MOST_PIXELS
 from shards.command import escape
-from shards.files import read_regular
+from shards.files import is_address, read_regular
 from shards.kinds import HEAD_BYTES, ONNX, ZIP, begins_as_picture, describe
 
 Which = Literal["auto", "average", "trained"]  # of a checkpoint's weights
@@ -74,7 +74,8 @@ class Trained(NamedTuple):
     step: int  # optimiser steps; in the authors' files, epochs
     config: dict[str, Any]  # of the training; empty in the authors' files
     run_id: str | None  # MLflow's, of the training
-    # sets, fingerprint, face_cut, its own evaluation and the best one and their images, if any
+    # sets, fingerprint, face_cut, its own evaluation and the best one and their images, if any;
+    # other_weights: these evaluations were of the average of the weights, not of these
     facts: dict[str, Any]
 
     @property
@@ -138,6 +139,8 @@ def load_trained(
     """
     path = path / BEST if path.is_dir() else path
     if not path.is_file():
+        if is_address(path):
+            raise ValueError(f"{path}: an address, expected a checkpoint; download the file first")
         raise FileNotFoundError(f"{path}: no such checkpoint")
     check_kind(path)
     content = read(path)
@@ -195,6 +198,8 @@ def _ours(path: Path, content: dict[str, Any], weights: Which) -> Trained:
         facts["evaluation"] = content["metrics"]
     if isinstance(right := content.get("right"), Tensor):
         facts["images"] = right.numel()
+    if weights == "trained" and "average" in content:
+        facts["other_weights"] = True
     network = fill_network(
         len(names), known.model.heads, own, path,
         cosine=known.loss.classification == "arcface", fusion=known.model.fusion,
