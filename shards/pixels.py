@@ -76,7 +76,7 @@ def find_white(values: NDArray[Any], bits: int | None = None) -> int:
         if low < 0:
             raise ValueError(f"its values go from {low} to {high}, expected 0 and more")
         return (1 << (bits or next(b for b in DEPTHS if high < 1 << b))) - 1
-    tops = [1, *(2**b - 1 for b in DEPTHS if b <= 16)]
+    tops = [1, *((1 << b) - 1 for b in DEPTHS if b <= 16)]
     top = next((t for t in tops if high <= (1 + OVERSHOOT) * t), None)
     if top is None or low < -OVERSHOOT * top or (top > 1 and high < DARKEST):
         raise ValueError(f"its values go from {low:.4g} to {high:.4g}, expected 0 to 1 or 0 to 255")

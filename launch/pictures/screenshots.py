@@ -134,10 +134,12 @@ def main(arguments: list[str], stop: StopRequest) -> int:
         "--wait", type=float, default=8.0, help="seconds, for a page to draw itself"
     )
     options = parser.parse_args(arguments)
+    width, by, height = options.size.partition("x")
+    if not (by and width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"--size is {options.size}, expected WIDTHxHEIGHT in pixels")
     stop.where = "while drawing a page"
-    width, height = map(int, options.size.split("x"))
     with tempfile.TemporaryDirectory(prefix="dan_dist-", ignore_cleanup_errors=True) as folder:
-        browser = Browser(folder, width, height)
+        browser = Browser(folder, int(width), int(height))
         try:
             browser.call("Page.navigate", url=options.address)
             time.sleep(options.wait)
