@@ -30,7 +30,7 @@ from dan_dist.distributed.heartbeat import session
 from dan_dist.engine.ddp import StepFlags
 from dan_dist.options import CertifyOptions
 from dan_dist.run.checkpoint import save
-from dan_dist.tracking.tracker import RunRecord, record_run
+from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
 from shards.files import scratch_folder, write_atomically
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,14 @@ def main(options: CertifyOptions) -> list[str]:
 
 
 def certify(config: Config, options: CertifyOptions, steps: int) -> list[str]:
-    """Runs each world, and the first one's second half once more, resumed; writes it all."""
+    """Runs each world, and the first one's second half once more, resumed; writes it all.
+
+    Raises:
+        ValueError: no such worlds, or MLflow will not take the result; before anything is computed.
+    """
     worlds = _worlds(options.worlds, config.train.global_batch)
+    if config.tracking.enabled:
+        check_recorded(config.tracking.experiment, config.tracking.run_name)
     with scratch_folder() as folder:
         runs = []
         for start, world in [*((0, w) for w in worlds), (steps // 2, worlds[0])]:

@@ -17,7 +17,15 @@ from pydantic import ValidationError
 
 from dan_dist.data_schema import Augmentation, Synthetic
 from dan_dist.keys import GONE, RENAMED, kind_of, names, names_in, suggest
-from dan_dist.reading import NUMBER, advice, as_written, locate, read_file, read_overrides
+from dan_dist.reading import (
+    NUMBER,
+    advice,
+    as_written,
+    expand,
+    locate,
+    read_file,
+    read_overrides,
+)
 from dan_dist.redaction import redact_tree
 from dan_dist.schema import Config, EngineChoice, Loss, Optim, Schedule, Tracking, Train
 from shards.files import write_atomically
@@ -97,6 +105,7 @@ def _read(file: Path, readers: Sequence[Path] = ()) -> dict[str, Any]:
         return tree
     if not isinstance(base, str) or file in readers:
         raise ValueError(f"{file}: base is {base!r}, expected another configuration's name")
+    base = expand(base, f"{file}: base")
     try:
         below = find_config(base)
     except (FileNotFoundError, ValueError) as error:
@@ -151,7 +160,8 @@ def shipped_folder() -> Path:
 def find_output(words: Sequence[str]) -> Path | None:
     """The folder of a training, as far as its command line and configuration can be read.
 
-    None: they do not name it, or not so that it can be read.
+    None: they do not name it, or not so that it can be read. What is wrong elsewhere in the file
+    is in nobody's way.
     """
     given = [word for word in words if word.startswith(("train.output=", "train="))]
     try:
@@ -164,14 +174,45 @@ def find_output(words: Sequence[str]) -> Path | None:
         if any(name.startswith("-") for name in names):
             return None
         found = find_config(next((name for name in names if "=" not in name), "demo"))
-        tree = _read(found)
-        return _as_path(tree["train"]["output"])
-    except (ValueError, OSError, KeyError, TypeError):
+        try:
+            return _as_path(_read(found)["train"]["output"])
+        except ValueError:  # of any key
+            return _output_of(found)
+    except (ValueError, OSError, KeyError, TypeError, yaml.YAMLError, RecursionError):
         return None
 
 
 def _as_path(value: Any) -> Path | None:
     return Path(value) if isinstance(value, str) and value else None
+
+
+def _output_of(file: Path, readers: Sequence[Path] = ()) -> Path | None:
+    """The value of train.output where a file, or the one that it is based on, has it once.
+
+    None: it does not, or names a part of it by `<<`. The rest of the file may be wrong.
+    """
+    text = _text_of(file)
+    top = yaml.compose(text, yaml.BaseLoader)
+    sections = _nodes(top, "train")
+    if any(_nodes(node, "<<") for node in (top, *sections)):
+        return None
+    found = [value for train in sections for value in _nodes(train, "output")]
+    bases = [node.value for node in _nodes(top, "base") if isinstance(node, yaml.ScalarNode)]
+    if not found and len(bases) == 1 and file not in readers:
+        return _output_of(find_config(expand(bases[0], "base")), [*readers, file])
+    if len(found) != 1:
+        return None
+    start, end = found[0].start_mark.index, found[0].end_mark.index
+    rest = text[end:].split("\n", 1)[0]
+    comment = rest if rest.lstrip().startswith("#") else ""  # or a part of the value: it is refused
+    alone = read_file(f"train:\n  output: {text[start:end]}{comment}", str(file), Config)
+    return _as_path(alone["train"]["output"])
+
+
+def _nodes(node: yaml.Node | None, key: str) -> list[yaml.Node]:
+    """The values of a mapping's key, which may stand there several times."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    return [value for own, value in pairs if own.value == key]
 
 
 def resolve(tree: Mapping[str, Any]) -> dict[str, Any]:

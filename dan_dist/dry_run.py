@@ -33,7 +33,7 @@ from dan_dist.run.plan import make_plan
 from dan_dist.tracking.faults import ClosedError, reason_of
 from dan_dist.tracking.names import check_written
 from dan_dist.tracking.sqlite import refuse_broken
-from dan_dist.tracking.store import check_takes, connect, store
+from dan_dist.tracking.store import check_new, check_takes, connect, is_new, store
 from dan_dist.train import read_checkpoint
 from shards.format import (
     MANIFEST,
@@ -87,8 +87,9 @@ def check(config: Config, ranks: int) -> None:
 
         check_extra(config.engine.deepspeed)
     if config.tracking.enabled:
-        check_written(config.tracking.experiment, config.tracking.tags)
-        check_store(store()[0], config.tracking.experiment)
+        tracking = config.tracking
+        check_written(tracking.experiment, tracking.tags, tracking.run_name)
+        check_store(store()[0], tracking.experiment)
     log.info("all checks passed; the configuration:")
 
 
@@ -175,6 +176,8 @@ def check_store(uri: str, experiment: str) -> None:
         ValueError: MLflow will not take the run, now or later.
     """
     try:
+        if is_new(uri):
+            check_new(uri, experiment)
         if uri.startswith("sqlite:///"):
             state = _look_at(Path(uri.removeprefix("sqlite:///")))
         else:

@@ -1,6 +1,6 @@
 """The configuration's keys by name: their texts for people, and the right one for a wrong one."""
 
-from shards.command import listen
+from shards.command import end, listen, open_output
 
 if __name__ == "__main__":
     listen()  # a signal may come during the imports below
@@ -170,4 +170,6 @@ def candidates(name: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    open_output()
     print(table())
+    end(0)

@@ -14,6 +14,7 @@ from dan_dist.model.dan import cost
 from dan_dist.run.folder import damaged_since
 from dan_dist.run.state import TrainState
 from dan_dist.tracking.inputs import dataset_inputs
+from dan_dist.tracking.names import check_written
 from dan_dist.tracking.system_metrics import SystemMetrics
 from dan_dist.tracking.tracker import MlflowTracker, NullTracker, RunRecord
 from shards.format import ShardSet, Split
@@ -28,26 +29,31 @@ def open_tracker(
     """MLflow on rank 0; elsewhere, and where it is switched off, a tracker that records nothing.
 
     splits: by MLflow's word for what they are used for. classes: of the network.
+
+    Raises:
+        ValueError, OSError: as `MlflowTracker`; or a text of the configuration that MLflow cuts.
     """
     if not world.is_main or not config.tracking.enabled:
         return NullTracker()
+    tracking = config.tracking
+    check_written(tracking.experiment, tracking.tags, tracking.run_name)
     folder = Path(config.train.output)
     is_cosine = config.loss.classification == "arcface"
     heads, size = config.model.heads, config.model.image_size
     return MlflowTracker(
         folder,
         RunRecord(
-            experiment=config.tracking.experiment,
-            name=config.tracking.run_name or folder.name,
-            parent=config.tracking.parent,
-            parent_title=config.tracking.tags.get("ablation"),
-            adopted=None if config.tracking.parent else os.environ.get("MLFLOW_RUN_ID") or None,
+            experiment=tracking.experiment,
+            name=tracking.run_name or folder.name,
+            parent=tracking.parent,
+            parent_title=tracking.tags.get("ablation"),
+            adopted=None if tracking.parent else os.environ.get("MLFLOW_RUN_ID") or None,
             step=state.step,
             # Names and tags, which MLflow shows as such, would bury what is compared
             params={k: v for k, v in flatten(config.model_dump()).items() if not k.startswith(OWN)},
             config=config.model_dump(),
             tags={
-                **config.tracking.tags,
+                **tracking.tags,
                 "dataset": shards.dataset,
                 "release": shards.release,
                 "fingerprint": shards.fingerprint,

@@ -22,7 +22,7 @@ _USER_ALONE = re.compile(
 _QUERY = re.compile(r"#\S*|\?[^\s?#'\"<>=]+=[^\s#'\"<>]*")
 _VALUE = re.compile(r"=[^&\s)\]},]*")
 _KEYS = (
-    "signature|credential|password|passwd|secret|token|(?:access|api|account|secret)[_-]?key"
+    "signature|credential|password|passwd|secret|token|(?:access|api|account|secret|storage)[_-]?key"
     "(?:[_-]?id)?"
 )
 # key=value, and as JSON and Python have it
@@ -35,7 +35,8 @@ _HEADER = re.compile(
     re.IGNORECASE,
 )
 _VARIABLES = re.compile(
-    r"(?:^|_)(?:PASSWORD|PASSWD|TOKEN|SECRET|ACCESS_KEY|API_KEY|SIGNATURE|CONNECTION_STRING)$"
+    r"(?:^|_)(?:PASSWORD|PASSWD|TOKEN|SECRET|(?:ACCESS|ACCOUNT|API|SECRET|STORAGE)_KEY|SAS|SIGNATURE"
+    r"|CONNECTION_STRING)$"
 )
 _ADDRESSES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 

@@ -5,6 +5,7 @@ pixels of the same bytes. `pixels` maps their values, `orientation` turns them.
 """
 
 import io
+from collections import Counter
 
 from PIL import Image, UnidentifiedImageError, features
 
@@ -12,7 +13,7 @@ from shards.jpeg import SOI, check_scans, completed_jpeg, lost_data, plain_jpeg_
 from shards.jpeg2000 import check_tiles
 from shards.kinds import HEAD_BYTES, describe, media_picture
 from shards.orientation import upright
-from shards.pixels import is_flat, to_rgb
+from shards.pixels import WHITE, is_flat, to_rgb
 
 JPEG_QUALITY = 95
 # Not all that Pillow knows: its EPS reader, for one, starts Ghostscript on the file.
@@ -28,13 +29,17 @@ MAX_BYTES = 4 * MAX_PIXELS  # of a file
 _FLAT_BYTES = 1 / 16  # a pixel: a plain JPEG of one value has fewer, one of a face has more
 
 
-def to_jpeg(source: bytes | Image.Image, size: int | None) -> tuple[bytes, bool]:
+def to_jpeg(
+    source: bytes | Image.Image, size: int | None, whites: Counter[int] | None = None
+) -> tuple[bytes, bool]:
     """JPEG bytes for a shard, and whether they are the original ones; ValueError as of `decode`.
 
     The original bytes are kept where they are a plain JPEG of size×size pixels (of any size where
     `size` is None); one that lacks its last two bytes gets them. Everything else is decoded, turned
     upright, mapped to 8-bit RGB (the first frame of an animation), resized bilinearly as
     torchvision's Resize, and encoded at quality 95 without chroma subsampling.
+
+    whites: counts the value that was taken for white, where the format fixes none.
     """
     if isinstance(source, bytes):
         if (jpeg := kept_jpeg(source, size)) is not None:
@@ -42,6 +47,8 @@ def to_jpeg(source: bytes | Image.Image, size: int | None) -> tuple[bytes, bool]
         image = decode(source)
     else:
         image = source if source.mode in ("RGB", "L") else to_rgb(source)
+    if whites is not None and WHITE in image.info:
+        whites[image.info[WHITE]] += 1
     if size is not None and image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return encode(image), False

@@ -2,7 +2,8 @@
 
 - 8 bits and fewer stay as they are (1 bit: black and white).
 - Whole numbers of more bits keep their upper 8: of the depth that the format fixes, or else of the
-  smallest of 8, 10, 12, 14, 16, 24 and 32 bits that holds the picture's largest value.
+  smallest of 8, 10, 12, 14, 16, 24 and 32 bits that holds the picture's largest value: a guess,
+  which makes a dark picture lighter, and which `WHITE` tells.
 - Fractions are from 0 to 1, or from 0 to the largest value of such a depth, 8 bits among them.
 - Transparency lies on black. CMYK is converted without a profile, CIELAB to sRGB.
 """
@@ -16,6 +17,7 @@ from PIL import Image, ImageCms
 
 DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # bits
 OVERSHOOT = 0.1  # of fractions: resampling leaves some per cent, which are cut off
+WHITE = "white, by guess"  # in a picture's info: the value taken for white, where none is fixed
 DARKEST = 16  # of fractions up to 255: a picture below is rather one of 0 to 1, and too bright
 
 _BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339  # TIFF's tags
@@ -51,8 +53,18 @@ def is_flat(image: Image.Image) -> bool:
     return all(low == high for low, high in bands)  # type: ignore[misc]
 
 
-def to_bytes(values: NDArray[Any], bits: int | None = None) -> NDArray[np.uint8]:
-    """Values of any depth as 8 bits; bits: their depth, where the format fixes it.
+def to_bytes(values: NDArray[Any], white: int) -> NDArray[np.uint8]:
+    """Values of any depth as 8 bits; white: the largest that they might have, see `find_white`."""
+    if values.dtype.kind != "f":
+        upper: NDArray[np.uint8] = (values >> (white.bit_length() - 8)).astype(np.uint8)
+        return upper
+    scaled = np.rint(values * np.float32(255 / white))
+    whole: NDArray[np.uint8] = scaled.clip(0, 255).astype(np.uint8)
+    return whole
+
+
+def find_white(values: NDArray[Any], bits: int | None = None) -> int:
+    """The value that stands for white; bits: the values' depth, where the format fixes it.
 
     Raises:
         ValueError: negative or infinite values, or fractions of no known range.
@@ -63,16 +75,12 @@ def to_bytes(values: NDArray[Any], bits: int | None = None) -> NDArray[np.uint8]
     if values.dtype.kind != "f":
         if low < 0:
             raise ValueError(f"its values go from {low} to {high}, expected 0 and more")
-        depth = bits or next(b for b in DEPTHS if high < 1 << b)
-        upper: NDArray[np.uint8] = (values >> (depth - 8)).astype(np.uint8)
-        return upper
-    tops = [1, *(2**b - 1 for b in DEPTHS if b <= 16)]
+        return (1 << (bits or next(b for b in DEPTHS if high < 1 << b))) - 1
+    tops = [1, *((1 << b) - 1 for b in DEPTHS if b <= 16)]
     top = next((t for t in tops if high <= (1 + OVERSHOOT) * t), None)
     if top is None or low < -OVERSHOOT * top or (top > 1 and high < DARKEST):
         raise ValueError(f"its values go from {low:.4g} to {high:.4g}, expected 0 to 1 or 0 to 255")
-    scaled = np.rint(values * np.float32(255 / top))
-    whole: NDArray[np.uint8] = scaled.clip(0, 255).astype(np.uint8)
-    return whole
+    return top
 
 
 def _mapped(image: Image.Image, values: NDArray[Any]) -> Image.Image:
@@ -85,15 +93,19 @@ def _mapped(image: Image.Image, values: NDArray[Any]) -> Image.Image:
         if _SIGNED not in _tag(image, _SAMPLE_FORMAT) and colours.dtype == np.int32:
             colours = colours.view(np.uint32)
         bits = next((b for b in _tag(image, _BITS) if b == 12), None)
-    mapped = to_bytes(colours, bits)
+    white = find_white(colours, bits)
+    mapped = to_bytes(colours, white)
     if image.format == "TIFF" and _WHITE_IS_ZERO in _tag(image, _PHOTOMETRIC):
         mapped = 255 - mapped
     if values.shape[2] in (2, 4):
-        opacity = to_bytes(values[..., -1:]).astype(np.float32) / 255
+        opacity = to_bytes(values[..., -1:], find_white(values[..., -1:])).astype(np.float32) / 255
         mapped = np.rint(mapped * opacity).astype(np.uint8)
     elif (key := image.info.get("transparency")) is not None and not isinstance(key, bytes):
         mapped[(colours == np.asarray(key)).all(axis=2)] = 0  # one value stands for nothing
-    return Image.fromarray(mapped[..., 0] if mapped.shape[2] == 1 else mapped)
+    found = Image.fromarray(mapped[..., 0] if mapped.shape[2] == 1 else mapped)
+    if bits is None:
+        found.info[WHITE] = white
+    return found
 
 
 def _deep_colours(image: Image.Image, data: bytes) -> NDArray[Any] | None:

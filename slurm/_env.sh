@@ -122,7 +122,9 @@ dan_end() {
         return 0
     fi
     local reason="no outcome was left (exit code $2): it was killed"
-    [ -z "$outcome" ] || reason=$(sed -n 's/.*"reason": "\(\([^"\\]\|\\.\)*\)".*/\1/p' "$1/outcome.json")
+    # A JSON string, in which \" is a quote and \\ a backslash
+    [ -z "$outcome" ] || reason=$(sed -n 's/.*"reason": "\(\([^"\\]\|\\.\)*\)".*/\1/p' "$1/outcome.json" |
+        sed 's/\\\(["\\]\)/\1/g')
     echo "error: the run ended as ${outcome:-failed}: $reason; see $1/logs" >&2
     return $(($2 ? $2 : 1))
 }

@@ -287,7 +287,7 @@ def largest_difference(
 
 
 def outcome(folder: Path) -> dict:
-    return json.loads((folder / "outcome.json").read_text())
+    return json.loads((folder / "outcome.json").read_bytes())
 
 
 def history(uri: str, key: str = "train/loss") -> list[tuple[int, float]]:

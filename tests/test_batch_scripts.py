@@ -99,7 +99,10 @@ def test_the_python_of_a_job_may_be_a_command_of_several_words(
     ("outcome", "line"),
     [
         (r'{"status": "failed", "step": null, "reason": "no \"x\" in a.yaml", "time_s": 1.5}',
-         r"error: the run ended as failed: no \"x\" in a.yaml; see out/logs"),
+         'error: the run ended as failed: no "x" in a.yaml; see out/logs'),
+        (r'{"status": "failed", "step": 3, "reason": "heads \u2014 \"≤ 8\" für \\\"größer\\",'
+         ' "time_s": 1}',
+         r'error: the run ended as failed: heads \u2014 "≤ 8" für \"größer\; see out/logs'),
         ('{"status": "preempted", "step": 4, "reason": "SIGTERM: stopped", "time_s": 1.5}',
          "error: the run ended as preempted: SIGTERM: stopped; see out/logs"),
         ("", "error: the run ended as failed: no outcome was left (exit code 3): it was killed; "

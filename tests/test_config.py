@@ -10,7 +10,15 @@ import pytest
 from conftest import REPOSITORY
 from dan_dist import config as configuration
 from dan_dist import keys
-from dan_dist.config import find_config, flatten, load_config, resolve, shipped_folder, to_yaml
+from dan_dist.config import (
+    find_config,
+    find_output,
+    flatten,
+    load_config,
+    resolve,
+    shipped_folder,
+    to_yaml,
+)
 
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"), key=lambda path: path.stem)
 SMALLEST = "data: {shards: data/x}\ntrain: {epochs: 1, global_batch: 8, output: runs/x}\n"
@@ -126,6 +134,44 @@ def test_a_base_that_is_missing_is_named_with_its_reader(tmp_path: Path) -> None
     message = rf"^{tmp_path}/c\.yaml: base is rafbd: no such configuration; did you mean rafdb\?"
     with pytest.raises(FileNotFoundError, match=message):
         load_config(tmp_path / "c.yaml")
+
+
+def test_the_path_of_a_base_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "lab.yaml").write_text(SMALLEST)
+    monkeypatch.setenv("LAB", str(tmp_path / "shared"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for written in ("$LAB/lab.yaml", "'${LAB}/lab'", "~/shared/lab.yaml"):
+        (tmp_path / "c.yaml").write_text(f"base: {written}\n")
+        assert load_config(tmp_path / "c.yaml").train.output == "runs/x"
+    monkeypatch.delenv("LAB")
+    (tmp_path / "c.yaml").write_text("base: $LAB/lab.yaml\n")
+    with pytest.raises(ValueError, match=r"c\.yaml: base is '\$LAB/lab\.yaml': \$LAB is not set"):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "folder"),
+    [
+        ("train:\n  output: runs/e # the first\n  epochs: 3\n  epochs: 4\n", "runs/e"),
+        ("model: {backbone: $NO_SUCH/x.pt}\ntrain: {output: 'runs/f', epochs: 2}\n", "runs/f"),
+        ("train:\n  output: $HERE/g\ndata:\n  shards: data/x #2\n", "runs/g"),
+        ("base: good.yaml\noptim: {lr: 1}\noptim: {lr: 2}\n", "runs/good"),
+        ("train:\n  output: runs/h\n  output: runs/i\n", None),
+        ("train:\n  output: runs/h #1\n", None),
+        ("train:\n  output: $NO_SUCH/h\n", None),
+        ("base: wrong.yaml\ntrain: {<<: {output: runs/h}, seed: 1, seed: 2}\n", None),
+    ],
+)
+def test_what_is_wrong_elsewhere_hides_no_folder(
+    text: str, folder: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HERE", "runs")
+    Path("good.yaml").write_text("train: {output: runs/good}\n")
+    Path("wrong.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"wrong\.yaml|\$NO_SUCH|stands twice"):
+        load_config("wrong.yaml")
+    assert find_output(["wrong.yaml"]) == (None if folder is None else Path(folder))
 
 
 @pytest.mark.parametrize("word", ["optim.lr:1e-4", "optim.lr", "train.epochs 3", "schedule"])

@@ -226,6 +226,8 @@ def test_mlflow_is_reachable_or_not(
         check(config, 1)
         assert expected in caplog.text and "secret" not in caplog.text
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    with pytest.raises(ValueError, match=r"no experiment 9, .*mlflow\.db is not there yet"):
+        check(load_config(tiny("run"), ["tracking.enabled=true", "tracking.experiment=id:9"]), 1)
     (tmp_path / "mlflow.db").write_text("a text, long enough for no database\n" * 100)
     with pytest.raises(ValueError, match=r"mlflow\.db cannot be opened: file is not a database"):
         check(config, 1)

@@ -132,6 +132,11 @@ def test_any_encoding_takes_any_sign(tmp_path: Path, encoding: str) -> None:
     assert "3 × 4 … 2".encode(encoding, "backslashreplace") in done.stdout
 
 
+def test_the_table_of_keys_takes_any_encoding_too(tmp_path: Path) -> None:
+    done = python("-m", "dan_dist.keys", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "") and r"number \u2265 0" in done.stdout
+
+
 @pytest.mark.parametrize("program", ["verify", "show", "pack"])
 def test_commands_on_shards_end_with_their_code_without_a_reader(
     shards: Path, tmp_path: Path, program: str
@@ -285,7 +290,15 @@ def test_a_disk_without_a_byte_or_an_inode_takes_the_outcome(tmp_path: Path, bef
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert (found["status"], found["step"]) == ("failed", 3) and found["reason"][0] == "ü"
+    assert (found["status"], found["step"]) == ("failed", 3)
+    assert {*found["reason"]} == {"ü"} and 1900 < len(found["reason"]) < 2048  # of two bytes each
+
+
+def test_the_outcome_holds_the_signs_of_any_language(tmp_path: Path) -> None:
+    reason = 'train.größe is "7": expected ≤ 5\udcff'
+    write_outcome(tmp_path, "failed", step=None, reason=reason)
+    text = (tmp_path / "outcome.json").read_text(encoding="utf-8")
+    assert r'größe is \"7\": expected ≤ 5\udcff"' in text and outcome(tmp_path)["reason"] == reason
 
 
 def test_a_disk_that_is_full_from_the_start_is_named(

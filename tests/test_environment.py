@@ -60,6 +60,14 @@ def test_launches(
         ),
         ({"RANK": "8"}, "RANK is 8 in the environment, expected 0 to 7"),
         ({"RANK": "-1"}, "RANK is -1 in the environment, expected 0 to 7"),
+        (
+            {"RANK": ""},
+            "WORLD_SIZE is 8 in the environment, but RANK is not there: set it to 0 to 7",
+        ),
+        (
+            {"LOCAL_WORLD_SIZE": "", "LOCAL_RANK": "3"},
+            "LOCAL_RANK is 3 in the environment, but LOCAL_WORLD_SIZE is not there: set it to the",
+        ),
         ({"LOCAL_RANK": "4"}, "LOCAL_RANK is 4 in the environment, expected 0 to 3"),
     ],
 )

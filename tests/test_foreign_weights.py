@@ -50,6 +50,7 @@ WRAPS: dict[str, Wrap] = {
     "compiled": lambda s: {"model_state_dict": under("_orig_mod.module.", s)},
     "numpy": lambda s: {"state_dict": s, "acc": np.float64(0.62), "confusion": np.eye(3)},
     "lightning": lightning,
+    "pair": lambda s: (["best", under("student_", s)], 0.62),
     "histories": lambda s: {
         "net": under("module.", s),
         "loss": defaultdict(list, {"train": [0.5]}),

@@ -66,9 +66,16 @@ def test_names_are_made_fit_and_stay_different() -> None:
     assert fit("happy [1]") != fit("happy (1)") != fit("happy _1_")
 
 
-def test_odd_class_names_lose_nothing(tmp_path: Path, server: TrackingServer) -> None:
+def test_odd_class_names_lose_nothing(
+    tmp_path: Path, server: TrackingServer, caplog: pytest.LogCaptureFixture
+) -> None:
     values = {"val/accuracy": 0.5, "val/recall/sad 😢": 0.1, "val/recall/a/b": 0.2, "val/f1/%": 0.3}
-    run = track(tmp_path / "run", values, params={"classes: ü|%": "é\0\ud800"})
+    params = {"classes: ü|%": "é\0\ud800", "long": "1" * 6001, "short": "1" * 6000}
+    run = track(tmp_path / "run", values, params=params, name="n" * 251)
+    assert run.data.params["long"] == params["short"] and run.info.run_name == "n" * 250
+    for what in ("parameter classes: ü|%", "parameter long", "name of the run"):
+        assert caplog.text.count(f"{what}: cut to the ") == 1
+    assert caplog.text.count("cut to the") == 3 and "NUL; whole in config.yaml" in caplog.text
     assert run.data.metrics == {fit(name): value for name, value in values.items()}
     kept = {k.removeprefix(ORIGINAL): v for k, v in run.data.tags.items() if ORIGINAL in k}
     odd = ["val/recall/sad 😢", "val/f1/%", "classes: ü|%"]

@@ -20,11 +20,12 @@ from torch.distributed import HashStore
 from tracking_server import TrackingServer
 
 from conftest import copied, single
+from dan_dist import certificate
 from dan_dist.config import load_config
 from dan_dist.distributed.world import World
-from dan_dist.evaluation import evaluate
+from dan_dist.evaluation import evaluate, matrix
 from dan_dist.inference import explain
-from dan_dist.options import EvaluateOptions, ExplainOptions
+from dan_dist.options import CertifyOptions, EvaluateCommand, EvaluateOptions, ExplainOptions
 from dan_dist.run import checkpoint
 from dan_dist.run.results import result_folder
 from dan_dist.tracking import sender
@@ -192,14 +193,19 @@ def test_two_results_of_one_moment_share_no_folder(tmp_path: Path) -> None:
     assert found == ["x", "x-2"]
 
 
-def test_a_trainings_folder_takes_no_result(dan_run: Path, faces: ShardSet, tmp_path: Path) -> None:
+def test_a_trainings_folder_takes_no_result(dan_run: Path, tmp_path: Path, store: str) -> None:
+    """Which is found out before shards are looked for, copied, or made of images."""
     run = copied(dan_run, tmp_path / "run")
     kept = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    words: dict[str, Any] = {"checkpoint": run, "data": str(faces.root), "output": run}
-    with pytest.raises(ValueError, match=r"--output .* is the folder of a training"):
-        evaluate.main(EvaluateOptions(**words))
-    with pytest.raises(ValueError, match=r"--output .* is the folder of a training"):
-        explain.main(ExplainOptions(**words))
+    words: dict[str, Any] = {"checkpoint": run, "data": "nowhere", "output": run}
+    several: dict[str, Any] = {**words, "checkpoint": (run, run), "data": ("nowhere",)}
+    for judge in (
+        lambda: evaluate.main(EvaluateOptions(**words)),
+        lambda: matrix.main(EvaluateCommand(**several)),
+        lambda: explain.main(ExplainOptions(**words)),
+    ):
+        with pytest.raises(ValueError, match=r"--output .* is the folder of a training"):
+            judge()
     assert kept == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
@@ -209,9 +215,17 @@ def test_mlflow_is_asked_before_an_evaluation_computes(
     api = client()
     api.delete_experiment(api.create_experiment("gone"))
     monkeypatch.setattr(evaluate, "predict", None)
+    monkeypatch.setattr(certificate, "launch", None)
     options = EvaluateOptions(checkpoint=dan_run, data=str(faces.root), experiment="gone")
-    with pytest.raises(ValueError, match="experiment 'gone' was deleted"):
-        evaluate.main(options)
+    several = EvaluateCommand(checkpoint=(dan_run,), data=("a", "b"), experiment="gone")
+    words = ("demo", "tracking.experiment=gone", "tracking.enabled=true")
+    for judge in (
+        lambda: evaluate.main(options),
+        lambda: matrix.main(several),
+        lambda: certificate.main(CertifyOptions(words=words, steps=2)),
+    ):
+        with pytest.raises(ValueError, match="experiment 'gone' was deleted"):
+            judge()
 
 
 def test_the_schedulers_experiment_by_its_number(

@@ -6,8 +6,10 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from trees import digests, packed, tree
+from PIL import Image
+from trees import digests, encoded, packed, tree
 
 from conftest import run
 from shards.format import MANIFEST, open_shardset
@@ -26,6 +28,21 @@ def test_unreadable_images_are_named_and_counted(
     assert manifest["dropped"] == {"unreadable": 1}
     assert "happy/7.jpg" in manifest["dropped_names"][0] and "happy/7.jpg" in caplog.text
     assert open_shardset(out).counts["train"] == (110, 109)
+
+
+def test_a_split_of_several_guessed_depths_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A set of 14 bits in PNGs of 16, of which one face in the dark looks like one of 12 bits."""
+    source = tree(tmp_path / "source")
+    for path in source.glob("*/happy/*.jpg"):
+        top = 4000 if path.parts[-3:] == ("train", "happy", "5.jpg") else 16_000
+        deep = np.linspace(0, top, 576).astype(np.uint16).reshape(24, 24)
+        path.write_bytes(encoded(Image.fromarray(deep), "PNG"))
+    packed(source, tmp_path / "out", workers=2)
+    lines = [r.getMessage() for r in caplog.records if "guessed by the largest" in r.getMessage()]
+    assert len(lines) == 1 and "images of split 'train' have more than 8 bits" in lines[0]
+    assert ": 1 with 4095 as white, 8 with 16383 as white; " in lines[0]
 
 
 def test_more_than_one_per_cent_unreadable_stops_the_pack(tmp_path: Path) -> None:

@@ -44,8 +44,10 @@ def test_each_program_has_an_entry_point() -> None:
     from dan_dist.__main__ import PROGRAMS
 
     expected = {f"dan-{name}": f"dan_dist.programs:{name}" for name in PROGRAMS}
-    expected |= {f"dan-{name}": f"shards.{name}:main" for name in ("pack", "verify", "show")}
+    expected |= {f"dan-{name}": f"shards.command:{name}" for name in ("pack", "verify", "show")}
     assert PROJECT["project"]["scripts"] == expected
+    # What ends a command stands around `main`: signals, its output, errors in one line, exit codes.
+    assert not [name for name, entry in expected.items() if entry.endswith(":main")]
 
 
 class Installed(NamedTuple):

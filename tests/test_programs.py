@@ -157,6 +157,7 @@ def test_a_parser_is_made_from_the_fields() -> None:
         ("x --data y --kind c", "argument --kind: invalid choice: 'c' (choose from"),
         ("x --data y --rank-count many", "argument --rank-count: invalid int value: 'many'"),
         ("x --data y --ran 3", "unrecognized arguments: --ran"),  # no abbreviations
+        ("x --data y --kind=https://ann:pw@h/b?sig=1", "invalid choice: 'https://***@h/b?sig=***'"),
         ("x --data y --fast=1", "argument --fast: ignored explicit argument '1'"),
     ],
 )

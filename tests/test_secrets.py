@@ -70,8 +70,12 @@ def test_secrets_of_the_environment_are_hidden_wherever_they_stand(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://ann:{QUOTED}@h")
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "tok-12345")
     monkeypatch.setenv("HF_TOKEN", "short")  # stands by chance in many a word
+    for name in ("AZURE_STORAGE_KEY", "MY_ACCOUNT_KEY", "BUCKET_SAS", "RCLONE_SECRET_KEY"):
+        monkeypatch.setenv(name, f"value-of-{name.lower()}")
     text = redact(f"got {SECRET}, {QUOTED} and tok-12345, in short")
     assert text == "got ***, *** and ***, in short"
+    keys = "value-of-azure_storage_key value-of-my_account_key value-of-bucket_sas"
+    assert redact(f"{keys}/value-of-rclone_secret_key") == "*** *** ***/***"
     tree = {"a": [f"x {SECRET}", 1, None], "b": ("tok-12345", 2.5), SECRET: True}
     assert redact_tree(tree) == {"a": ["x ***", 1, None], "b": ("***", 2.5), SECRET: True}
     tags = {"note": "a", "db-password": "x", "hf_token": "y", "tokens": "z", "token": 5}

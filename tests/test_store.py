@@ -4,6 +4,7 @@ import sqlite3
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from dan_dist.tracking import sqlite
 from dan_dist.tracking import tracker as tracking
 from dan_dist.tracking.faults import ClosedError
-from dan_dist.tracking.store import connect
-from dan_dist.tracking.tracker import MlflowTracker, RunRecord
+from dan_dist.tracking.store import check_new, connect
+from dan_dist.tracking.tracker import MlflowTracker, RunRecord, check_recorded
 
 RECORD = RunRecord(experiment="e", name="n", params={}, config={})
 
@@ -71,6 +72,29 @@ def test_a_store_with_runs_is_left_alone(
     with pytest.raises(ValueError, match=r"holds runs .* completed by: mlflow db upgrade sqlite"):
         MlflowTracker(tmp_path / "run", RECORD)
     assert path.read_bytes() == before and not list(tmp_path.glob("*.half-made*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"adopted": "7" * 32}, "MLflow has no run 7777"),
+        ({"experiment": "id:41"}, "MLflow has no experiment 41, which tracking.experiment or"),
+    ],
+)
+def test_a_store_that_is_not_there_yet_holds_nothing_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], fault: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/new.db")
+    with pytest.raises(ValueError, match=rf"{fault}.*its store sqlite:///.*/new\.db is not there"):
+        MlflowTracker(tmp_path / "run", replace(RECORD, **changes))
+    if "experiment" in changes:
+        with pytest.raises(ValueError, match=fault):
+            check_recorded(changes["experiment"])
+        with pytest.raises(ClosedError, match=fault):
+            check_new("sqlite:///new.db", changes["experiment"])
+    check_recorded("id:0")  # which every store has
+    check_recorded("a name")
+    assert not (tmp_path / "new.db").exists()
 
 
 def test_a_store_in_the_making_is_waited_for(empty_store: Path, tmp_path: Path) -> None:

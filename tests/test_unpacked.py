@@ -301,3 +301,36 @@ def test_a_releases_linked_folder_is_followed(full: Path, tmp_path: Path) -> Non
     assert release.read(release.splits["train"][0]).image
     with pytest.raises(ValueError, match="--follow-links FOLDER follows links into FOLDER"):
         affectnet.release(root, size=None, margin=0.0)
+
+
+def test_parts_lie_below_linked_folders_too(tmp_path: Path) -> None:
+    """Links that lead round, or to a folder a second time, change nothing."""
+    store, root = tmp_path / "store", tmp_path / "r"
+    layouts.write_affectnet_plus(tmp_path / "plus", 16, 8, size=16, seed=0, is_beside=False)
+    moved(
+        tmp_path / "plus",
+        store,
+        {"train_set": "a/b/train_set/train_set", "validation_set": "val_set"},
+    )
+    notes = store / "a/b/train_set/train_set/annotations"
+    notes.rename(tmp_path / "store" / "notes")
+    notes.symlink_to(store / "notes")
+    (store / "a" / "round").symlink_to(store)
+    root.mkdir()
+    for name in ("one", "two"):
+        (root / name).symlink_to(store / "a")
+    (root / "val_set").symlink_to(store / "val_set")
+    release = affectnet.release(Source(root, store), size=None, margin=0.0)
+    assert release.release == "AffectNet+, human labels" and not release.left_out.counts
+    assert counts(release) == {"train": 16, "val": 8}
+    assert release.read(release.splits["train"][5]).soft
+    with pytest.raises(FileNotFoundError, match="holds no AffectNet release"):
+        affectnet.release(Source(root), size=None, margin=0.0)
+
+
+def test_a_tree_lies_below_a_linked_folder(tmp_path: Path) -> None:
+    plain, root = tree(tmp_path / "store" / "set" / "faces", train=3, val=2), tmp_path / "r"
+    root.mkdir()
+    (root / "all").symlink_to(tmp_path / "store")
+    found = folder.release(Source(root, tmp_path / "store"))
+    assert counts(found) == counts(folder.release(plain))

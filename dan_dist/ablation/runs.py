@@ -62,7 +62,7 @@ def read_summary(run: AblationRun, config: Config) -> RunSummary:
     """
     folder = Path(config.train.output)
     outcome = folder / OUTCOME
-    found = json.loads(outcome.read_text()) if outcome.is_file() else {}
+    found = json.loads(outcome.read_bytes()) if outcome.is_file() else {}
     status, reason = found.get("status", "missing"), found.get("reason", "")
     chosen = selected_on(config.data.model_dump())
     images = "held-out images" if chosen == HELD_OUT else "validation images"

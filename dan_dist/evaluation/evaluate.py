@@ -75,6 +75,8 @@ def main(options: EvaluateOptions, *, timeout_s: float = 60.0) -> dict[str, Any]
         trained = open_network(options, world)
         if not options.no_tracking:
             world.run_once(lambda: check_recorded(options.experiment or trained.experiment))
+        if (given := options.output) is not None:  # before shards are copied
+            world.run_once(lambda: check_result_folder(given))
         shards = open_set(options, world)
         inputs = world.run_on_all(lambda: open_inputs(shards, trained, options))
         world.check_equal(f"{shards.root}: the images' fingerprint", shards.fingerprint)

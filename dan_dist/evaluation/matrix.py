@@ -22,7 +22,7 @@ from dan_dist.model.weights import Trained
 from dan_dist.options import EvaluateCommand, EvaluateOptions, EvaluationChoices
 from dan_dist.run.results import check_result_folder, result_folder
 from dan_dist.tracking.figures import save
-from dan_dist.tracking.tracker import RunRecord, record_run
+from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
 from shards.files import sha256_of, write_atomically
 
 FOLDER = "across"  # beside the first checkpoint
@@ -49,6 +49,11 @@ def main(command: EvaluateCommand) -> list[dict[str, Any]]:
         networks = [single.open_network(row[0], world) for row in cells]
         if other := [trained for trained in networks if trained.task != "expression"]:
             raise ValueError(f"{other[0].path} was trained on identities: evaluate it by itself")
+        if not command.no_tracking:
+            experiment = command.experiment or networks[0].experiment
+            world.run_once(lambda: check_recorded(experiment))
+        if (given := command.output) is not None:  # before shards are copied
+            world.run_once(lambda: check_result_folder(given))
         sets = [single.open_set(cell, world) for cell in cells[0]]
         opened = [
             [world.run_on_all(partial(single.open_inputs, shards, trained, cell))

@@ -55,6 +55,8 @@ def main(options: ExplainOptions) -> dict[str, Any]:
         networks = [load_trained(p, options.classes, weights=options.weights) for p in given]
         if not options.no_tracking:
             check_recorded(options.experiment or networks[0].experiment)
+        if options.output is not None:  # before shards are copied and images packed
+            check_result_folder(options.output)
         inputs = open_inputs(options, networks, folder, world.cores)
         path = networks[0].path
         name = re.sub(r"[^\w.-]", "_", f"{path.stem}-explained-{inputs.where}")

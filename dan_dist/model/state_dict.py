@@ -1,7 +1,8 @@
 """State dicts from files that may come from anywhere, and networks filled from them.
 
 Files name a network's tensors as its authors do, under whatever a wrapper has put before the names
-(`module.`, `_orig_mod.`, `model.`, `encoder_q.`), at the file's top or one dict deeper.
+(`module.`, `_orig_mod.`, `encoder_q.`, `student_`), at the file's top, or up to two dicts, lists or
+tuples deeper.
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dan_dist.model.classes import join_names
 from dan_dist.model.dan import DAN, Fusion
-from dan_dist.run.plain import refuse_not_finite, refuse_odd
+from dan_dist.run.plain import entries_of, refuse_not_finite, refuse_odd
 from shards.command import escape
 
 USUAL = (
@@ -64,7 +65,7 @@ def find_places(content: Mapping[str, Any], names: Collection[str]) -> list[Plac
             key[:start]
             for key in tensors
             if len(key) <= LONGEST_NAME
-            for start in (0, *(k + 1 for k, letter in enumerate(key) if letter == "."))
+            for start in (0, *(k + 1 for k, letter in enumerate(key) if letter in "._"))
             if key[start:] in names
         )
         for prefix, count in counts.items():
@@ -84,10 +85,10 @@ def _dicts_of_tensors(content: Mapping[str, Any]) -> Iterator[tuple[str, dict[st
             if tensors:
                 yield where, tensors
         inner = [
-            (f"{where}.{escape(str(key)[:80])}".lstrip("."), value)
+            (f"{where}.{escape(str(key)[:80])}".lstrip("."), entries)
             for where, own in level
             for key, value in own.items()
-            if isinstance(value, Mapping)
+            if (entries := entries_of(value)) is not None
         ]
         order = {name: k for k, name in enumerate(USUAL)}
         level = sorted(inner, key=lambda pair: order.get(pair[0], len(USUAL)))

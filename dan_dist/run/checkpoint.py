@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dan_dist.run.plain import (
     dotted,
+    entries_of,
     is_count,
     leaves,
     part_of,
@@ -83,7 +84,8 @@ def disk_error(error: Exception, path: Path) -> OSError:
 def read(path: Path) -> dict[str, Any]:
     """What torch or safetensors has saved in a file, onto the CPU; no code in it is run.
 
-    Only tensors, plain values and what HARMLESS names, in bounds (`run.plain`).
+    Only tensors, plain values and what HARMLESS names, in bounds (`run.plain`); of a list or tuple
+    of dicts, each by its number as a text.
 
     Raises:
         ValueError: damaged, or not a dict of such. OSError: it cannot be read.
@@ -98,6 +100,8 @@ def read(path: Path) -> dict[str, Any]:
             _check_parts(path)
             with torch.serialization.safe_globals(HARMLESS):
                 content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, list | tuple):  # as of torch.save((state, epoch), …)
+            content = entries_of(content) or content
         if isinstance(content, dict):
             for _ in leaves(content):  # each is checked on the way
                 pass

@@ -125,6 +125,7 @@ class _Parser(argparse.ArgumentParser):
     """Leaves the reason of a bad command line for torchrun too."""
 
     def error(self, message: str) -> NoReturn:
+        message = redact(message)  # which holds the words of the command line
         report_failure(message)
         super().error(message)
 

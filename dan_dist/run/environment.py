@@ -29,10 +29,21 @@ def read_launch() -> Launch:
     """The launch of this process.
 
     Raises:
-        ValueError: a variable is not a whole number, or a rank is not below the number of ranks.
+        ValueError: a variable is not a whole number, or is not there where another one asks for it,
+            or a rank is not below the number of ranks.
     """
     rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
     size = _number("WORLD_SIZE", 1)
+    if size > 1 and not os.environ.get("RANK"):
+        raise ValueError(
+            f"WORLD_SIZE is {size} in the environment, but RANK is not there: set it to "
+            f"0 to {size - 1}, another one on each rank, or unset WORLD_SIZE to train alone"
+        )
+    if local_rank and not (os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")):
+        raise ValueError(
+            f"LOCAL_RANK is {local_rank} in the environment, but LOCAL_WORLD_SIZE is not there: "
+            "set it to the number of ranks on this node"
+        )
     # torchrun's name, and that of DeepSpeed's launcher
     local_size = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", 1))
     for name, total in (("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", local_size)):

@@ -64,9 +64,13 @@ def write_outcome(
     content = {"status": status, "step": step, "reason": reason, "time_s": round(time.time(), 3),
                **({"result": dict(result)} if result else {})}  # fmt: skip
     try:
-        write_atomically(folder / OUTCOME, json.dumps(content) + "\n")
+        write_atomically(folder / OUTCOME, _to_json(content))
     except OSError as error:  # in place, on blocks that are this file's already
-        text = json.dumps(content | {"reason": reason[:400]}).encode().ljust(ROOM)
+        text = _to_json(content)
+        while len(text) > ROOM and reason:  # a sign has up to six bytes there
+            reason = reason[: -max(1, (len(text) - ROOM) // 6)]
+            text = _to_json(content | {"reason": reason})
+        text = text.ljust(ROOM)
         for path in (folder / RESERVE, folder / OUTCOME):
             with suppress(OSError):
                 with path.open("r+b") as file:
@@ -79,6 +83,11 @@ def write_outcome(
         (folder / RESERVE).unlink(missing_ok=True)
 
 
+def _to_json(content: Mapping[str, Any]) -> bytes:
+    """In one line, the signs of any language as they are: people and scripts read it."""
+    return f"{json.dumps(content, ensure_ascii=False)}\n".encode(errors="backslashreplace")
+
+
 def write_failure(folder: Path, *, step: int | None, reason: str, since_s: float) -> None:
     """Writes that the run failed, as far as that is possible; any rank may call it.
 
@@ -87,7 +96,7 @@ def write_failure(folder: Path, *, step: int | None, reason: str, since_s: float
     """
     found: dict[str, object] = {}
     with suppress(OSError, ValueError):
-        found = json.loads((folder / OUTCOME).read_text())
+        found = json.loads((folder / OUTCOME).read_bytes())
     with suppress(OSError):
         if found.get("status") != "finished" and float(str(found.get("time_s", 0))) < since_s:
             write_outcome(folder, "failed", step=step, reason=reason)

@@ -53,6 +53,15 @@ def check_bounds(value: Any, place: Any) -> None:
         raise ValueError(f"{dotted(place)}: a whole number of {value.bit_length():,} bits")
 
 
+def entries_of(value: Any) -> Mapping[Any, Any] | None:
+    """A mapping, or a list or tuple that holds some, by their numbers as texts; None: neither."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, list | tuple) and any(isinstance(v, dict | list | tuple) for v in value):
+        return {str(k): own for k, own in enumerate(value)}
+    return None
+
+
 def part_of(place: Any) -> Any:
     """The outermost key of a place that `leaves` gives."""
     key = None

@@ -1,16 +1,32 @@
 """How each kind of a journal's records gets into MLflow."""
 
+import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from dan_dist.tracking.faults import ClosedError, RefusedError, is_refusal, reason_of
+from dan_dist.tracking.faults import (
+    ClosedError,
+    PartlyRefusedError,
+    RefusedError,
+    is_refusal,
+    noted,
+    reason_of,
+    send_entries,
+)
 from dan_dist.tracking.inputs import find_model, linked, log_inputs
-from dan_dist.tracking.journal import Journal, Lane
+from dan_dist.tracking.journal import NAME, Journal, Lane
 from dan_dist.tracking.logged_model import log_model
-from dan_dist.tracking.names import PARAM_LETTERS, TAG_LETTERS, fit, fit_value, originals
+from dan_dist.tracking.names import (
+    MOST_LETTERS,
+    PARAM_LETTERS,
+    TAG_LETTERS,
+    fit,
+    fit_value,
+    originals,
+)
 from dan_dist.tracking.store import (
     active_run,
     check_takes,
@@ -20,16 +36,9 @@ from dan_dist.tracking.store import (
     store,
 )
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
+
 _JOURNAL_TAG, _ROLLBACK_TAG = "dan_dist.journal", "dan_dist.rolled_back"
-
-
-class PartlyRefusedError(RefusedError):
-    """Some entries of a record were refused; the others have arrived."""
-
-    def __init__(self, refused: Mapping[str, str]) -> None:
-        super().__init__("; ".join(dict.fromkeys(refused.values())))
-        self.refused = refused  # what it is → the reason
 
 
 class Delivery:
@@ -44,6 +53,7 @@ class Delivery:
         self._client: Any = None
         self._connecting = threading.Lock()
         self._known: set[str] = set()  # names that were made fit, and whose original was recorded
+        self._changed: set[str] = set()  # entries whose value was made fit, as the log has told
 
     @property
     def client(self) -> Any:
@@ -143,7 +153,7 @@ class Delivery:
             (key, Metric(fit(key), value, time_ms, step, **link)) for key, value in values.items()
         ]
         with self._names_kept(run_id, values):
-            _send("metric", rows, lambda few: self.client.log_batch(run_id, metrics=few))
+            send_entries("metric", rows, lambda few: self.client.log_batch(run_id, metrics=few))
 
     def _link(self, run_id: str) -> dict[str, str]:
         """The model and the data set that an evaluation's metrics are of; of a training, none."""
@@ -154,9 +164,10 @@ class Delivery:
     def _parameters(self, run_id: str, values: Mapping[str, str]) -> None:
         from mlflow.entities import Param
 
-        rows = [(k, Param(fit(k), fit_value(v, PARAM_LETTERS))) for k, v in values.items()]
+        texts = self._fitted("parameter", values, PARAM_LETTERS)
+        rows = [(k, Param(fit(k), text)) for k, text in texts.items()]
         with self._names_kept(run_id, values):
-            _send("parameter", rows, lambda few: self.client.log_batch(run_id, params=few))
+            send_entries("parameter", rows, lambda few: self.client.log_batch(run_id, params=few))
 
     def _changes(self, run_id: str, record: Mapping[str, Any]) -> None:
         """Parameters keep in MLflow what they were at first: tags of their names tell the rest."""
@@ -175,14 +186,10 @@ class Delivery:
         """
         changed = {name: fit(name) for name in names if name not in self._known}
         refused = dict[str, str]()
-        try:
+        with noted(refused):
             self._tags(run_id, originals(changed))
-        except PartlyRefusedError as error:
-            refused |= error.refused
-        try:
+        with noted(refused):
             yield
-        except PartlyRefusedError as error:
-            refused |= error.refused
         self._known |= changed.keys()
         if refused:
             raise PartlyRefusedError(refused)
@@ -190,8 +197,20 @@ class Delivery:
     def _tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        rows = [(k, RunTag(fit(k), fit_value(v, TAG_LETTERS))) for k, v in tags.items()]
-        _send("tag", rows, lambda few: self.client.log_batch(run_id, tags=few))
+        texts = self._fitted("tag", tags, TAG_LETTERS)
+        rows = [(k, RunTag(fit(k), text)) for k, text in texts.items()]
+        send_entries("tag", rows, lambda few: self.client.log_batch(run_id, tags=few))
+
+    def _fitted(self, kind: str, values: Mapping[str, str], most: int) -> dict[str, str]:
+        """Values as MLflow takes them; the log names once those that it does not take whole."""
+        found = {key: fit_value(text, most) for key, text in values.items()}
+        for key in values:
+            if found[key] != values[key] and (what := f"{kind} {key}") not in self._changed:
+                self._changed.add(what)
+                log.warning("%s: cut to the %d letters of UTF-8 that MLflow takes, without NUL; "
+                            "whole in %s", what, most,
+                            "config.yaml" if kind == "parameter" else NAME)  # fmt: skip
+        return found
 
     def _open(self, record: Mapping[str, Any]) -> str:
         """The run of this journal: the one with its tag, the one it goes on with, or a new one."""
@@ -219,7 +238,7 @@ class Delivery:
             tags["mlflow.parentRunId"] = parent_run(
                 self.client, number, record["parent"], record.get("parent_title")
             )
-        name = fit_value(record["name"], 250)
+        name = self._fitted("name", {"of the run": record["name"]}, MOST_LETTERS)["of the run"]
         run = self.client.create_run(number, record["time_ms"], tags, name)
         return str(run.info.run_id)
 
@@ -240,29 +259,3 @@ class Delivery:
         except PermissionError as error:
             raise RefusedError(f"{path} cannot be read: {error.strerror}") from error
         return path
-
-
-def _send(kind: str, rows: Sequence[tuple[str, T]], send: Callable[[list[T]], None]) -> None:
-    """Sends named entries at once or, where that is refused, one by one.
-
-    Raises:
-        PartlyRefusedError: some are refused by themselves; the others have arrived.
-    """
-    if not rows:
-        return
-    try:
-        send([entry for _, entry in rows])
-        return
-    except Exception as error:
-        if not is_refusal(error):
-            raise
-    refused = {}
-    for name, entry in rows:
-        try:
-            send([entry])
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            refused[f"{kind} {name}"] = reason_of(error)
-    if refused:
-        raise PartlyRefusedError(refused)

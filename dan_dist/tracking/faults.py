@@ -5,6 +5,9 @@ can be given are waited for. What is refused as it is, and what a server lacks, 
 """
 
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
 from dan_dist.redaction import redact
 
@@ -28,8 +31,19 @@ _HINTS = {
 }
 
 
+T = TypeVar("T")
+
+
 class RefusedError(Exception):
     """A record, or a part of it, that will not be taken as it is however often it is sent."""
+
+
+class PartlyRefusedError(RefusedError):
+    """Some entries of a record were refused; the others have arrived."""
+
+    def __init__(self, refused: Mapping[str, str]) -> None:
+        super().__init__("; ".join(dict.fromkeys(refused.values())))
+        self.refused = refused  # what it is → the reason
 
 
 class ClosedError(Exception):
@@ -66,3 +80,40 @@ def reason_of(error: Exception) -> str:
     text = _PAGE.sub("", redact(lines[0] if lines else type(error).__name__))
     hint = _HINTS.get(status_of(error) or 0)
     return f"{text}; {hint}" if hint else text
+
+
+def send_entries(
+    kind: str, rows: Sequence[tuple[str, T]], send: Callable[[list[T]], object]
+) -> None:
+    """Sends named entries at once or, where that is refused, one by one.
+
+    Raises:
+        PartlyRefusedError: some are refused by themselves; the others have arrived.
+    """
+    if not rows:
+        return
+    try:
+        send([entry for _, entry in rows])
+        return
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+    refused = {}
+    for name, entry in rows:
+        try:
+            send([entry])
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            refused[f"{kind} {name}"] = reason_of(error)
+    if refused:
+        raise PartlyRefusedError(refused)
+
+
+@contextmanager
+def noted(refused: dict[str, str]) -> Iterator[None]:
+    """Notes what is refused of what is sent inside: it holds nothing after it back."""
+    try:
+        yield
+    except PartlyRefusedError as error:
+        refused |= error.refused

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dan_dist.data.mixture import JoinedSet
 from dan_dist.model.weights import Trained
-from dan_dist.tracking.faults import is_refusal
+from dan_dist.tracking.faults import PartlyRefusedError, is_refusal, noted, send_entries
 from dan_dist.tracking.journal import read_sent
 from dan_dist.tracking.names import fit_value
 from shards.format import ShardSet, Split
@@ -69,11 +69,15 @@ def _profile(split: Split) -> dict[str, Any]:
 
 
 def log_inputs(client: Any, run_id: str, record: Mapping[str, Any]) -> None:
-    """Links a run with its data sets and its model; once, however often it is called."""
+    """Links a run with its data sets and its model; once, however often it is called.
+
+    Raises:
+        PartlyRefusedError: of some; the others are linked.
+    """
     from mlflow.entities import Dataset, InputTag, LoggedModelInput
     from mlflow.entities import DatasetInput as Input
 
-    datasets = []
+    datasets, refused = [], dict[str, str]()
     for values in record["datasets"]:
         own = DatasetInput(**values)
         kind, source = _source(own.source)
@@ -83,15 +87,18 @@ def log_inputs(client: Any, run_id: str, record: Mapping[str, Any]) -> None:
             fit_value(own.name, NAME_LETTERS), own.fingerprint[:DIGEST_LETTERS], kind,
             json.dumps(source), profile=json.dumps(own.profile),
         )  # fmt: skip
-        datasets.append(
-            Input(dataset, [InputTag(k, fit_value(v, NAME_LETTERS)) for k, v in tags.items()])
-        )
-    if datasets:
-        client.log_inputs(run_id, datasets)
+        labels = [InputTag(k, fit_value(v, NAME_LETTERS)) for k, v in tags.items()]
+        datasets.append((own.name, Input(dataset, labels)))
+    with noted(refused):
+        send_entries("data set", datasets, lambda few: client.log_inputs(run_id, few))
     if (model := find_model(client, record.get("model"))) is not None:
         known = client.get_run(run_id).inputs
         if model not in [m.model_id for m in (known.model_inputs if known else [])]:
-            client.log_inputs(run_id, models=[LoggedModelInput(model)])
+            links = [(model, LoggedModelInput(model))]
+            with noted(refused):
+                send_entries("model", links, lambda few: client.log_inputs(run_id, models=few))
+    if refused:
+        raise PartlyRefusedError(refused)
 
 
 def model_of(trained: Trained) -> ModelInput | None:

@@ -58,19 +58,24 @@ def originals(names: Mapping[str, str]) -> dict[str, str]:
     return {ORIGINAL + new: old for old, new in names.items() if new != old}
 
 
-def check_written(experiment: str, tags: Mapping[str, str]) -> None:
-    """Refuses an experiment's name or tags that no MLflow server takes.
+def check_written(experiment: str, tags: Mapping[str, str], run_name: str | None = None) -> None:
+    """Refuses an experiment's name, tags or a run's name that no MLflow server takes whole.
 
     Raises:
         ValueError: names the key of the configuration.
     """
-    if not experiment.strip() or len(experiment) > 2 * MOST_LETTERS or "\0" in experiment:
-        raise ValueError(
-            f"tracking.experiment is {experiment!r}: MLflow takes 1 to {2 * MOST_LETTERS} letters"
-        )
     for key in tags:
         if not is_fit(key):
             raise ValueError(
                 f"tracking.tags: {key!r} is no name for MLflow, which takes 1 to {MOST_LETTERS} "
                 "letters, digits and _ - . : / and spaces in between"
             )
+    for key, text, least, most in (
+        ("experiment", experiment, 1, 2 * MOST_LETTERS),
+        ("run_name", run_name or "", 0, MOST_LETTERS),
+        *((f"tags.{key}", text, 0, TAG_LETTERS) for key, text in tags.items()),
+    ):
+        if len(text.strip()) < least or fit_value(text, most) != text:
+            shown = repr(text) if len(text) <= 100 else f"{text[:100]!r}…"
+            raise ValueError(f"tracking.{key} is {shown}: MLflow takes {least} to {most} letters "
+                             "of UTF-8, without NUL")  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from dan_dist.redaction import redact
-from dan_dist.tracking.faults import reason_of
+from dan_dist.tracking.faults import noted, reason_of, send_entries
 from dan_dist.tracking.names import TAG_LETTERS, fit, fit_value
 from dan_dist.tracking.provenance import provenance
 from dan_dist.tracking.store import (
@@ -58,29 +58,44 @@ def publish(folder: Path, record: ParentRecord, journals: Sequence[Path]) -> Pag
 
     journals: folders of the runs that it holds; what MLflow has missed of them is sent first.
 
+    The status first: it is taken whatever becomes of the rest, of which the log names what MLflow
+    refuses.
+
     Raises:
         OSError: MLflow cannot be reached.
     """
     uri, artifacts = store()
+    refused = dict[str, str]()
     try:
         client = connect(uri)
         for journal in journals:
             _send_rest(journal, uri)
         number = experiment_number(client, record.experiment, artifacts)
         run_id = parent_run(client, number, record.name, record.title)
-        _describe(client, run_id, record)
-        client.set_experiment_tag(
-            number, VIEW_TAG + record.name, json.dumps(record.view).replace("{run_id}", run_id)
-        )
         if record.status == "RUNNING":
             client.update_run(run_id, record.status)
         else:
             client.set_terminated(run_id, record.status)
-        for path in sorted(folder.iterdir()):
-            client.log_artifact(run_id, str(path))
+        _describe(client, run_id, record, refused)
+        view_of_runs = json.dumps(record.view).replace("{run_id}", run_id)
+        with noted(refused):
+            send_entries(
+                "view",
+                [(record.name, view_of_runs)],
+                lambda few: [
+                    client.set_experiment_tag(number, VIEW_TAG + record.name, text) for text in few
+                ],
+            )
+        with noted(refused):
+            files = [(path.name, str(path)) for path in sorted(folder.iterdir())]
+            send_entries(
+                "artifact", files, lambda few: [client.log_artifact(run_id, path) for path in few]
+            )
     except Exception as error:  # mlflow's errors share no base but Exception
         where = f"MLflow at {redact(uri)}"
         raise OSError(f"{where}: {reason_of(error)}; the comparison is in {folder}") from error
+    for what, reason in refused.items():
+        log.warning("left out of MLflow: %s: %s; it is in %s", what, reason, folder)
     view = f"{server_of(uri)}/#/experiments/{number}/runs?viewStateShareKey={quote(record.name)}"
     return Pages(
         run_page(uri, number, run_id), f"{view}&compareRunsMode=CHART&{KIND_OF_WORK}", number
@@ -96,7 +111,7 @@ def compare_page(run_ids: Sequence[str], experiment: str) -> str:
     return f"{page}&{KIND_OF_WORK}"
 
 
-def _describe(client: Any, run_id: str, record: ParentRecord) -> None:
+def _describe(client: Any, run_id: str, record: ParentRecord, refused: dict[str, str]) -> None:
     from mlflow.entities import Metric, RunTag
 
     address = f"get-artifact?path={record.image}&run_uuid={run_id}"
@@ -107,11 +122,12 @@ def _describe(client: Any, run_id: str, record: ParentRecord) -> None:
         **record.tags,
     }
     now_ms = int(time.time() * 1000)
-    client.log_batch(
-        run_id,
-        metrics=[Metric(fit(key), value, now_ms, 0) for key, value in record.metrics.items()],
-        tags=[RunTag(key, fit_value(value, TAG_LETTERS)) for key, value in tags.items()],
-    )
+    metrics = [(key, Metric(fit(key), value, now_ms, 0)) for key, value in record.metrics.items()]
+    labels = [(key, RunTag(key, fit_value(value, TAG_LETTERS))) for key, value in tags.items()]
+    with noted(refused):
+        send_entries("metric", metrics, lambda few: client.log_batch(run_id, metrics=few))
+    with noted(refused):
+        send_entries("tag", labels, lambda few: client.log_batch(run_id, tags=few))
 
 
 def _send_rest(folder: Path, uri: str) -> None:

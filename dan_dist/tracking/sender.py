@@ -8,8 +8,14 @@ from contextlib import suppress
 from typing import Any
 
 from dan_dist.redaction import redact
-from dan_dist.tracking.delivery import Delivery, PartlyRefusedError
-from dan_dist.tracking.faults import ClosedError, is_refusal, reason_of, status_of
+from dan_dist.tracking.delivery import Delivery
+from dan_dist.tracking.faults import (
+    ClosedError,
+    PartlyRefusedError,
+    is_refusal,
+    reason_of,
+    status_of,
+)
 from dan_dist.tracking.journal import LANES, Journal, Lane, LeftOut, lanes_of
 from dan_dist.tracking.store import import_mlflow
 

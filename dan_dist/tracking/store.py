@@ -8,7 +8,7 @@ from typing import Any
 
 from dan_dist.redaction import redact
 from dan_dist.tracking.faults import ClosedError, is_refusal, reason_of
-from dan_dist.tracking.sqlite import mend, opening
+from dan_dist.tracking.sqlite import database, mend, opening
 
 # mlflow's own defaults wait four minutes for a server that is gone, and print when a run ends
 _DEFAULTS = {
@@ -118,6 +118,31 @@ def _numbered(client: Any, name: str) -> str:
         raise
     check_active(found)
     return str(found.experiment_id)
+
+
+def is_new(uri: str) -> bool:
+    """Whether a store is a file that is not there yet: the first run makes it."""
+    path = database(uri)
+    return path is not None and not (path.is_file() and path.stat().st_size)
+
+
+def check_new(uri: str, experiment: str, run_id: str | None = None) -> None:
+    """Refuses what a store that is made by this run cannot hold; only experiment 0 is in each.
+
+    run_id: of a run that somebody else has made for this one.
+
+    Raises:
+        ClosedError: names what is not there, and the store.
+    """
+    missing = ""
+    if run_id is not None:
+        missing = f"run {run_id}, which MLFLOW_RUN_ID names"
+    elif experiment.startswith(BY_NUMBER) and experiment != f"{BY_NUMBER}0":
+        number = experiment.removeprefix(BY_NUMBER)
+        missing = f"experiment {number}, which tracking.experiment or MLFLOW_EXPERIMENT_ID names"
+    if missing:
+        raise ClosedError(f"MLflow has no {missing}: its store {redact(uri)} is not there yet; "
+                          "MLFLOW_TRACKING_URI names another")  # fmt: skip
 
 
 def check_active(experiment: Any) -> None:

@@ -23,8 +23,15 @@ from dan_dist.tracking.journal import SYSTEM, Journal, LeftOut, remove_journal
 from dan_dist.tracking.names import check_written
 from dan_dist.tracking.provenance import provenance
 from dan_dist.tracking.sender import Sender, ask, waiting
-from dan_dist.tracking.sqlite import database
-from dan_dist.tracking.store import check_takes, connect, page, run_page, store
+from dan_dist.tracking.store import (
+    check_new,
+    check_takes,
+    connect,
+    is_new,
+    page,
+    run_page,
+    store,
+)
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +101,7 @@ class MlflowTracker(NullTracker):
         run_id: str | None = None,
         rollback_to: int | None = None,
     ) -> None:
-        check_written(record.experiment, record.tags)
+        check_written(record.experiment, dict.fromkeys(record.tags, ""))  # values may be the data's
         self._journal, self._folder = Journal(folder), folder
         sampled = [s for key, s in self._journal.last_step.items() if key.startswith(SYSTEM)]
         self._samples = max(sampled, default=0)
@@ -140,12 +147,12 @@ class MlflowTracker(NullTracker):
         Raises:
             ValueError: the experiment or the run was deleted, or MLflow cannot use the store.
         """
-        path = database(uri)
-        if path is None or (path.is_file() and path.stat().st_size):  # else there is nothing yet
-            begun = self._journal.begun
-            self._sender.check(
-                experiment, begun.get("adopted") if begun else adopted, within_s=CHECK_S
-            )
+        begun = self._journal.begun
+        adopted = begun.get("adopted") if begun else adopted
+        if not is_new(uri):
+            self._sender.check(experiment, adopted, within_s=CHECK_S)
+        elif self._journal.run_id is None:  # else the store was there, and may be moved back
+            ask(lambda: check_new(uri, experiment, adopted), CHECK_S)
 
     @property
     def run_id(self) -> str | None:  # type: ignore[override]
@@ -227,15 +234,17 @@ class MlflowTracker(NullTracker):
         log.info("look at the run: %s", run_page(self._uri, number, run_id))
 
 
-def check_recorded(experiment: str) -> None:
+def check_recorded(experiment: str, run_name: str | None = None) -> None:
     """Looks whether a run of that experiment will be recorded, before anything is computed.
 
     Raises:
         ValueError: it will not be, now or later; a server that is away may take it.
     """
+    check_written(experiment, {}, run_name)
     uri = store()[0]
-    path = database(uri)
-    if path is None or (path.is_file() and path.stat().st_size):  # else it is made
+    if is_new(uri):
+        ask(lambda: check_new(uri, experiment), CHECK_S)
+    else:
         ask(lambda: check_takes(connect(uri), experiment), CHECK_S)
 
 

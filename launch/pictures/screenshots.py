@@ -12,10 +12,21 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's code comes first
+
+from shards.command import listen
+
+if __name__ == "__main__":
+    listen()  # a signal may come during the imports below
+
+from dan_dist.run.cli import run
+from dan_dist.run.signals import StopRequest
 
 # MLflow opens its assistant beside the first page that a browser sees.
 PREPARED = """
@@ -108,7 +119,12 @@ class Browser:
         self._process.wait(30)
 
 
-def main() -> None:
+def main(arguments: list[str], stop: StopRequest) -> int:
+    """Writes the picture of a page.
+
+    Raises:
+        ValueError, OSError: no size or text of the page, no browser, or a page without an answer.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("address")
@@ -117,10 +133,13 @@ def main() -> None:
     parser.add_argument(
         "--wait", type=float, default=8.0, help="seconds, for a page to draw itself"
     )
-    options = parser.parse_args()
-    width, height = map(int, options.size.split("x"))
+    options = parser.parse_args(arguments)
+    width, by, height = options.size.partition("x")
+    if not (by and width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"--size is {options.size}, expected WIDTHxHEIGHT in pixels")
+    stop.where = "while drawing a page"
     with tempfile.TemporaryDirectory(prefix="dan_dist-", ignore_cleanup_errors=True) as folder:
-        browser = Browser(folder, width, height)
+        browser = Browser(folder, int(width), int(height))
         try:
             browser.call("Page.navigate", url=options.address)
             time.sleep(options.wait)
@@ -131,7 +150,8 @@ def main() -> None:
             options.file.write_bytes(base64.b64decode(shown["data"]))
         finally:
             browser.close()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,6 +1,7 @@
 """One shard of a pack: its images read, made fit and written, with a record of it beside it."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ class Record:
     drops: list[str]  # names and reasons of the images left out
     verbatim: int  # images whose bytes are the original ones
     flat: list[str]  # keys of images all of whose pixels have one value
+    whites: Counter[int]  # images by the value that was taken for white, where that was a guess
     likenesses: Path  # what is kept of each image, LIKENESS; of none where none are compared
 
 
@@ -42,6 +44,7 @@ def write_job(
     flat: list[str] = []
     soft: list[tuple[float, ...]] = []
     pictures: list[Image.Image] = []
+    whites: Counter[int] = Counter()
     verbatim = 0
 
     def samples() -> Iterator[Sample]:
@@ -49,7 +52,7 @@ def write_job(
         for item in items:
             try:
                 content = read(item)
-                jpeg, is_original = to_jpeg(content.image, size)
+                jpeg, is_original = to_jpeg(content.image, size, whites)
             except ValueError as error:
                 file = item.source if isinstance(item.source, str) else item.source[0]
                 drops.append(f"{split}/{item.key} ({file}): {error}")
@@ -69,7 +72,8 @@ def write_job(
     write_atomically(path.with_suffix(LIKENESSES), npy_bytes(likenesses(pictures)))
     sizes = {suffix: path.with_suffix(suffix).stat().st_size for suffix in SUFFIXES}
     record = {"shard": asdict(shard), "rows": rows.tolist(), "soft": soft, "drops": drops,
-              "verbatim": verbatim, "flat": flat, "size_bytes": sizes}  # fmt: skip
+              "verbatim": verbatim, "flat": flat, "whites": whites,
+              "size_bytes": sizes}  # fmt: skip
     write_atomically(path.with_suffix(".done"), json.dumps(record))
     return drops
 
@@ -84,8 +88,9 @@ def read_record(out: Path, name: str) -> Record | None:
         if soft := record.get("soft"):
             rows = with_soft(rows, np.array(soft))
         flat = record.get("flat", [])
+        whites = Counter({int(white): n for white, n in record.get("whites", {}).items()})
         shard, kept = Shard(**record["shard"]), out / f"{name}{LIKENESSES}"
-        found = Record(shard, rows, record["drops"], record["verbatim"], flat, kept)
+        found = Record(shard, rows, record["drops"], record["verbatim"], flat, whites, kept)
         return found if sizes == record["size_bytes"] else None
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         return None

@@ -8,6 +8,7 @@ left out; one that cannot be read stops the pack, as another time it may be.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,18 @@ def _warn_of_flat(plan: Plan, split: str, records: list[Record]) -> None:
             log.warning("WARNING: so have all images of class '%s'", name)
 
 
+def _warn_of_whites(split: str, records: list[Record]) -> None:
+    """Tells where images of one split were read as of several depths, each by its largest value."""
+    whites: Counter[int] = Counter()
+    for record in records:
+        whites.update(record.whites)
+    if len(whites) > 1:
+        counts = ", ".join(f"{n} with {white} as white" for white, n in sorted(whites.items()))
+        log.warning("WARNING: images of split '%s' have more than 8 bits and do not tell how many, "
+                    "which was guessed by the largest value of each: %s; a dark one may have "
+                    "become lighter: save them with 8 bits", split, counts)  # fmt: skip
+
+
 def _check_classes(plan: Plan, split: str, shipped: set[str]) -> None:
     """Refuses a class without training images, all of whose are unreadable; warns in other splits.
 
@@ -235,6 +248,7 @@ def _join(out: Path, plan: Plan, names: list[str], workers: int) -> None:
         for number, record in enumerate(own):
             record.rows["shard"] = number
         _warn_of_flat(plan, split, own)
+        _warn_of_whites(split, own)
         shipped[split], indexes[split] = own, np.concatenate([record.rows for record in own])
     if plan.is_compared:
         indexes = _grouped(shipped, indexes, workers)

@@ -82,10 +82,10 @@ def release(
 
 def _kind(source: Source, found: Found) -> Kind:
     """Which release the parts are of."""
-    homes = [inner(home) for name in TRAIN_FOLDERS for home in found[name]]
-    notes = {home: part(home, "annotations") for home in homes if home.is_dir()}
-    is_plus = any(_holds_json(own) for pair in notes.items() for own in pair if own)
-    is_reduced = any(notes.get(inner(home)) for home in found["train_set"])
+    homes = [inner(home, source) for name in TRAIN_FOLDERS for home in found[name]]
+    notes = {home: part(home, "annotations", source) for home in homes if home.is_dir()}
+    is_plus = any(_holds_json(own, source) for pair in notes.items() for own in pair if own)
+    is_reduced = any(notes.get(inner(home, source)) for home in found["train_set"])
     is_automatic = any(found[name] for name in AUTOMATIC)
     if (is_reduced or is_plus) and found["training.csv"]:
         raise ValueError(
@@ -111,9 +111,9 @@ def _kind(source: Source, found: Found) -> Kind:
     return "full"
 
 
-def _holds_json(folder: Path) -> bool:
+def _holds_json(folder: Path, source: Source) -> bool:
     """Whether JSON is among a folder's first files: of a million, all need not be looked at."""
-    if folder.is_symlink() or not folder.is_dir():
+    if not folder.is_dir() or not source.holds(folder):
         return False
     return any(entry.name.lower().endswith(".json") for entry in islice(visible(folder), 100))
 
@@ -123,7 +123,7 @@ def _homes(source: Source, found: Found) -> dict[str, Path]:
     homes = {}
     for split, names in (("train", TRAIN_FOLDERS), ("val", VAL_FOLDERS)):
         own = next((found[name] for name in names if found[name]), [])
-        home = only(own)
+        home = only(own, source)
         if home is None:
             raise FileNotFoundError(f"{source.root / names[0]} not found; {contents(source)}")
         homes[split] = home
@@ -134,12 +134,12 @@ def _full(
     source: Source, found: Found, classes: int, left_out: LeftOut, *, size: int | None,
     margin: float,
 ) -> tuple[dict[str, list[Item]], Read]:  # fmt: skip
-    training = only(found["training.csv"])
+    training = only(found["training.csv"], source)
     assert training is not None  # by which the release was known
-    validation = only(found["validation.csv"])
+    validation = only(found["validation.csv"], source)
     if validation is None:
         raise FileNotFoundError(f"{training.parent / 'validation.csv'} not found")
-    photos = only(found[PHOTOS.lower()])
+    photos = only(found[PHOTOS.lower()], source)
     if photos is None:
         place = source.root / PHOTOS
         raise FileNotFoundError(f"{place} not found; unpack the full release's images there")

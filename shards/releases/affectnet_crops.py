@@ -30,7 +30,7 @@ def list_crops(
     splits: dict[str, list[Item]] = {}
     notes_of: dict[str, str] = {}  # folder of images → that of their annotations
     for split, home in homes.items():
-        crops, annotations = part(home, "images"), part(home, "annotations")
+        crops, annotations = part(home, "images", source), part(home, "annotations", source)
         if crops is None or annotations is None:
             missing = "annotations" if crops else "images"
             raise FileNotFoundError(f"{home / missing} not found")

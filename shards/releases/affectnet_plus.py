@@ -22,7 +22,7 @@ def list_plus(
     """Items whose source is the image and its JSON."""
     splits: dict[str, list[Item]] = {}
     for split, home in homes.items():
-        folders = [part(home, name) or home for name in ("images", "annotations")]
+        folders = [part(home, name, source) or home for name in ("images", "annotations")]
         images = images_by_stem(source, folders[0], left_out)
         notes = {Path(entry.name).stem: entry.name
                  for entry in entries(folders[1], source, left_out)

@@ -39,7 +39,7 @@ def release(source: str | Path | Source, *, boxes: str | Path | None, margin: fl
     named, labels = read_boxes(boxes), {name: label for label, name in enumerate(CLASSES)}
     splits: dict[str, list[Item]] = {}
     for split in ("train", "test"):
-        home = only(found[split])
+        home = only(found[split], source)
         if home is None:
             raise FileNotFoundError(f"{source.root / split} not found; {contents(source)}")
         splits[split] = []

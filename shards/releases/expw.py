@@ -31,8 +31,9 @@ def release(source: str | Path | Source, *, margin: float) -> Release:
     """
     source = open_source(source)
     found, left_out = find_parts(source, (LIST, *FOLDERS)), LeftOut(source.root)
-    path, photos = only(found[LIST]), only([path for name in FOLDERS for path in found[name]])
-    photos = photos and (part(photos, FOLDERS[0]) or photos)  # as image/origin/
+    path = only(found[LIST], source)
+    photos = only([path for name in FOLDERS for path in found[name]], source)
+    photos = photos and (part(photos, FOLDERS[0], source) or photos)  # as image/origin/
     if path is None or photos is None:
         missing = LIST if path is None else f"{FOLDERS[0]}/"
         raise FileNotFoundError(f"{source.root / missing} not found; {contents(source)}")

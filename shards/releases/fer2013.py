@@ -57,7 +57,7 @@ def release(source: str | Path | Source) -> Release:
     folders = (name for names in FOLDERS.values() for name in names)
     found = find_parts(source, (*CSVS, *folders, "train.csv"))
     left_out = LeftOut(source.root)
-    path = only([path for name in CSVS for path in found[name]])
+    path = only([path for name in CSVS for path in found[name]], source)
     if path is None:
         return _from_folders(source, found, left_out)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS.values()}
@@ -70,8 +70,9 @@ def release(source: str | Path | Source) -> Release:
 
 
 def _from_folders(source: Source, found: Found, left_out: LeftOut) -> Release:
-    homes = {split: only([path for name in names for path in found[name] if path.is_dir()])
+    named = {split: [path for name in names for path in found[name] if path.is_dir()]
              for split, names in FOLDERS.items()}  # fmt: skip
+    homes = {split: only(paths, source) for split, paths in named.items()}
     if homes["train"] is None:
         hint = ""
         if found["train.csv"]:

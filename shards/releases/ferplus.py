@@ -39,8 +39,8 @@ def release(source: str | Path | Source) -> Release:
     """
     source = open_source(source)
     found, left_out = find_parts(source, (*fer2013.CSVS, VOTES)), LeftOut(source.root)
-    faces = only([path for name in fer2013.CSVS for path in found[name]])
-    votes = only(found[VOTES])
+    faces = only([path for name in fer2013.CSVS for path in found[name]], source)
+    votes = only(found[VOTES], source)
     if faces is None or votes is None:
         missing = VOTES if votes is None else " or ".join(fer2013.CSVS)
         raise FileNotFoundError(f"{source.root / missing} not found; {contents(source)}")

@@ -35,7 +35,8 @@ def release(
     left_out, skipped = LeftOut(source.root), Skip(skip)
     trees = _splits(source, left_out, skipped, is_divided=is_divided)
     folders = {
-        split: subfolders(inner(home), source, left_out, skipped) for split, home in trees.items()
+        split: subfolders(inner(home, source), source, left_out, skipped)
+        for split, home in trees.items()
     }
     if not folders["train"]:
         raise ValueError(f"{trees['train']} holds no class folders")
@@ -69,12 +70,12 @@ def _splits(source: Source, left_out: LeftOut, skip: Skip, *, is_divided: bool) 
     own = subfolders(source.root, source, left_out, skip)
     while "train" not in own and len(own) == 1:
         only = next(iter(own.values()))
-        if not _holds_one_folder(only):
+        if not _holds_one_folder(only, source):
             break
         own = subfolders(only, source, left_out, skip)
     if "train" not in own:
         homes = {home: subfolders(home, source, LeftOut(source.root), skip)
-                 for home in map(inner, own.values())}  # fmt: skip
+                 for home in (inner(home, source) for home in own.values())}  # fmt: skip
         deeper = [home for home, found in homes.items() if "train" in found]
         if len(deeper) > 1:
             raise ValueError(f"{deeper[0]} and {deeper[1]} both hold train/; --source is one tree")
@@ -86,12 +87,12 @@ def _splits(source: Source, left_out: LeftOut, skip: Skip, *, is_divided: bool) 
     return {name if name in SPLITS else home.name: home for name, home in own.items()}
 
 
-def _holds_one_folder(home: Path) -> bool:
+def _holds_one_folder(home: Path, source: Source) -> bool:
     """Whether there is nothing in a folder but another one, as archives unpack."""
-    if home.is_symlink():
+    if not source.holds(home):
         return False
     held = [*islice(visible(home), 2)]
-    return len(held) == 1 and held[0].is_dir(follow_symlinks=False)
+    return len(held) == 1 and is_folder(held[0])
 
 
 def _undivided(source: Source, own: dict[str, Path]) -> Path:

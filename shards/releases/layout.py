@@ -58,22 +58,39 @@ def find_parts(source: Source, patterns: Sequence[str]) -> Found:
     """Where the entries are that match each of the folded patterns, the least deep first.
 
     What is found is not searched itself: a folder of a million images is looked at by its name.
+    Links are searched where the source names a folder for them. What several paths lead to is found
+    once.
     """
     found: Found = {pattern: [] for pattern in patterns}
-    waiting = deque([(source.root, 1)])
+    waiting, met = deque([(source.root, 1)]), set[tuple[str | None, str]]()
     while waiting:
         folder, depth = waiting.popleft()
+        if _is_met(folder, None, met):
+            continue
         for entry in sorted(visible(folder), key=lambda e: e.name):
             name = fold(entry.name)
             own = next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
-            if own is not None:
+            if own is not None and not _is_met(entry.path, own, met):
                 found[own].append(Path(entry.path))
-            elif depth < DEPTH and not entry.is_symlink() and entry.is_dir():
+            elif own is None and depth < DEPTH and is_folder(entry) and _is_searched(entry, source):
                 waiting.append((Path(entry.path), depth + 1))
     return found
 
 
-def only(found: Sequence[Path]) -> Path | None:
+def _is_met(path: str | Path, pattern: str | None, met: set[tuple[str | None, str]]) -> bool:
+    """Whether a path leads to what a former one of this pattern has led to; if not, notes it."""
+    place = pattern, os.path.realpath(path)
+    is_met = place in met
+    met.add(place)
+    return is_met
+
+
+def _is_searched(entry: os.DirEntry[str], source: Source) -> bool:
+    """Links within the source lead to folders that are searched anyway."""
+    return not entry.is_symlink() or (source.links is not None and source.holds(entry.path))
+
+
+def only(found: Sequence[Path], source: Source) -> Path | None:
     """The one place where a part is, if any, within folders of its own name; of equal files, one.
 
     Raises:
@@ -82,25 +99,29 @@ def only(found: Sequence[Path]) -> Path | None:
     if any(not path.is_file() or not cmp(found[0], path, shallow=False) for path in found[1:]):
         raise ValueError(f"{found[0]} and {found[1]}: two of one name; give --source the folder "
                          "that holds the one that is meant")  # fmt: skip
-    return inner(found[0]) if found else None
+    return inner(found[0], source) if found else None
 
 
-def inner(folder: Path) -> Path:
-    """A folder, or the one of the same name that an unpacked archive has made within it."""
-    while deeper := [p for p in _few(folder) if fold(p.name) == fold(folder.name) and p.is_dir()]:
+def inner(folder: Path, source: Source) -> Path:
+    """A folder, or the one of the same name that an unpacked archive has made within it.
+
+    Of links that lead round, the system follows 40.
+    """
+    name = fold(folder.name)
+    while deeper := [p for p in _few(folder, source) if fold(p.name) == name and p.is_dir()]:
         folder = deeper[0]
     return folder
 
 
-def part(folder: Path, name: str) -> Path | None:
+def part(folder: Path, name: str, source: Source) -> Path | None:
     """The folder of this name in a folder, in any case, within folders of its own name."""
     found = sorted(entry.name for entry in visible(folder) if fold(entry.name) == name)
-    return inner(folder / found[0]) if found else None
+    return inner(folder / found[0], source) if found else None
 
 
-def _few(folder: Path) -> list[Path]:
+def _few(folder: Path, source: Source) -> list[Path]:
     """The entries of a folder that holds one or two, as one with an unpacked folder does."""
-    if folder.is_symlink() or not folder.is_dir():  # a link may lead out of the source
+    if not folder.is_dir() or not source.holds(folder):
         return []
     with os.scandir(folder) as found:
         own = (entry for entry in found if not entry.name.startswith("."))

@@ -57,9 +57,9 @@ def release(source: str | Path | Source, *, compound: bool = False) -> Release:
     source = open_source(source)
     subset = Subset("compound", COMPOUND) if compound else Subset("basic", CLASSES)
     found = find_parts(source, (*LISTS, "aligned", "original", "train", "test"))
-    path = only([p for name in LISTS for p in found[name] if _is_of(p, source, subset)])
+    path = only([p for name in LISTS for p in found[name] if _is_of(p, source, subset)], source)
     if path is not None:
-        images = only([p for p in found["aligned"] if _is_of(p, source, subset)])
+        images = only([p for p in found["aligned"] if _is_of(p, source, subset)], source)
         if images is None:
             raise FileNotFoundError(_no_images(source, found))
         # Paths of items are relative to the set's folder, wherever that lies in the source.
@@ -132,7 +132,7 @@ def _folders(
     splits: dict[str, list[Item]] = {}
     numbers = [str(k) for k in range(1, len(subset.classes) + 1)]
     for split in ("train", "test"):
-        home = only([p for p in found[split] if _is_of(p, source, subset)])
+        home = only([p for p in found[split] if _is_of(p, source, subset)], source)
         if home is None:
             raise FileNotFoundError(
                 f"{source.root / 'EmoLabel' / LISTS[0]} not found; expected RAF-DB's folder "

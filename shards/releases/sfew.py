@@ -125,7 +125,7 @@ def _homes(source: Source) -> dict[str, Path]:
     homes: dict[str, Path] = {}
     for split in splits:
         own = [path for path in found[aligned.format(split)] if path.is_dir()]
-        home = only(own) or only([path for path in found[split] if path.is_dir()])
+        home = only(own or [p for p in found[split] if p.is_dir()], source)
         if home is None:
             raise FileNotFoundError(
                 f"{source.root / split.capitalize()} not found; expected SFEW's Train/ and Val/, "
@@ -133,5 +133,5 @@ def _homes(source: Source) -> dict[str, Path]:
             )
         folders = sorted(Path(entry.path) for entry in visible(home) if is_folder(entry))
         deeper = [path for path in folders if fnmatch(fold(path.name), aligned.format(split))]
-        homes[split] = inner(deeper[0]) if deeper else home
+        homes[split] = inner(deeper[0], source) if deeper else home
     return homes

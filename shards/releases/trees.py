@@ -59,7 +59,7 @@ def subfolders(
 
 def images_of(folder: Path, source: Source, left_out: LeftOut) -> Iterator[Path]:
     """The pictures of a class's folder; what lies deeper, or is no file, is counted."""
-    for entry in entries(inner(folder), source, left_out):
+    for entry in entries(inner(folder, source), source, left_out):
         path = Path(entry.path)
         if is_file(entry):
             if is_picture(entry, left_out.passed_over):
