@@ -53,9 +53,21 @@ dan_check() {
 }
 
 # dan_train CONFIG OUTPUT [section.key=value ...]: one torchrun a node. On USR1 a checkpoint, and
-# the job goes back into the queue; on TERM a checkpoint.
+# the job goes back into the queue; on TERM a checkpoint. OUTPUT is the run's folder, unless a
+# train.output=… names another: what follows is about the folder in which the run writes.
 dan_train() {
-    local output=$2 name=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+    local config=$1 output=$2 name=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} word
+    shift 2
+    for word in "$@"; do
+        case $word in
+            # Forms in which train.py reads another folder than stands there
+            train=* | train.output= | train.output=[\'\"~[:space:]]* | train.output=*\$*)
+                echo "error: $word: expected train.output=FOLDER, without quotes, ~ or \$" >&2
+                return 2
+                ;;
+            train.output=*) output=${word#*=} ;;
+        esac
+    done
     dan_listen
     mkdir -p "$output/logs"
     rm -f "$output"/stop.* # an earlier attempt's
@@ -66,7 +78,7 @@ dan_train() {
     dan_check || return 1
     rm -f "$output/outcome.json" # an earlier attempt's; where no attempt begins, it stays true
     local code=0
-    [ -n "$dan_signal" ] || dan_run "$name" "$@" || code=$?
+    [ -n "$dan_signal" ] || dan_run "$name" "$config" "$output" "$@" || code=$?
     rm -f "$DAN_STOP_FILE"
     dan_end "$output" "$code"
 }

@@ -18,10 +18,11 @@ srun() { case "$*" in
     *torch.distributed.run*) trap "" USR1; echo trains; TRAINING ;;
     *) CHECK ;;
 esac; }
-dan_train config.yaml out
+dan_train config.yaml WORDS
 """
 
 
+@pytest.mark.parametrize("words", ["out", "former seed=1 train.output=first train.output=out a=b"])
 @pytest.mark.parametrize(
     ("check", "training", "requeued", "code"),
     [
@@ -37,11 +38,18 @@ dan_train config.yaml out
     ],
 )
 def test_what_becomes_of_a_job(
-    tmp_path: Path, check: str, training: str, requeued: bool, code: int
+    tmp_path: Path, check: str, training: str, requeued: bool, code: int, words: str
 ) -> None:
-    """The scripts' part of it, without Slurm: `$$` is the batch script."""
+    """The scripts' part of it, without Slurm: `$$` is the batch script.
+
+    It is about the folder that the run has, by the last train.output; others are left as they are.
+    """
+    (tmp_path / "former").mkdir()
+    for name in ("outcome.json", "stop.3.0"):
+        (tmp_path / "former" / name).write_text('{"status": "finished"}')
     training = re.sub(r"END (\w+)", r"""echo '{"status": "\1"}' >out/outcome.json""", training)
     script = NO_SLURM.replace("TRAINING", training).replace("CHECK", check)
+    script = script.replace("WORDS", words)
     variables = {"DAN_REPOSITORY": str(REPOSITORY), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
                  "SLURM_JOB_NAME": "x", "SLURM_JOB_NODELIST": "n1"}  # fmt: skip
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, text=True,
@@ -50,6 +58,20 @@ def test_what_becomes_of_a_job(
     assert ("scontrol requeue 7" in done.stdout) == requeued, done
     assert ("trains" in done.stdout) == (check == ":"), done
     assert not [*(tmp_path / "out").glob("stop.*")]
+    assert len([*(tmp_path / "former").iterdir()]) == 2 and not (tmp_path / "first").exists()
+
+
+@pytest.mark.parametrize("word", ["train.output=", "train.output='a b'", 'train.output="a"',
+                                  "train.output=~/a", "train.output=$HOME/a", "train.output=a/$B",
+                                  "train={output: a}"])  # fmt: skip
+def test_a_folder_that_only_the_training_would_find_is_refused(tmp_path: Path, word: str) -> None:
+    script = NO_SLURM.replace("TRAINING", ":").replace("CHECK", ":").replace("WORDS", 'out "$WORD"')
+    variables = {"DAN_REPOSITORY": str(REPOSITORY), "SLURM_JOB_ID": "7", "WORD": word}
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, text=True,
+                          capture_output=True, env={**os.environ, **variables})  # fmt: skip
+    assert done.returncode == 2 and not done.stdout
+    expected = f"error: {word}: expected train.output=FOLDER, without quotes, ~ or $\n"
+    assert done.stderr == expected and not [*tmp_path.iterdir()]
 
 
 EXECUTES = """

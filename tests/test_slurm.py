@@ -40,8 +40,9 @@ def test_two_nodes_preempted_and_requeued_end_as_if_nothing_was(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     options = [*DAN, "optim.lr=1e-3", "train.max_steps=20", "tracking.enabled=false"]
-    job = cluster.submit("affectnet8.sh", *options, sbatch=("--nodes=2",))
-    run = tmp_path / "runs" / "affectnet8"
+    own = "train.output=runs/affectnet8-2"
+    job = cluster.submit("affectnet8.sh", *options, own, sbatch=("--nodes=2",))
+    run = tmp_path / "runs" / "affectnet8-2"
     wait_for(lambda: "step 8 " in cluster.text(), 120)
     query("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
     config = tmp_path / "reference.yaml"
@@ -52,8 +53,9 @@ def test_two_nodes_preempted_and_requeued_end_as_if_nothing_was(
     text = cluster.text()
     assert "SIGUSR1: stopped after a checkpoint" in text and "back into the queue" in text
     assert "resumed after step" in text and outcome(run)["status"] == "finished"
-    (own,) = tmp_path.glob("*.out")
-    assert "step 8 " in own.read_text() and "finished after 20 steps" in own.read_text()
+    (file,) = tmp_path.glob("*.out")
+    assert "step 8 " in file.read_text() and "finished after 20 steps" in file.read_text()
+    assert not (tmp_path / "runs" / "affectnet8").exists()
     for node in (0, 1):
         log = run / "logs" / f"affectnet8-{job}-node{node}"
         assert log.with_suffix(".log").is_file()
