@@ -24,7 +24,7 @@ def log_place(config: Config, world: World) -> None:
     log.info(
         "device: %s, %s on %s, %s",
         device_name(world.device), _count(world.size, "rank"), _count(nodes, "node"),
-        resolve_precision(config.train.precision, world.device),
+        resolve_precision(config.train.precision, world.device, config.engine.name),
     )  # fmt: skip
     tracking = f"MLflow, {redact(store()[0])}" if config.tracking.enabled else "off"
     log.info("output: %s; tracking: %s", config.train.output, tracking)

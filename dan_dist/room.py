@@ -44,7 +44,7 @@ def check_memory(config: Config, world: World, weights: int) -> None:
         ValueError: names what is needed, what there is, and the key to change.
     """
     train, size = config.train, config.model.image_size
-    precision = resolve_precision(train.precision, world.device)
+    precision = resolve_precision(train.precision, world.device, config.engine.name)
     share = -(-train.global_batch // world.size)
     images = -(-share // micro_steps(train.global_batch, train.micro_batch, world.size))
     is_double = 2 if precision == "float64" else 1
