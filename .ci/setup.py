@@ -1,7 +1,7 @@
 """What the package depends on; everything else of it stands in pyproject.toml.
 
 DALI is a package for each generation of CUDA, and two of them would be installed into one folder:
-`DAN_CUDA=12 pip install .` takes that for drivers before 580.
+with DAN_CUDA=12 in the environment, each `pip install` takes that for drivers before 580.
 """
 
 import os

@@ -28,6 +28,7 @@ from dan_dist.data.sampler import rank_columns
 from dan_dist.distributed.world import World
 from dan_dist.engine.compile import choose_compilation, describe
 from dan_dist.engine.ddp import Engine, StepOptions
+from dan_dist.engine.memory import name_memory_errors
 from dan_dist.engine.passes import check_split
 from dan_dist.engine.precision import resolve_precision
 from dan_dist.evaluation.task import Task, open_tasks
@@ -191,32 +192,45 @@ def build_engine(config: Config, world: World, objective: Objective, *, steps: i
     """The objective on this rank's device, with its optimiser, under DDP or DeepSpeed.
 
     steps: of the run, for which compiling may pay.
+
+    Raises:
+        ValueError: the device's memory does not suffice, or DeepSpeed refuses its configuration.
     """
-    may_skip = config.train.max_skipped_steps > 0
-    may_capture = config.engine.name == "ddp" and not may_skip
-    if world.size > 1:  # nccl within a CUDA graph where that is asked for
-        may_capture &= config.train.compile is True
     chosen = choose_compilation(
-        config.train.compile, world.device, steps=steps, may_capture=may_capture
+        config.train.compile, world.device, steps=steps, prevented=prevented_capture(config, world)
     )
-    if chosen.compile or chosen.capture:
+    if chosen.compile or chosen.capture or config.train.compile == "auto":
         log.info(describe(chosen))
     options = StepOptions(
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        precision=resolve_precision(config.train.precision, world.device),
+        precision=resolve_precision(config.train.precision, world.device, config.engine.name),
         sync_bn=config.model.sync_bn,
         compile=chosen.compile,
         capture=chosen.capture,
-        may_skip=may_skip,
+        may_skip=config.train.max_skipped_steps > 0,
         soft=config.loss.classification == "soft",
         deterministic=config.train.deterministic,
     )
-    if config.engine.name == "deepspeed":
-        from dan_dist.engine.deepspeed import DeepSpeedEngine  # takes seconds to import
+    with name_memory_errors(world.device, "the network and its optimiser"):
+        if config.engine.name == "deepspeed":
+            from dan_dist.engine.deepspeed import DeepSpeedEngine  # takes seconds to import
 
-        return DeepSpeedEngine(objective, world, config.optim, options, config.engine)
-    return Engine(objective, world, config.optim, options)
+            return DeepSpeedEngine(objective, world, config.optim, options, config.engine)
+        return Engine(objective, world, config.optim, options)
+
+
+def prevented_capture(config: Config, world: World) -> str:
+    """Why a step does not become a CUDA graph, whatever the device; empty where it may."""
+    if config.engine.name == "deepspeed":
+        return "not under engine.name=deepspeed"
+    if config.train.max_skipped_steps > 0:
+        return "train.max_skipped_steps waits for each step's loss"
+    if (
+        world.size > 1 and config.train.compile is not True
+    ):  # nccl within it where that is asked for
+        return f"with {world.size} ranks by train.compile=true alone"
+    return ""
 
 
 def open_train_loader(config: Config, world: World, split: Split, *, start: int) -> Loader:

@@ -26,7 +26,7 @@ def log_place(config: Config, world: World, *, is_here: bool = True) -> None:
     ranks, precision = _count(world.size, "rank"), config.train.precision
     if is_here:
         nodes = _count(-(-world.size // world.local_size), "node")
-        found = resolve_precision(precision, world.device)
+        found = resolve_precision(precision, world.device, config.engine.name)
         log.info("device: %s, %s on %s, %s", device_name(world.device), ranks, nodes, found)
     else:
         log.info(

@@ -61,7 +61,9 @@ def open_tracker(
                 "version": __version__,
                 "world_size": str(world.size),
                 "device": world.device.type,
-                "precision": resolve_precision(config.train.precision, world.device),
+                "precision": resolve_precision(
+                    config.train.precision, world.device, config.engine.name
+                ),
                 "output": config.train.output,
                 "selected_on": selected_on(config.data.model_dump()),
                 **cost(classes, heads, size, cosine=is_cosine),

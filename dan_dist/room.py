@@ -46,7 +46,7 @@ def check_memory(config: Config, world: World, weights: int, *, is_here: bool = 
         ValueError: names what is needed, what there is, and the key to change.
     """
     train, size = config.train, config.model.image_size
-    precision = resolve_precision(train.precision, world.device)
+    precision = resolve_precision(train.precision, world.device, config.engine.name)
     if not is_here and train.precision == "auto":
         precision = "bf16"  # the least that a GPU takes
     share = -(-train.global_batch // world.size)

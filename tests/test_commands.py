@@ -34,15 +34,15 @@ DATA, DRY = f"{OWN}test_lines_on_data_sets_run", f"{OWN}test_training_lines_pass
 NEEDS = f"{OWN}test_each_recipe_names_what_it_needs"
 OPTIONS = {"evaluate": EvaluateCommand, "explain": ExplainOptions, "export": ExportOptions,
            "predict": PredictOptions, "certify": CertifyOptions}  # fmt: skip
-STARTS = ("DAN_", "python ", "torchrun ", "sbatch ", "deepspeed ", "mlflow ", "pip ", "pytest",
-          ".ci/run")  # fmt: skip
+STARTS = ("export DAN_", "python ", "torchrun ", "sbatch ", "deepspeed ", "mlflow ", "pip ",
+          "pytest", ".ci/run")  # fmt: skip
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 # The line, with * for any text → the test that executes it, where need be with smaller numbers
 EXECUTED = {
     "pip install -e .": "test_packaging.py::test_an_installed_package_trains_from_an_empty_folder",
-    "DAN_CUDA=12 pip install -e .":
+    "export DAN_CUDA=12":
         "test_install.py::test_each_way_brings_the_dali_of_its_cuda_alone",
     "torchrun launch/train.py": "test_train.py::test_the_demo_makes_its_own_shards",
     "torchrun --nproc-per-node=2 launch/train.py train.output=runs/demo-2":

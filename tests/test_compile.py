@@ -4,6 +4,7 @@ The compiler is rehearsed up to the operations that it would generate code for.
 """
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import pytest
 import torch
 from ranks import ranks
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from conftest import ALONE, single
+from dan_dist import build as parts
 from dan_dist import train as story
-from dan_dist.config import Optim
+from dan_dist.build import build_engine
+from dan_dist.config import Optim, load_config
 from dan_dist.data.loader import Batch
 from dan_dist.distributed.world import World, close_world, init_world
 from dan_dist.engine import compile as compiling
@@ -63,31 +67,60 @@ def train(found: Engine, own: slice = slice(None), steps: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("choice", "device", "steps", "may_capture", "compile", "capture"),
+    ("choice", "device", "steps", "prevented", "compile", "capture"),
     [
-        ("auto", CUDA, 44_920, True, True, True),
-        ("auto", CUDA, 900, True, False, True),
-        ("auto", CUDA, 900, False, False, False),
-        ("auto", CPU, 44_920, True, False, False),
-        (True, CPU, 1, True, True, False),
-        (True, CUDA, 1, True, True, True),
-        (False, CUDA, 44_920, True, False, False),
+        ("auto", CUDA, 44_920, "", True, True),
+        ("auto", CUDA, 900, "", False, True),
+        ("auto", CUDA, 900, "why", False, False),
+        ("auto", CPU, 44_920, "", False, False),
+        (True, CPU, 1, "", True, False),
+        (True, CUDA, 1, "", True, True),
+        (True, CUDA, 1, "why", True, False),
+        (False, CUDA, 44_920, "", False, False),
     ],
 )
 def test_the_device_and_the_length_of_the_run_decide(
-    choice: Any, device: Any, steps: int, may_capture: bool, compile: bool, capture: bool
+    choice: Any, device: Any, steps: int, prevented: str, compile: bool, capture: bool
 ) -> None:
-    chosen = choose_compilation(choice, device, steps=steps, may_capture=may_capture)
+    chosen = choose_compilation(choice, device, steps=steps, prevented=prevented)
     assert (chosen.compile, chosen.capture) == (compile, capture)
-    assert "\n" not in describe(chosen)
+    line = describe(chosen)
+    assert "\n" not in line and ("no CUDA graph: why" in line) == bool(prevented)
 
 
 def test_the_choice_is_one_line() -> None:
-    chosen = choose_compilation("auto", CUDA, steps=900, may_capture=True)
+    chosen = choose_compilation("auto", CUDA, steps=900)
     assert describe(chosen) == (
         "step: not compiled, one CUDA graph (train.compile is auto, 900 steps, fewer than the "
         "10000 that pay for compiling)"
     )
+
+
+@pytest.mark.parametrize(
+    ("world", "options", "line"),
+    [
+        (World(0, 0, 1, 1, CPU), [], "step: not compiled (train.compile is auto: not on a cpu)"),
+        (World(1, 1, 2, 2, CUDA), [], "no CUDA graph: with 2 ranks by train.compile=true alone)"),
+        (World(0, 0, 1, 1, CUDA), ["train.max_skipped_steps=1"], "waits for each step's loss)"),
+        (World(0, 0, 1, 1, CUDA), ["engine.name=deepspeed"], "not under engine.name=deepspeed)"),
+    ],
+)
+def test_an_automatic_choice_is_always_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, world: World,
+    options: list[str], line: str,
+) -> None:  # fmt: skip
+    class HereError(Exception):
+        pass
+
+    def stop(*_: object) -> None:
+        raise HereError
+
+    monkeypatch.setattr(parts, "resolve_precision", stop)  # before a device is asked for
+    config = load_config("configs/demo.yaml", ["train.compile=auto", *options])
+    caplog.set_level(logging.INFO)
+    with pytest.raises(HereError):
+        build_engine(config, world, engine().objective, steps=9)
+    assert len(caplog.messages) == 1 and caplog.messages[0].endswith(line)
 
 
 def test_compiled_code_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +165,26 @@ def test_two_compiled_ranks_equal_one() -> None:
         assert torch.allclose(torch.tensor(rows, dtype=torch.float64), expected, rtol=1e-9)
 
 
+def rank_1_cannot() -> tuple[bool, list[list[float]]]:
+    """As `compiled_on_two`, where one rank's compiler fails; and whether a step is compiled."""
+    broken = os.environ["RANK"] == "1"
+    compiling.BACKEND = no_compiler if broken else REHEARSED  # type: ignore[assignment]
+    world = init_world("cpu")
+    ours = engine(world, compile=True)
+    ours.warm_up(32)
+    found = train(ours, [slice(0, 3), slice(3, 7)][world.rank])
+    close_world(world)
+    return ours.compiled is not None, found.tolist()
+
+
+@pytest.mark.slow
+def test_where_one_rank_cannot_compile_none_does() -> None:
+    expected = train(engine())
+    for is_compiled, rows in ranks(2, rank_1_cannot):
+        assert not is_compiled
+        assert torch.allclose(torch.tensor(rows, dtype=torch.float64), expected, rtol=1e-9)
+
+
 @pytest.mark.slow
 def test_compiled_runs_resume_in_mid_epoch(rehearsed: None, tiny: Write, tmp_path: Path) -> None:
     options = ["train.compile=true", "train.max_steps=9"]
@@ -143,18 +196,50 @@ def test_compiled_runs_resume_in_mid_epoch(rehearsed: None, tiny: Write, tmp_pat
         assert torch.equal(tensor, parts["objective"][name]), name
 
 
-def test_where_it_cannot_be_compiled_one_line_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("no compiler here")
+def no_compiler(*_: object) -> Any:
+    raise RuntimeError("no compiler here\nand more")
 
-    monkeypatch.setattr(compiling, "BACKEND", broken)
+
+@pytest.mark.parametrize("part", ["all", "backward"])
+def test_where_it_cannot_be_compiled_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    half = aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=no_compiler)
+    monkeypatch.setattr(compiling, "BACKEND", no_compiler if part == "all" else half)
     expected = train(engine())
-    assert torch.equal(train(engine(compile=True)), expected)
-    ours = [r for r in caplog.records if r.name.startswith("dan_dist")]
-    assert [r.levelno for r in ours] == [logging.WARNING]
-    assert "train.compile: not possible here" in ours[0].getMessage()
+    ours = engine(compile=True)
+    ours.warm_up(32)
+    assert ours.compiled is None and torch.equal(train(ours), expected)
+    said = [r for r in caplog.records if r.name.startswith("dan_dist")]
+    assert [r.levelno for r in said] == [logging.WARNING]
+    assert said[0].getMessage() == (
+        "train.compile: not possible here (RuntimeError: no compiler here); going on without"
+    )
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_what_was_rehearsed_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the two passes of a step, 4 and 3 images; and the rehearsal runs nothing."""
+    compiled: list[int] = []
+    runs: list[int] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        number = len(compiled)
+        compiled.append(number)
+
+        def run(*own: Any) -> Any:
+            runs.append(number)
+            return graph.forward(*own)
+
+        return run
+
+    monkeypatch.setattr(compiling, "BACKEND", counting)
+    ours = engine(compile=True, micro_batch=4)
+    ours._compile(*ours._random_batch(32))
+    assert (compiled, runs) == ([0, 1], [])
+    train(ours, steps=2)
+    assert (compiled, runs) == ([0, 1], [0, 1, 0, 1])
     torch._dynamo.reset()
 
 

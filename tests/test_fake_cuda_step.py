@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import Library
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,7 @@ from dan_dist.engine.ddp import Engine, StepFlags, StepOptions
 from dan_dist.model.dan import DAN
 from dan_dist.model.losses import Loss, Objective
 
+AVERAGED = Optim(name="sgd", clip_norm=1.0, ema=0.99)
 IMAGES, SIZE, CLASSES, RANKS = 4, 64, 7, 8
 WAITS = ("_local_scalar_dense", "nonzero", "aten.equal.", "unique")
 
@@ -45,9 +47,7 @@ class Log(TorchDispatchMode):
         found = func(*args, **(kwargs or {}))
         before, after = devices((args, kwargs)), devices(found)
         name = str(func)
-        masked = name.startswith("aten.index") and any(
-            t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]
-        )
+        masked = name.startswith("aten.index") and is_masked(args[1])
         to_host = "cuda" in before and "cpu" in after
         waits = any(word in name for word in WAITS) and "cuda" in before
         pageable = "cpu" in before and after == {"cuda"} and not (kwargs or {}).get("non_blocking")
@@ -56,6 +56,23 @@ class Log(TorchDispatchMode):
         if not func.is_view:
             self.count[name] += 1
         return found
+
+
+def is_masked(indices: Any) -> bool:
+    """Whether a list of indices holds a mask, whose result's size a device has to tell."""
+    return isinstance(indices, list | tuple) and any(
+        isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in indices
+    )
+
+
+def masked_nodes(graph: torch.fx.GraphModule) -> list[str]:
+    """The operations of a traced graph that index by a mask."""
+    found = []
+    for node in graph.graph.nodes:
+        if str(node.target).startswith("aten.index") and isinstance(node.args[1], list | tuple):
+            indices = [n and n.meta["val"] for n in node.args[1]]
+            found += [node.name] * is_masked(indices)
+    return found
 
 
 def devices(tree: Any) -> set[str]:
@@ -107,18 +124,26 @@ def shapes() -> Iterator[None]:
     library._destroy()
 
 
-def fake_step(monkeypatch: pytest.MonkeyPatch, size: int, optim: Optim) -> Log:
-    """The log of a second step: the first one makes the optimiser's state."""
+def fake_step(
+    monkeypatch: pytest.MonkeyPatch, size: int, optim: Optim, loss: dict[str, Any], **given: Any
+) -> Log:
+    """The log of a second step: the first one makes the optimiser's state.
+
+    loss: of `Objective`. given: of `StepOptions`.
+    """
     monkeypatch.setattr(Objective, "to", lambda self, *_, **__: self)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     device = torch.device("cuda", 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with device:
-            objective = Objective(DAN(CLASSES, 4), CLASSES)
+            objective = Objective(DAN(CLASSES, 4), CLASSES, **loss)
         world = World(0, 0, size, size, device)
-        options = StepOptions(global_batch=IMAGES * size, precision="bf16")
+        options = StepOptions(global_batch=IMAGES * size, **{"precision": "bf16", **given})
         engine = FakeEngine(objective, world, optim, options)
         pixels = torch.empty(IMAGES, SIZE, SIZE, 3, device=device).permute(0, 3, 1, 2)
         labels = torch.zeros(IMAGES, dtype=torch.int64, device=device)
+        if options.soft:
+            labels = torch.zeros(IMAGES, 1 + CLASSES, device=device)
         batch = Batch(pixels, labels, torch.arange(IMAGES))
         for _ in range(2):
             with Log() as log:
@@ -128,18 +153,27 @@ def fake_step(monkeypatch: pytest.MonkeyPatch, size: int, optim: Optim) -> Log:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, RANKS])
-@pytest.mark.parametrize("optim", [Optim(), Optim(name="sgd", clip_norm=1.0, ema=0.99)])
+@pytest.mark.parametrize(
+    ("size", "optim", "loss", "given"),
+    [
+        (1, Optim(), {}, {}),
+        (1, AVERAGED, {"afn": "partition_release"}, {"soft": True}),
+        (RANKS, AVERAGED, {}, {}),
+        (RANKS, Optim(), {"afn": "partition_release", "fcn": "center"}, {"micro_batch": 2}),
+        (RANKS, Optim(), {"afn": "none", "fcn": "none"}, {"soft": True, "precision": "fp16"}),
+    ],
+)
 def test_forward_and_update_never_wait(
     monkeypatch: pytest.MonkeyPatch, shapes: None, request: pytest.FixtureRequest,
-    size: int, optim: Optim,
+    size: int, optim: Optim, loss: dict[str, Any], given: dict[str, Any],
 ) -> None:  # fmt: skip
     if size > 1:
         request.getfixturevalue("many_ranks")
-    log = fake_step(monkeypatch, size, optim)
+    log = fake_step(monkeypatch, size, optim, loss, **given)
     assert log.waits == []
     gathers = log.count["_c10d_functional.all_gather_into_tensor.default"]
-    assert gathers == (41 if size > 1 else 0)  # one a BatchNorm
+    passes = IMAGES // given.get("micro_batch", IMAGES)
+    assert gathers == (41 * passes if size > 1 else 0)  # one a BatchNorm
     fused = "aten._fused_adam_.default" if optim.name == "adam" else "aten._fused_sgd_.default"
     assert log.count[fused] == 1
 
@@ -163,11 +197,13 @@ def test_the_traced_backward_never_waits(many_ranks: None) -> None:
     shares.announce([IMAGES] * RANKS)
     objective: Any = convert_batch_norm(Objective(DAN(CLASSES, 2), CLASSES), shares)
     traced: dict[str, Counter[str]] = {}
+    masked: list[str] = []
 
     def keep(name: str) -> Any:
         def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
             calls = [node for node in graph.graph.nodes if node.op == "call_function"]
             traced[name] = Counter(str(node.target) for node in calls)
+            masked.extend(masked_nodes(graph))
             return graph.forward
 
         return compiler
@@ -185,4 +221,12 @@ def test_the_traced_backward_never_waits(many_ranks: None) -> None:
         found = traced[name]
         assert found[f"_c10d_functional.{collective}.default"] == layers
         assert not [op for op in found if any(word in op for word in WAITS)]
-        assert not [op for op in found if "index" in op and "bool" in op]
+    assert not masked
+
+
+@pytest.mark.parametrize(("mask", "number"), [(True, 1), (False, 0)])
+def test_a_mask_is_told_from_indices(mask: bool, number: int) -> None:
+    x = torch.zeros(3, 4)
+    index = torch.tensor([True, False, True] if mask else [0, 2])
+    graph = make_fx(lambda x, i: torch.index_put(x, [i], x.sum()), "fake")(x, index)
+    assert len(masked_nodes(graph)) == number

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import DAN
+from conftest import DAN, largest_difference, weights
 from dan_dist import train as story
 from dan_dist.config import load_config
 from dan_dist.data.augment import UNIFORMS, Augment, placements
@@ -115,14 +115,32 @@ def test_figures_come_by_pinned_memory() -> None:
 
 
 def test_two_deterministic_trainings_are_one(tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    weights = []
+    found = []
     for name in ("one", "two"):
         options = [*DAN, "train.device=cuda", "train.deterministic=true", "train.epochs=1"]
         story.main(load_config(tiny(name), options))
         newest = newest_checkpoint(tmp_path / name)
         assert newest is not None
-        weights.append(load(newest[0], keys=("objective",))["objective"])
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        found.append(load(newest[0], keys=("objective",))["objective"])
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_compiled_training_is_the_plain_one_and_resumes_in_mid_epoch(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Compiled and as one CUDA graph, in float32: to what rounding makes of six steps."""
+
+    def train(name: str, steps: int, compiled: str) -> dict[str, Tensor]:
+        options = [*DAN, "train.device=cuda", "train.precision=float32", "schedule.gamma=1.0"]
+        options += [f"train.max_steps={steps}", f"train.compile={compiled}"]
+        story.main(load_config(tiny(name), options))
+        return weights(tmp_path / name)
+
+    plain, whole = train("plain", 6, "false"), train("whole", 6, "true")
+    train("parts", 4, "true")  # of ten steps an epoch
+    resumed = train("parts", 6, "true")
+    assert largest_difference(whole, plain) < 1e-2
+    assert largest_difference(resumed, whole) < 1e-2
 
 
 def test_float32_is_not_tf32() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from conftest import ALONE, single
 from conftest import DAN as DAN_OPTIONS
+from dan_dist.build import build_engine
 from dan_dist.config import Optim, load_config
 from dan_dist.data.loader import Batch
 from dan_dist.engine.ddp import Engine, StepFlags, StepOptions
@@ -239,9 +241,17 @@ def test_a_gradient_that_no_scale_helps_is_an_error() -> None:
     assert not result.grad_norm.isfinite()
 
 
-@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
+@pytest.mark.parametrize(
+    ("native", "by", "expected"),
+    [
+        (True, "ddp", "bf16"),
+        (False, "ddp", "fp16"),
+        (True, "deepspeed", "bf16"),
+        (False, "deepspeed", "float32"),  # which scales no losses here
+    ],
+)
 def test_auto_takes_what_a_gpu_computes_in(
-    monkeypatch: pytest.MonkeyPatch, native: bool, expected: str
+    monkeypatch: pytest.MonkeyPatch, native: bool, by: str, expected: str
 ) -> None:
     asked = []
 
@@ -250,18 +260,51 @@ def test_auto_takes_what_a_gpu_computes_in(
         return native
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
-    assert resolve_precision("auto", torch.device("cuda")) == expected
+    assert resolve_precision("auto", torch.device("cuda"), by) == expected
     assert asked == [False]  # cards before Ampere emulate it
 
 
-def test_out_of_memory_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = engine(Optim(), micro_batch=4)
+def full(*_: object, **__: object) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 …")
 
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 …")
 
+@pytest.mark.parametrize(
+    ("micro_batch", "images", "way"),
+    [
+        (4, 4, "give train.micro_batch=2 or less"),
+        (2, 2, "or train with a smaller model.image_size or model.heads"),  # BatchNorm needs two
+    ],
+)
+def test_a_step_without_memory_names_the_key(
+    monkeypatch: pytest.MonkeyPatch, micro_batch: int, images: int, way: str
+) -> None:
+    ours = engine(Optim(), micro_batch=micro_batch)
     monkeypatch.setattr(ours, "_forward", full)
-    with pytest.raises(ValueError, match="not enough memory for 4 images at once") as caught:
+    with pytest.raises(ValueError, match=f"not enough memory for {images} images at") as caught:
         ours.train_step(batch(0), lr=1e-3, flags=FLAGS)
-    line = str(caught.value)
-    assert line.endswith("give train.micro_batch=2 or less") and "\n" not in line
+    assert str(caught.value).endswith(way) and "\n" not in str(caught.value)
+
+
+class OneBatch:
+    """A pass over a split."""
+
+    reader, order = SimpleNamespace(split=range(BATCH)), SimpleNamespace(steps=1)
+
+    def __next__(self) -> Batch:
+        return batch(0)
+
+
+def test_an_evaluation_without_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, loader = engine(Optim()), OneBatch()
+    heart: Any = SimpleNamespace(beat=lambda *_: None)
+    monkeypatch.setattr(ours.objective.network, "forward", full)
+    with pytest.raises(ValueError, match=r"for evaluating 8 images at once .*; free it") as caught:
+        ours.evaluate(loader, lambda output: output.logits, heart)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_without_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Objective, "to", full)
+    config = load_config("configs/demo.yaml")
+    with pytest.raises(ValueError, match=r"memory for the network and its optimiser .*; free it"):
+        build_engine(config, ALONE, objective())

@@ -19,7 +19,7 @@ from benchmarks.projection import (
 
 LINKS = Links(ranks_a_node=8, inside_gb_s=100, between_gb_s=50, inside_s=1e-5, between_s=3e-5)
 STEPS = {256: 20e-3, 32: 5e-3, 16: 4e-3, 4: 3e-3}
-PARTS = Parts(STEPS, 20_000.0, 80_000_000, 41, LINKS)
+PARTS = Parts(STEPS, 20_000.0, 2, 80_000_000, 41, LINKS)
 
 
 def test_what_ranks_exchange() -> None:
@@ -50,12 +50,12 @@ def test_strong_and_weak() -> None:
         (r.efficiency for r in found["weak"]), reverse=True
     )
     assert [
-        row.ranks for row in tables(Parts({32: 5e-3, 4: 3e-3, 2: 3e-3}, 1e5, 1, 1), 32)["strong"]
+        row.ranks for row in tables(Parts({32: 5e-3, 4: 3e-3, 2: 3e-3}, 1e5, 1, 1, 1), 32)["strong"]
     ] == [1, 8, 16]  # two images at least
 
 
 def test_the_loader_can_be_the_slower_one() -> None:
-    slow = Parts(STEPS, 6_400.0, 80_000_000, 41, LINKS)
+    slow = Parts(STEPS, 6_400.0, 2, 80_000_000, 41, LINKS)
     found = project(slow, 64, 256)
     assert found.step_s == pytest.approx(40e-3) and found.efficiency == 1  # of what one can do
 
@@ -68,4 +68,5 @@ def test_it_names_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         "256: 20.0 ms" in measured and "20000 images/s" in measured and "41 BatchNorms" in measured
     )
-    assert "50 GB/s between nodes" in rest
+    assert "on 2 threads, this machine's cores ÷ 8 ranks of a node" in measured
+    assert "50 GB/s between nodes" in rest and "BatchNorm over ranks" in rest

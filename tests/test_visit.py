@@ -8,7 +8,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launch"))
 
 from benchmarks import visit
 
-FIGURES = {"machine": "drawn", "step": {"table": {"ours": [{"images/s": 3.0}, {"images/s": 5.0}]}}}
+FIGURES = {
+    "machine": "drawn",
+    "step": {
+        "table": {"ours": [{"images/s": 3.0}, {"images/s": 5.0}]},
+        "peak_bytes": 3_865_470_566,
+    },
+}
 
 
 def part(name: str, code: str, share: float = 1.0, writes: Path | None = None) -> visit.Part:
@@ -33,6 +39,7 @@ def test_parts_that_fail_and_hang_cost_the_others_nothing(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "visit.json").read_text()) == done
     text = (tmp_path / "visit.md").read_text()
     assert text.startswith("drawn\n") and "| step | step / table / ours | 5 images/s |" in text
+    assert "| step | step / peak_bytes | 3,865,470,566 |" in text
 
 
 def test_the_most_important_come_first_and_fit_the_time(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,8 @@ def hang(*_: object) -> None:
         libc.pthread_mutex_lock(mutex)
 
 
-def fail_at_step_3(bad: int, config: str) -> None:
-    """One rank of a training; rank `bad` fails, and can neither destroy nor abort its group."""
+def fail_at_step_3(bad: int, end: Callable[..., object], config: str) -> None:
+    """One rank of a training; rank `bad` fails, and does `end` in place of leaving its group."""
     following = Loader.__next__
 
     def broken(loader: Loader) -> Batch:
@@ -49,18 +50,23 @@ def fail_at_step_3(bad: int, config: str) -> None:
         return following(loader)
 
     if os.environ["RANK"] == str(bad):
-        dist.destroy_process_group = distributed_c10d._abort_process_group = hang
-        worlds._abort_process_group = hang
+        dist.destroy_process_group = distributed_c10d._abort_process_group = end
+        worlds._abort_process_group = end
         Loader.__next__ = broken  # type: ignore[method-assign]
     sys.argv = ["train.py", config]
-    programs.train()
+    try:
+        programs.train()
+    finally:
+        worlds.atexit._run_exitfuncs()  # which a forked process leaves out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bad", [0, 1])
-def test_the_failure_is_reported_first(tiny, tmp_path: Path, bad: int) -> None:
+@pytest.mark.parametrize(("bad", "end"), [(0, hang), (1, hang), (0, os.abort)])
+def test_the_failure_is_reported_first(
+    tiny, tmp_path: Path, bad: int, end: Callable[..., object]
+) -> None:
     began = time.monotonic()
-    found = run_ranks(2, fail_at_step_3, bad, str(tiny("run")), timeout_s=90)
+    found = run_ranks(2, fail_at_step_3, bad, end, str(tiny("run")), timeout_s=90)
     took = time.monotonic() - began
     errors = [x for e in found for x in e.stderr.splitlines() if x.startswith("error: ")]
     assert len(errors) == 1 and errors[0].endswith(REASON), found

@@ -8,15 +8,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from werkzeug.serving import WSGIRequestHandler, make_server
-
 STORE = "server.db"  # in the folder that is served
 Answer = tuple[int, str]  # status and body
-
-
-class QuietHandler(WSGIRequestHandler):
-    def log(self, *_: Any) -> None:
-        pass
 
 
 class TrackingServer:
@@ -61,6 +54,11 @@ class _Body:
 def serve(folder: Path) -> Iterator[TrackingServer]:
     """A server whose store and artifacts lie in `folder`."""
     from mlflow.server import app, constants, handlers
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class QuietHandler(WSGIRequestHandler):
+        def log(self, *_: Any) -> None:
+            pass
 
     environment = {
         constants.BACKEND_STORE_URI_ENV_VAR: f"sqlite:///{folder / STORE}",

@@ -208,16 +208,23 @@ def close_world(world: World) -> None:
 def abandon_world(world: World, code: int) -> None:
     """Leaves the process group after a failure, while other ranks may stand in a collective.
 
-    Destroying it would wait for them, with nccl without end. Aborting should not, but this thread,
-    which has yet to report the failure, does not rely on it: a process that the abort keeps from
-    ending ends with `code`.
+    Destroying it would wait for them, with nccl without end. Aborting should not, and may end the
+    process at once: it begins when the process ends, which has then reported the failure. One that
+    the abort keeps from ending ends with `code`.
     """
     if world.size == 1 or not dist.is_initialized():
         return
-    aborting = threading.Thread(target=_abort_process_group, name="abort", daemon=True)
-    aborting.start()
+    is_reported = threading.Event()
+
+    def abort() -> None:
+        is_reported.wait()
+        _abort_process_group()
+
+    aborting = threading.Thread(target=abort, name="abort", daemon=True)
+    aborting.start()  # now: a process that ends starts no thread any more
 
     def end() -> None:
+        is_reported.set()
         aborting.join(ABORT_S)
         if aborting.is_alive():
             sys.stdout.flush()

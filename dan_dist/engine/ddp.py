@@ -4,18 +4,17 @@ Gradients are those of the mean loss over the global batch, however it is split 
 micro-batches: each part contributes its share of the mean, DDP's averaging is undone.
 """
 
-import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
 
 from dan_dist.config import Optim
@@ -23,9 +22,9 @@ from dan_dist.data.loader import Batch, Loader
 from dan_dist.distributed.batch_norm import Shares, convert_batch_norm
 from dan_dist.distributed.heartbeat import Heartbeat
 from dan_dist.distributed.world import World
-from dan_dist.engine.compile import compile_module, forget_compiled
-from dan_dist.engine.graph import CudaRecorder, Figures, Recorder, StepGraph, put_back
-from dan_dist.engine.memory import name_memory_errors
+from dan_dist.engine.compile import CompiledModule
+from dan_dist.engine.graph import Figures, Recorder, StepGraph
+from dan_dist.engine.memory import fewer_images, name_memory_errors
 from dan_dist.engine.optimizer import (
     WeightAverage,
     load_optimizer,
@@ -36,12 +35,11 @@ from dan_dist.engine.optimizer import (
 )
 from dan_dist.engine.passes import micro_steps, pass_images
 from dan_dist.engine.precision import Precision, autocast, weight_dtype
+from dan_dist.engine.rehearsal import put_back, random_batch, tried_on_all
 from dan_dist.engine.rows import evaluate
 from dan_dist.model.arithmetic import choose_arithmetic
 from dan_dist.model.dan import Output
 from dan_dist.model.losses import Loss, Objective
-
-log = logging.getLogger(__name__)
 
 
 class StepFlags(NamedTuple):
@@ -98,10 +96,8 @@ class Engine:
         if options.sync_bn and world.size > 1:
             self.shares = Shares(world.device, self.dtype)
             convert_batch_norm(objective, self.shares)
-        self.objective = objective
-        if options.compile:
-            compile_module(objective)
-        self.groups = parameter_groups(objective, optim)
+        self.objective, self.groups = objective, parameter_groups(objective, optim)
+        self.compiled = CompiledModule(objective) if options.compile else None
         self.is_frozen = optim.backbone_lr == 0
         self.optimizer = self._make_optimizer(optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "fp16")
@@ -145,35 +141,43 @@ class Engine:
         """Compiles and captures the step, where that was chosen; what is trained stays as it is.
 
         To be called on all ranks, after a checkpoint was loaded and before the loader opens. Where
-        the step cannot be captured, it is launched as usual; a line is logged.
+        a rank cannot compile the step, or capture it, none does; a line is logged.
         """
         if not self.options.compile and not self.options.capture:
             return
-        n = sum(images[self.world.rank] for images in self.pass_images)
-        device, size, scale = self.world.device, image_size, self.scaler.state_dict()
+        device, scale = self.world.device, self.scaler.state_dict()
         with self._memory_named(), put_back(self._changed, device):
-            images = torch.randn(n, size, size, 3, device=device).permute(0, 3, 1, 2)
-            classes = self.objective.network.classifier.out_features
-            labels = torch.arange(n, device=device) % classes
-            if self.options.soft:
-                shares = torch.eye(classes, device=device)[labels]
-                labels = torch.cat([labels[:, None], shares], dim=1)
+            images, labels = self._random_batch(image_size)
+            self._compile(images, labels)
             flags = self._slots(StepFlags(False, False, 0)).to(device)
-            if not self.options.capture:
-                self._step(images, labels, flags)
-            else:
+            if self.options.capture:
                 for group in self.optimizer.param_groups:
                     group["lr"] = torch.tensor(0.0, device=device)
-                try:
-                    recorder = recorder or CudaRecorder()
-                    self.graph = StepGraph(self._step, images, labels, flags, recorder)
-                except torch.OutOfMemoryError:
-                    raise
-                except RuntimeError as error:
-                    reason = str(error).split("\n")[0]
-                    log.warning("train.compile: no CUDA graph here (%s); going on without", reason)
-        if scale:
-            self.scaler.load_state_dict(scale)
+                record = partial(StepGraph, self._step, images, labels, flags, recorder)
+                self.graph = tried_on_all(self.world, record, "no CUDA graph here")
+            elif self.compiled is not None:
+                self._step(images, labels, flags)
+        self.scaler.load_state_dict(scale)
+
+    def _random_batch(self, image_size: int) -> tuple[Tensor, Tensor]:
+        n = sum(images[self.world.rank] for images in self.pass_images)
+        classes = self.objective.network.classifier.out_features
+        return random_batch(n, image_size, classes, self.world.device, soft=self.options.soft)
+
+    def _compile(self, images: Tensor, labels: Tensor) -> None:
+        """Compiles every pass of a step, where that was chosen, and runs none."""
+        if (compiled := self.compiled) is None:
+            return
+
+        def compile_passes() -> bool:
+            for x, y in self._passes(images, labels):
+                with self._autocast():
+                    compiled.rehearse(x.to(self.dtype), y, self.options.global_batch)
+            return True
+
+        if not tried_on_all(self.world, compile_passes, "not possible here"):
+            compiled.forget()
+            self.compiled = None
 
     def evaluate(
         self, loader: Loader, select: Callable[[Output], Tensor], heart: Heartbeat
@@ -185,10 +189,10 @@ class Engine:
         self._average_buffers()
         self.model.eval()
         with nullcontext() if self.average is None else self.average.in_place():
+            network, precision = self.objective.network, self.options.precision
             return evaluate(
-                self.objective.network, loader, self.world, select=select,
-                precision=self.options.precision, heart=heart,
-            )  # fmt: skip
+                network, loader, self.world, select=select, precision=precision, heart=heart
+            )
 
     def state(self) -> dict[str, Any]:
         """Everything that training changes: weights, centres, statistics, optimiser.
@@ -213,8 +217,8 @@ class Engine:
             self.scaler.load_state_dict(state["scaler"])
 
     def _learned(self) -> dict[str, Any]:
-        optimizer = optimizer_state(self.optimizer)
-        return {"objective": self.objective.state_dict(), "optimizer": optimizer}
+        own = self.objective.state_dict()
+        return {"objective": own, "optimizer": optimizer_state(self.optimizer)}
 
     def _load_learned(self, state: dict[str, Any]) -> None:
         self.objective.load_state_dict(state["objective"])
@@ -240,21 +244,10 @@ class Engine:
 
     def _step(self, images: Tensor, labels: Tensor, flags: Tensor) -> Figures:
         """Forward, backward and update. flags: on the device, for the sum over ranks."""
-        before = (
-            [buffer.clone() for buffer in self.objective.buffers()] if self.options.may_skip else []
-        )
-        self.model.train()
-        if self.is_frozen:
-            self.objective.network.backbone.eval()
+        before = [b.clone() for b in self.objective.buffers()] if self.options.may_skip else []
         self._zero_grad()
         parts = torch.zeros(5, dtype=self.dtype, device=self.world.device)
-        passes = zip(
-            images.tensor_split(self.micro_steps), labels.tensor_split(self.micro_steps),
-            self.pass_images, strict=True,
-        )  # fmt: skip
-        for i, (x, y, shares) in enumerate(passes):
-            if self.shares is not None:
-                self.shares.announce(shares)
+        for i, (x, y) in enumerate(self._passes(images, labels)):
             loss = self._forward_backward(x, y, last=i == self.micro_steps - 1)
             hard = y[:, 0] if self.options.soft else y
             right = (loss.logits.argmax(dim=1) == hard).sum() / self.options.global_batch
@@ -267,6 +260,17 @@ class Engine:
         elif self.average is not None:
             self._update_average(self.average)
         return Figures(sums, norm, skipped)
+
+    def _passes(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's part of a step by passes, each of which BatchNorm is told of."""
+        self.model.train()
+        if self.is_frozen:
+            self.objective.network.backbone.eval()
+        parts = (tensor.tensor_split(self.micro_steps) for tensor in (images, labels))
+        for x, y, shares in zip(*parts, self.pass_images, strict=True):
+            if self.shares is not None:
+                self.shares.announce(shares)
+            yield x, y
 
     def _zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -286,8 +290,7 @@ class Engine:
         counts as 0: the optimiser leaves that step out and the scale falls.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = self._gradient_norm()
-        shown = norm
+        shown = norm = self._gradient_norm()
         if self.scaler.is_enabled():
             can_fall = self.scaler._get_scale_async() >= 1  # type: ignore[operator]
             shown = norm.where(torch.isfinite(norm) | ~can_fall, 0.0)
@@ -320,24 +323,23 @@ class Engine:
                 self.world.sum(buffer).div_(self.world.size)
 
     def _forward(self, images: Tensor, labels: Tensor) -> Loss:
-        cache = not self.options.capture
         if self.shares is not None:
             self.shares.reached_s = None
-        with autocast(self.options.precision, self.world.device, cache=cache):
-            try:
-                loss: Loss = self.model(images.to(self.dtype), labels, self.options.global_batch)
-            except TorchDynamoException as error:
-                log.warning("train.compile: not possible here (%s); going on without", type(error))
-                forget_compiled(self.objective)
-                loss = self.model(images.to(self.dtype), labels, self.options.global_batch)
+        with self._autocast():
+            loss: Loss = self.model(images.to(self.dtype), labels, self.options.global_batch)
         if self._reached_s is None:
             met_s = self.shares.reached_s if self.shares is not None else None
             self._reached_s = met_s or time.perf_counter()
         return loss
 
+    def _autocast(self) -> torch.autocast:
+        cache = not self.options.capture
+        return autocast(self.options.precision, self.world.device, cache=cache)
+
     def _memory_named(self) -> AbstractContextManager[None]:
         most = max(images[self.world.rank] for images in self.pass_images)
-        return name_memory_errors(self.world.device, most)
+        way = fewer_images(most, least=1 if self.shares is not None else 2)
+        return name_memory_errors(self.world.device, f"{most} images at once", way)
 
     def _changed(self) -> list[Tensor]:
         """All tensors that a step changes, but the gradients."""

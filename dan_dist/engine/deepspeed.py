@@ -162,7 +162,13 @@ class DeepSpeedEngine(Engine):
                 safe_set_full_optimizer_state(parameter, value, key)
 
     def warm_up(self, image_size: int, recorder: Recorder | None = None) -> None:
-        """Nothing: DeepSpeed's own copies of the weights could not be put back. Step 1 compiles."""
+        """Compiles, and tries no step: DeepSpeed's own copies of the weights could not be put back.
+
+        Under stage 3, whose weights are whole within a step alone, step 1 compiles.
+        """
+        if self.zero_stage < 3:
+            with self._memory_named():
+                self._compile(*self._random_batch(image_size))
 
     def evaluate(
         self, loader: Loader, select: Callable[[Output], Tensor], heart: Heartbeat
@@ -248,7 +254,8 @@ class DeepSpeedEngine(Engine):
             return norm, skipped
         engine.step()
         if self.zero_stage > 0:  # a gradient that is not finite was skipped by DeepSpeed itself
-            norm = torch.as_tensor(engine.get_global_grad_norm() or 0.0, device=self.world.device)
+            found = engine.get_global_grad_norm()  # asking a tensor for its truth would wait for it
+            norm = torch.as_tensor(0.0 if found is None else found, device=self.world.device)
             skipped = self.options.may_skip and not bool(torch.isfinite(norm))
         return norm.to(self.dtype), skipped
 

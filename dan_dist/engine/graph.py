@@ -6,8 +6,7 @@ It must be recorded before the loader opens: DALI's freed buffers synchronise th
 a capture under way.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -60,11 +59,25 @@ class StepGraph:
     """A recorded step. images, labels, flags: of the step's shapes, where it reads them."""
 
     def __init__(
-        self, step: Step, images: Tensor, labels: Tensor, flags: Tensor, recorder: Recorder
+        self,
+        step: Step,
+        images: Tensor,
+        labels: Tensor,
+        flags: Tensor,
+        recorder: Recorder | None = None,  # else by CUDA graphs
     ) -> None:
-        self._inputs = images, labels, flags
+        """
+        Raises:
+            ValueError: the device does not record it.
+        """
+        self._inputs, recorder = (images, labels, flags), recorder or CudaRecorder()
         recorder.warm_up(lambda: [step(*self._inputs) for _ in range(WARM_STEPS)])
-        self._replay = recorder.record(self._run(step))
+        try:
+            self._replay = recorder.record(self._run(step))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(str(error).split("\n")[0]) from error
 
     def __call__(self, images: Tensor, labels: Tensor, flags: Tensor) -> Figures:
         """The step on other inputs of the same shapes."""
@@ -78,24 +91,3 @@ class StepGraph:
             self._found = step(*self._inputs)
 
         return run
-
-
-@contextmanager
-def put_back(tensors: Callable[[], Sequence[Tensor]], device: torch.device) -> Iterator[None]:
-    """Within it, steps may be tried: what they change is put back in place, at its end.
-
-    tensors: all that a step changes. Those that are there at the end alone become 0, as optimisers
-    begin.
-    """
-    kept = {id(tensor): (tensor, tensor.detach().clone()) for tensor in tensors()}
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for tensor in tensors():
-                    if id(tensor) in kept:
-                        tensor.copy_(kept[id(tensor)][1])
-                    else:
-                        tensor.zero_()

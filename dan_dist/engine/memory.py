@@ -5,10 +5,12 @@ from contextlib import contextmanager
 
 import torch
 
+LESS = "free it of other processes, or train with a smaller model.image_size or model.heads"
+
 
 @contextmanager
-def name_memory_errors(device: torch.device, images: int) -> Iterator[None]:
-    """Within it, a rank computes so many images at once.
+def name_memory_errors(device: torch.device, work: str, way: str = LESS) -> Iterator[None]:
+    """Within it, a rank does `work`; way: what would need less memory.
 
     Raises:
         ValueError: its device's memory does not suffice.
@@ -17,7 +19,13 @@ def name_memory_errors(device: torch.device, images: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        raise ValueError(
-            f"{device}: not enough memory for {images} images at once ({reason}); give "
-            f"train.micro_batch={max(1, images // 2)} or less"
-        ) from error
+        raise ValueError(f"{device}: not enough memory for {work} ({reason}); {way}") from error
+
+
+def fewer_images(images: int, least: int) -> str:
+    """What to do where a step has no memory for so many images at once.
+
+    least: that BatchNorm can normalise.
+    """
+    half = images // 2
+    return f"give train.micro_batch={half} or less" if half >= least else LESS

@@ -10,16 +10,21 @@ PrecisionChoice = Precision | Literal["auto"]
 HALF: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_precision(choice: PrecisionChoice, device: torch.device) -> Precision:
+def resolve_precision(
+    choice: PrecisionChoice, device: torch.device, engine: str = "ddp"
+) -> Precision:
     """The format of `choice`; of "auto" the fastest that the device computes in by itself.
 
-    GPUs before Ampere only emulate bfloat16: float16 there, whose losses are scaled. On a CPU
-    bfloat16 where it multiplies it, else float32.
+    GPUs before Ampere only emulate bfloat16: float16 there, whose losses are scaled, and float32
+    where the training's engine is deepspeed, which scales none here. On a CPU bfloat16 where it
+    multiplies it, else float32.
     """
     if choice != "auto":
         return choice
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "float32" if engine == "deepspeed" else "fp16"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 
 

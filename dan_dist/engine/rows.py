@@ -10,6 +10,7 @@ from torch import Tensor
 from dan_dist.data.loader import Loader
 from dan_dist.distributed.heartbeat import Heartbeat
 from dan_dist.distributed.world import World
+from dan_dist.engine.memory import name_memory_errors
 from dan_dist.engine.precision import Precision, autocast, weight_dtype
 from dan_dist.model.dan import DAN, Output
 
@@ -28,17 +29,21 @@ def evaluate(
 
     network: in evaluation mode. loader: this rank's part of a pass, at least one step. select: the
     part of B images' output that is wanted, (B, D) float32.
+
+    Raises:
+        ValueError: the device's memory does not suffice.
     """
     samples, dtype = len(loader.reader.split), weight_dtype(precision)
     rows = torch.empty(0)
     for step in range(loader.order.steps):
         heart.beat("evaluation", step + 1)
         batch = next(loader)
-        with autocast(precision, world.device):
-            wanted = select(network(batch.images.to(dtype)))
-        if not step:  # a row more, for padding: then nothing waits for the device to know its place
-            rows = torch.zeros(samples + 1, wanted.size(1), device=world.device)
-        places = batch.ids.where(batch.ids >= 0, samples).to(world.device, non_blocking=True)
-        rows[places] = wanted
+        with name_memory_errors(world.device, f"evaluating {len(batch.ids)} images at once"):
+            with autocast(precision, world.device):
+                wanted = select(network(batch.images.to(dtype)))
+            if not step:  # a row more, for padding: then no place is waited for
+                rows = torch.zeros(samples + 1, wanted.size(1), device=world.device)
+            places = batch.ids.where(batch.ids >= 0, samples).to(world.device, non_blocking=True)
+            rows[places] = wanted
     found: NDArray[np.float32] = world.sum(rows[:samples]).cpu().numpy()
     return found

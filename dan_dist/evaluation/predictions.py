@@ -1,6 +1,7 @@
 """The output of a trained network for every image of a split, on all ranks together."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from dan_dist.data.loader import Loader, evaluation_loader
 from dan_dist.distributed.heartbeat import Heartbeat
 from dan_dist.distributed.world import World
+from dan_dist.engine.memory import name_memory_errors
 from dan_dist.engine.precision import PrecisionChoice, resolve_precision, weight_dtype
 from dan_dist.engine.rows import evaluate
 from dan_dist.model.arithmetic import choose_arithmetic
@@ -32,13 +34,16 @@ def predict(
     probabilities. An output that is not finite is a ValueError: the network's weights are not
     finite, or are too large.
     """
+    engine: Any = {}
     if precision == "auto" and trained.config:
-        precision = trained.config["train"]["precision"]
-    resolved = resolve_precision(precision, world.device)
+        precision, engine = trained.config["train"]["precision"], trained.config.get("engine")
+    trained_by = engine.get("name", "ddp") if isinstance(engine, dict) else "ddp"
+    resolved = resolve_precision(precision, world.device, trained_by)
     choose_arithmetic(resolved)
-    network = trained.network.to(world.device, weight_dtype(resolved)).to(
-        memory_format=torch.channels_last
-    )
+    with name_memory_errors(world.device, "the network"):
+        network = trained.network.to(world.device, weight_dtype(resolved)).to(
+            memory_format=torch.channels_last
+        )
     with open_loader(trained, split, world) as loader:
         found = evaluate(network, loader, world, select=select, precision=resolved, heart=heart)
     if bad := int((~np.isfinite(found)).any(axis=1).sum()):

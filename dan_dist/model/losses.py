@@ -76,7 +76,8 @@ def partition_release_loss(heads: Tensor) -> Tensor:
     the ranks' shares of it add up to the one-process gradient.
     """
     variance = heads.var(dim=1)
-    sums = all_reduce_sum(torch.stack([variance.sum(), variance.new_tensor(variance.numel())]))
+    count = variance.new_full((), variance.numel())  # filled there: a copy would wait for the GPU
+    sums = all_reduce_sum(torch.stack([variance.sum(), count]))
     mean = sums[0] / sums[1].detach()
     return torch.log1p(heads.size(1) / (mean + sys.float_info.epsilon))
 

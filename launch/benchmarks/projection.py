@@ -2,7 +2,8 @@
 
 A step on n ranks takes what one rank's step takes at its batch, plus what the ranks exchange in it,
 or what a rank's loader takes, whichever is more. Nothing of the exchange is taken to hide behind
-the backward pass, so that a real step should take less.
+the backward pass, which makes it too long; BatchNorm over ranks is taken to compute as fast as one
+rank's, which has kernels of its own, and makes it too short.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,8 @@ class Parts:
     """What a projection is made of."""
 
     step_s: Mapping[int, float]  # one rank's step, by its images
-    loader_images_s: float  # of one rank
+    loader_images_s: float  # of one rank, on
+    loader_threads: int  # its share of a node's cores
     gradient_bytes: int
     norms: int  # BatchNorms, each of which exchanges its statistics twice a step
     links: Links = Links()
@@ -98,10 +100,12 @@ def show_projection(parts: Parts, found: Mapping[str, list[Projection]]) -> None
     links = parts.links
     steps = ", ".join(f"{n}: {1e3 * s:.1f} ms" for n, s in sorted(parts.step_s.items()))
     print(
-        f"\nMeasured here: one rank's step by its images ({steps}), its loader "
-        f"({parts.loader_images_s:.0f} images/s). Counted: {parts.gradient_bytes / 1e6:.0f} MB of "
-        f"gradients, {parts.norms} BatchNorms. Not measured: links of {links.inside_gb_s:g} GB/s "
-        f"inside a node of {links.ranks_a_node} and {links.between_gb_s:g} GB/s between nodes, "
+        f"\nMeasured here: one rank's step by its images ({steps}), its loader on "
+        f"{parts.loader_threads} threads, this machine's cores ÷ {links.ranks_a_node} ranks of a "
+        f"node ({parts.loader_images_s:.0f} images/s). Counted: {parts.gradient_bytes / 1e6:.0f} "
+        f"MB of gradients, {parts.norms} BatchNorms. Not measured: links of "
+        f"{links.inside_gb_s:g} GB/s inside a node and {links.between_gb_s:g} GB/s between nodes, "
         f"{1e6 * links.inside_s:.0f} and {1e6 * links.between_s:.0f} µs a message; that nothing of "
-        "the exchange hides behind the backward pass; that storage keeps up."
+        "the exchange hides behind the backward pass; that BatchNorm over ranks, but for its "
+        "messages, takes no longer than one rank's; that storage keeps up."
     )

@@ -64,13 +64,16 @@ def measure_parts(
         for _ in range(3):
             step()
         step_s[images] = median(seconds_a_call(step, steps, world.device) for _ in range(3))
-    with open_train_loader(config, world, shards.split("train"), start=0) as loader:
+    threads = max(1, core_count() // links.ranks_a_node)  # a node's ranks share its cores
+    data = config.data.model_copy(update={"threads": threads})
+    own = config.model_copy(update={"data": data})
+    with open_train_loader(own, world, shards.split("train"), start=0) as loader:
         images = steps * config.train.global_batch
         found = consume((next(loader).images for _ in count()), images, world.device)
     objective = initial_objective(config, shards.class_names, is_new=True)
     gradient_bytes = sum(p.numel() * p.element_size() for p in objective.parameters())
     norms = sum(isinstance(module, NORMS) for module in objective.modules())
-    return Parts(step_s, found["images/s"], gradient_bytes, norms, links)
+    return Parts(step_s, found["images/s"], threads, gradient_bytes, norms, links)
 
 
 def _train(

@@ -11,6 +11,14 @@ from time import perf_counter
 from benchmarks.measure import LAUNCH, Measure, Table, in_turn, show
 from dan_dist.config import layered
 
+# Lines of a training's log, in their order, by what has been done by then
+LINES = {
+    "device found, s": "device: ",
+    "data opened, s": "data: ",
+    "start evaluated, s": "at the start: ",
+    "step 1, s": " step 1 ",
+}
+
 
 def run(path: str, overrides: list[str], folder: Path, *, repeats: int) -> Table:
     """Seconds until the first step has been made, its shards being there, files being cached.
@@ -31,14 +39,16 @@ def run(path: str, overrides: list[str], folder: Path, *, repeats: int) -> Table
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         ) as process:
             assert process.stdout is not None
-            lines = []
+            lines: list[str] = []
+            seen: Measure = {}
             for line in process.stdout:
                 lines.append(line)
-                if " step 1 " in line:
-                    seconds = perf_counter() - began_s
+                for name, words in LINES.items():
+                    if words in line:
+                        seen.setdefault(name, perf_counter() - began_s)
             if process.wait():
                 raise RuntimeError(f"{' '.join(command)}\n{''.join(lines)}")
-        return {"s": seconds, "to the end, s": perf_counter() - began_s}
+        return {**seen, "s": seen["step 1, s"], "to the end, s": perf_counter() - began_s}
 
     def start(modules: str) -> Measure:
         """A process that does nothing but import."""
@@ -61,4 +71,6 @@ def run(path: str, overrides: list[str], folder: Path, *, repeats: int) -> Table
     launch(sys.executable)  # draws the shards, fills the file cache
     table = in_turn(forms, repeats, "start")
     show(f"From launch to the first step, {path}", table, {"s": ".1f", "to the end, s": ".1f"}, {})
+    launches = {name: rows for name, rows in table.items() if LINES.keys() <= rows[0].keys()}
+    show("Of that, up to a line of the log", launches, dict.fromkeys(LINES, ".1f"), {})
     return table

@@ -37,7 +37,7 @@ def run(
     config: train.global_batch is this rank's batch. steps: of each repeat. tried: rows of what was
     left out as well.
     """
-    precision = resolve_precision(config.train.precision, world.device)
+    precision = resolve_precision(config.train.precision, world.device, config.engine.name)
     batch = resident_batch(config, world, len(shards.class_names))
     plain = partial(_plain_step, config, world, shards, batch)
     contenders: dict[str, Callable[[], object]] = {PLAIN: plain(channels_last=False, bf16=False)}
@@ -89,7 +89,7 @@ def engine_step(
     engine = build_engine(config, world, initial_objective(config, shards.class_names, is_new=True))
     engine.warm_up(config.model.image_size)
     flags = StepFlags(stop=False, save=False, replaced=0)
-    precision = resolve_precision(config.train.precision, world.device)
+    precision = resolve_precision(config.train.precision, world.device, config.engine.name)
 
     def step() -> Tensor:
         choose_arithmetic(precision, deterministic=config.train.deterministic)

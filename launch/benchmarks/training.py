@@ -64,9 +64,10 @@ def run(
     efficiency = shares[len(shares) // 2]
     rate, wait = (middle(table, "end to end", m) for m in ("images/s", "waiting, %"))
     peak_bytes = _peak_bytes(world)
+    precision = resolve_precision(config.train.precision, world.device, config.engine.name)
     if world.is_main:
         show(f"Training, {config.model.image_size} px, global batch {config.train.global_batch}, "
-             f"{world.size} ranks, {resolve_precision(config.train.precision, world.device)}",
+             f"{world.size} ranks, {precision}",
              table, {"images/s": ".1f", "waiting, %": ".1f"}, {})  # fmt: skip
         print(f"efficiency (end to end ÷ the slower of loader and step): {100 * efficiency:.1f} % "
               f"({100 * shares[0]:.1f} to {100 * shares[-1]:.1f}), waiting for data {wait:.1f} %; "

@@ -118,13 +118,14 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _medians(figures: Any, path: tuple[str, ...] = ()) -> list[tuple[str, str]]:
-    """The rows of repeats that lie anywhere in a part's figures, by their place."""
+    """The rows of repeats, and numbers, that lie anywhere in a part's figures, by their place."""
     if isinstance(figures, list) and figures and isinstance(figures[0], dict):
         middle = sorted(figures, key=lambda row: row.get("images/s", row.get("s", 0.0)))
         row = middle[len(middle) // 2]
         return [(" / ".join(path), ", ".join(f"{v:.4g} {k}" for k, v in row.items()))]
     if isinstance(figures, dict):
         return [row for key, inner in figures.items() for row in _medians(inner, (*path, key))]
-    if isinstance(figures, float):
-        return [(" / ".join(path), f"{figures:.4g}")]
+    if isinstance(figures, int | float) and not isinstance(figures, bool):
+        text = f"{figures:,}" if isinstance(figures, int) else f"{figures:.4g}"
+        return [(" / ".join(path), text)]
     return []
