@@ -45,6 +45,7 @@ from dan_dist.run.plan import Plan, make_plan
 from dan_dist.run.signals import Stopped, StopRequest
 from dan_dist.run.state import TrainState
 from shards.command import words
+from shards.files import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ def prepare(config: Config, world: World) -> Prepared:
     engine = build_engine(config, world, objective, steps=steps)
     state = TrainState()
     if resumed:
-        state = resume(world.run_on_all(lambda: read_checkpoint(resumed, config, data)), engine)
+        state = resume(read_on_all(resumed, config, data, world), engine)
         log.info("resumed after step %d from %s", state.step, resumed)
     plan = make_plan(config, images=len(data.train), start=state.step)
     engine.warm_up(config.model.image_size)  # before the loader, whose GPU work ends a capture
@@ -190,6 +191,18 @@ def resume(content: dict[str, Any], engine: Engine) -> TrainState:
     """
     engine.load_state(content)
     return TrainState.from_checkpoint(content)
+
+
+def read_on_all(path: str, config: Config, data: TrainingData, world: World) -> dict[str, Any]:
+    """What `read_checkpoint` gives, on all ranks; a node whose own disk holds another is refused.
+
+    Raises:
+        ValueError, OSError: as `read_checkpoint`, or the file differs from that of rank 0.
+    """
+    content = world.run_on_all(lambda: read_checkpoint(path, config, data))
+    digest = world.run_once(lambda: sha256_of(Path(path)), per_node=True)
+    world.check_equal(f"{path}: its sha256", digest)
+    return content
 
 
 def read_checkpoint(path: str, config: Config, data: TrainingData) -> dict[str, Any]:

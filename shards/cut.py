@@ -5,7 +5,8 @@ widened by a tenth on each side (`releases/boxes.py`). `as_released`: by whoever
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 SIMILARITY, BOX, AS_RELEASED = "similarity", "box", "as_released"
 MOST_MARGIN = 2.0  # of a box, in parts of its width and height
@@ -40,3 +41,17 @@ def cut_of_release(dataset: str, release: str) -> str | None:
     if "aligned by landmarks" in release:
         return SIMILARITY
     return None if dataset in ("folder", "identities") else AS_RELEASED
+
+
+def cut_of_manifest(manifest: Mapping[str, Any]) -> str | None:
+    """How the faces were cut; manifests of former versions name the release alone.
+
+    Raises:
+        ValueError: it is no cut.
+    """
+    if "face_cut" not in manifest:
+        return cut_of_release(str(manifest["dataset"]), str(manifest["release"]))
+    try:
+        return str(parse_cut(manifest["face_cut"]))
+    except ValueError as error:
+        raise ValueError(f"face_cut is {error}") from error

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import logging
 import os
@@ -121,6 +122,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def remove_partials(path: Path) -> None:
+    """Removes what killed writers of `path` have left; its lock keeps others from writing now."""
+    for left in path.parent.glob(f"{glob.escape(path.name)}.????????.partial"):
+        left.unlink(missing_ok=True)
 
 
 def _is_of(error: OSError, partial: Path) -> bool:

@@ -20,7 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.cut import cut_of_release, parse_cut
+from shards.command import is_printable, words
+from shards.cut import cut_of_manifest
 from shards.files import read_bounded, replacing, sha256_of, write_atomically
 from shards.index import INDEX_DTYPE, check_present, npy_bytes, read_index
 
@@ -212,13 +213,13 @@ def parse_manifest(root: Path, content: bytes) -> ShardSet:
             index_names={n: v["index"] for n, v in splits.items()},
             index_sha256={n: str(v["index_sha256"]) for n, v in splits.items()},
             dropped=dict(manifest["dropped"]),
-            face_cut=_face_cut(manifest),
+            face_cut=cut_of_manifest(manifest),
         )
         _check_values(result)
     except KeyError as error:
         raise ValueError(f"{path}: not a manifest of shards: {error} is missing") from error
     except (TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a manifest of shards: {error}") from error
+        raise ValueError(f"{path}: not a manifest of shards: {words(error)}") from error
     return result
 
 
@@ -230,11 +231,16 @@ def _check_values(found: ShardSet) -> None:
             raise ValueError(f"{name!r} is not a plain file name")
     if not classes or not all(isinstance(name, str) for name in found.class_names):
         raise ValueError(f"class_names is {list(found.class_names)}, expected a list of names")
+    _check_printable(found)
+    if not all(map(_is_whole, found.dropped.values())):
+        raise ValueError("dropped holds what is no number of images")
     if found.image_size is not None and (not _is_whole(found.image_size) or not found.image_size):
         raise ValueError(f"image_size is {found.image_size!r}, expected pixels or null")
     for shard in shards:
         if not _is_whole(shard.samples) or not _is_whole(shard.size_bytes):
             raise ValueError(f"{shard.name}: samples and size_bytes must be whole numbers")
+        if shard.samples * 2 * tarfile.BLOCKSIZE > shard.size_bytes:  # headers of image and label
+            raise ValueError(f"{shard.name}: {shard.samples} samples in {shard.size_bytes} bytes")
         if shard.label is not None and not (_is_whole(shard.label) and shard.label < classes):
             raise ValueError(f"{shard.name}: label {shard.label!r}, there are {classes} classes")
     for split, counts in found.counts.items():
@@ -244,14 +250,15 @@ def _check_values(found: ShardSet) -> None:
             raise ValueError(f"counts of '{split}' are not of {expected}")
 
 
-def _face_cut(manifest: Mapping[str, Any]) -> str | None:
-    """How the faces were cut; manifests of former versions name the release alone."""
-    if "face_cut" not in manifest:
-        return cut_of_release(str(manifest["dataset"]), str(manifest["release"]))
-    try:
-        return str(parse_cut(manifest["face_cut"]))
-    except ValueError as error:
-        raise ValueError(f"face_cut is {error}") from error
+def _check_printable(found: ShardSet) -> None:
+    """What commands print of a manifest must not be what a terminal obeys."""
+    for kind, names in {
+        "dataset": [found.dataset], "release": [found.release], "class_names": found.class_names,
+        "splits": found.shards, "dropped": found.dropped, "index": found.index_sha256.values(),
+        "sha256": [shard.sha256 for own in found.shards.values() for shard in own],
+    }.items():  # fmt: skip
+        if odd := [name for name in names if not isinstance(name, str) or not is_printable(name)]:
+            raise ValueError(f"{kind} holds {odd[0]!r}, expected printable text")
 
 
 def _is_whole(value: object) -> bool:

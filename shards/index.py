@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.files import read_bounded
+from shards.files import read_bounded, read_regular
 
 INDEX_DTYPE = np.dtype(
     [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("crc32", "<u4")]
 )
 HEADER_BYTES = 4096  # of the file, at most
+MOST_SOFT = 1000  # classes of which an image has shares: of expressions, not of persons
 SOFT_TOLERANCE = 1e-4  # of the sum of an image's shares
 
 
@@ -31,11 +32,17 @@ def index_dtype(classes: int = 0, *, grouped: bool = False) -> np.dtype[Any]:
 
 def most_bytes(samples: int, classes: int) -> int:
     """The size of an index's file, at most."""
-    return samples * index_dtype(classes, grouped=True).itemsize + HEADER_BYTES
+    soft = classes if classes <= MOST_SOFT else 0
+    return samples * index_dtype(soft, grouped=True).itemsize + HEADER_BYTES
 
 
 def with_soft(rows: NDArray[Any], shares: NDArray[Any]) -> NDArray[Any]:
-    """The rows with shares of classes, (samples, classes), each made to add up to 1."""
+    """The rows with shares of classes, (samples, classes), each made to add up to 1.
+
+    More than MOST_SOFT classes are a ValueError.
+    """
+    if shares.shape[1] > MOST_SOFT:
+        raise ValueError(f"shares of {shares.shape[1]:,} classes, at most {MOST_SOFT:,} are kept")
     grouped = recorded_groups(rows) is not None
     found = _recast(rows, index_dtype(shares.shape[1], grouped=grouped))
     found["soft"] = shares / shares.sum(axis=1, keepdims=True)
@@ -92,20 +99,25 @@ def read_index(
         FileNotFoundError: it is missing. ValueError: it is no index, or does not fit the shards.
     """
     check_present(path)
-    content = read_bounded(path, most_bytes(samples, classes))
     try:
         # Not np.load, which opens zip archives too.
-        file = BytesIO(content)
+        file = BytesIO(read_regular(path, HEADER_BYTES, cut=True))
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except OSError:
+        raise
     except Exception as error:  # the header is parsed as Python text: errors of many kinds
         raise ValueError(f"{path}: not an index: {error}") from error
-    rows = (len(content) - file.tell()) / dtype.itemsize if dtype.itemsize else 0
-    is_known = any(dtype == index_dtype(k, grouped=g) for k in (0, classes) for g in (False, True))
-    if not is_known or shape != (samples,) or rows != samples:
+    start, size_bytes = file.tell(), path.stat().st_size
+    soft = {0, classes} if classes <= MOST_SOFT else {0}
+    is_known = any(dtype == index_dtype(k, grouped=g) for k in soft for g in (False, True))
+    expected = start + samples * dtype.itemsize
+    if not is_known or shape != (samples,) or size_bytes != expected:
+        rows = (size_bytes - start) / dtype.itemsize if dtype.itemsize else 0
         found = f"{rows:g} rows, {shape} of {dtype} by its header"
         raise ValueError(f"{path}: {found}; the manifest lists {samples} samples")
-    index = np.frombuffer(content, dtype, offset=file.tell())
+    content = read_bounded(path, expected)
+    index = np.frombuffer(content, dtype, offset=start)
     if samples:
         _check_rows(path, index, np.array(sizes_bytes), classes)
     return index, hashlib.sha256(content).hexdigest()

@@ -252,7 +252,7 @@ def _sample(
     if "json" in parts:
         try:
             json.loads(content("json"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield f"its metadata are no JSON: {error}"
     pixels = plain_jpeg_size(jpeg)
     if pixels and pixels[0] * pixels[1] > MAX_PIXELS:

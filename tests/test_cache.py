@@ -123,9 +123,11 @@ def test_what_an_interrupted_copy_left_is_kept(
     (copy / "train-01-00000.tar").unlink()
     (copy / "train-00-00000.tar").write_bytes(b"torn")
     (copy / "train-00-00000.tar.partial").write_bytes(b"torn")
+    (copy / f"{MANIFEST}.0123abcd.partial").write_bytes(b"{")
     asked.clear()
     assert same(localise(url, str(tmp_path / "cache")), faces)
     assert sorted(asked) == [MANIFEST, "train-00-00000.tar", "train-01-00000.tar"]
+    assert not list(copy.glob("*.partial"))
 
 
 def test_processes_at_once_share_one_copy(

@@ -62,10 +62,13 @@ def test_checkpoints_that_cannot_be_read_are_kept(
     del lacking["config"]
     torch.save(lacking, step_path(folder, 6))
     step_path(folder, 8).mkdir()
+    os.mkfifo(step_path(folder, 9))  # into which nobody may ever write
     with pytest.raises(ValueError, match=r"not a readable checkpoint .it lacks config"):
         checkpoint.load(step_path(folder, 6))
     assert single(tiny("run"), *options, "train.max_steps=5").status == "finished"
-    assert "step-00000008.pt cannot be read: Is a directory; trying the one before" in caplog.text
+    for number in (8, 9):
+        line = f"step-0000000{number}.pt: not a readable checkpoint (no regular file); trying the"
+        assert line in caplog.text
     names = {p.name for p in folder.iterdir()}
     assert {"step-00000006.pt.damaged", "step-00000008.pt.damaged"} <= names
     assert outcome(folder)["step"] == 5 and not list(folder.glob("*.partial"))
@@ -178,6 +181,23 @@ def test_a_best_checkpoint_of_later_is_forgotten(
     assert last["best"] == found["best"] and found["best"]["accuracy"] < 2
     words = "takes its place" if step == 10 else "it is chosen anew"
     assert words in caplog.text and (step == 10 or found["step"] == 20)
+
+
+@pytest.mark.parametrize("fault", ["a bit", "cut off", "empty", "of no step"])
+def test_a_damaged_best_checkpoint_is_chosen_anew(
+    baseline_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    folder = copied(baseline_run, tmp_path / "run")
+    step, path = checkpoint.load(steps_saved(folder)[0])["step"], folder / "best.pt"
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if fault == "a bit" else content[: 999 * (fault == "cut off")])
+    if fault == "of no step":
+        torch.save({"format": checkpoint.FORMAT}, path)
+    assert restore_best(folder, step, 1) == "this"
+    assert checkpoint.load(path)["step"] == step and "it is set aside" in caplog.text
+    assert (folder / "best.pt.damaged").is_file() and restore_best(folder, step, 1) == ""
 
 
 class Executes:

@@ -127,6 +127,19 @@ def test_damage_is_met_and_replaced_alike(
         batches(reader(split, place, tmp_path), 0, 1)
 
 
+def test_what_killed_processes_left_is_removed(faces: ShardSet, tmp_path: Path) -> None:
+    split = faces.split("val")
+    path = Path(to_file(split, tmp_path))
+    left = [file.with_name(f"{file.name}.0123abcd.partial")
+            for file in (path, module.sums_of(path), module.faults_of(path))]  # fmt: skip
+    other = path.with_name(f"another-{path.name}.0123abcd.partial")  # under another lock
+    for file in (*left, other):
+        file.write_bytes(b"x")
+    module.faults_of(path).unlink()
+    assert to_file(split, tmp_path) == str(path)
+    assert list(tmp_path.glob("*.partial")) == [other]
+
+
 def test_a_substitute_that_cannot_be_decoded_either_is_replaced(
     faces: ShardSet, tmp_path: Path
 ) -> None:

@@ -120,6 +120,35 @@ def test_manifest_values_of_a_wrong_kind_are_refused(
         open_shardset(shards)
 
 
+def first_shard(**values: object) -> Callable[[dict], object]:
+    return lambda m: m["splits"]["train"]["shards"][0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda m: m.update(dataset="x\x1b[2J"), r"dataset holds 'x\\x1b"),
+        (lambda m: m.update(release="a\nb"), r"release holds 'a\\nb'"),
+        (lambda m: m["class_names"].__setitem__(0, "\x9b31m"), r"class_names holds '\\x9b31m'"),
+        (lambda m: m["splits"].update({"\x07": m["splits"].pop("val")}), r"splits holds '\\x07'"),
+        (lambda m: m.update(dropped={"\u202e": 1}), r"dropped holds '\\u202e'"),
+        (lambda m: m.update(dropped={"too small": "\x1b"}), "dropped holds what is no number"),
+        (lambda m: m["splits"]["val"].update(index_sha256="\x1b"), r"index holds '\\x1b'"),
+        (first_shard(sha256="\r"), r"sha256 holds '\\r'"),
+        (first_shard(sha256=7), "sha256 holds 7"),
+        (first_shard(**{"odd\x1b[31m": 1}), r"unexpected keyword argument 'odd\\x1b\[31m'"),
+        (first_shard(samples=10**9), r"1000000000 samples in \d+ bytes"),
+    ],
+)
+def test_a_manifest_gives_a_terminal_no_orders_and_samples_have_their_bytes(
+    shards: Path, change: Callable[[dict], object], line: str
+) -> None:
+    edit_manifest(shards, change)
+    with pytest.raises(ValueError, match=rf"manifest\.json: not a manifest .*{line}") as raised:
+        open_shardset(shards)
+    assert str(raised.value).isprintable()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("shard", -1), ("label", 2), ("size", 0), ("offset", -1), ("offset", 2**63 - 2)],

@@ -1,5 +1,7 @@
 """Checkpoints from strangers: refused in one line before any work, by one check."""
 
+import errno
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,16 @@ from dan_dist.model.backbone import load_backbone
 from dan_dist.model.dan import DAN
 from dan_dist.model.losses import Objective
 from dan_dist.model.weights import load_trained
-from dan_dist.run import checkpoint
+from dan_dist.run import checkpoint, pickled
 from dan_dist.run.checkpoint import RESUMED
-from dan_dist.run.folder import DAMAGE, checkpoint_to_resume, step_path, steps_saved
+from dan_dist.run.folder import (
+    DAMAGE,
+    checkpoint_to_resume,
+    damaged_since,
+    mark_damage,
+    step_path,
+    steps_saved,
+)
 from dan_dist.train import read_checkpoint
 from shards.format import ShardSet, open_shardset
 
@@ -42,7 +51,8 @@ WRITTEN = ("NaN", "meta", "sparse", "quantised", "graph")
 def as_file(content: dict[str, Any], path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file in which torch finds this content."""
     path.write_bytes(b"a stand-in")
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: content)
+    os.truncate(path, 2**30)  # as large as its tensors, by its size
+    monkeypatch.setattr(pickled, "load", lambda _: content)
 
 
 @pytest.mark.parametrize("name", SPOILED)
@@ -117,11 +127,25 @@ def test_an_odd_state_is_refused_before_it_is_loaded(
     assert "\n" not in str(raised.value) and str(path) in str(raised.value)
 
 
-def test_the_mark_of_damage_is_a_step(dan_run: Path, tmp_path: Path) -> None:
+def test_the_mark_of_damage_is_a_step_or_nothing(
+    dan_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = copied(dan_run, tmp_path / "run")
     (run / DAMAGE).write_bytes(b"soon\x1b[31m")
     with pytest.raises(ValueError, match=rf"{DAMAGE}: holds 'soon.*expected a step; remove it"):
         checkpoint_to_resume(run, "auto")
+    for nothing in (b"", b"\n"):  # of a full disk
+        (run / DAMAGE).write_bytes(nothing)
+        assert damaged_since(run) is None and checkpoint_to_resume(run, "auto")
+    (run / DAMAGE).unlink()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        mark_damage(run, 7)
+    assert not list(run.glob(f"{DAMAGE}*"))
 
 
 def test_a_checkpoint_with_the_former_loss_still_evaluates(

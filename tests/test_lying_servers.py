@@ -1,5 +1,8 @@
 """Remote sets from servers that lie, fail, or take their time, and caches of other users."""
 
+import errno
+import io
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +16,7 @@ from web import Server
 
 from conftest import REPOSITORY, run
 from dan_dist.data import cache
-from dan_dist.data.cache import TooLongError, localise
+from dan_dist.data.cache import LocalError, TooLongError, localise
 from shards.format import MANIFEST, MANIFEST_BYTES, ShardSet, open_shardset
 
 SLACK_BYTES = 48 * 2**20  # that sockets and libraries may have taken beside what was written
@@ -97,6 +100,33 @@ def test_a_server_that_goes_silent_is_left(
 def test_every_reason_has_words(error: Exception, words: str) -> None:
     with pytest.raises(OSError, match=f"^{words}$"), cache._naming("x"):
         raise error
+
+
+def test_an_error_of_the_caches_disk_names_it_and_is_not_tried_again(
+    faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = list[object]()
+
+    def fail(file: object) -> int:
+        failed.append(file)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    out = io.BytesIO()
+    out.write = fail  # type: ignore[method-assign, assignment]
+    to_disk = cache._Bounded(out, tmp_path / "x.partial", 9)
+    with (
+        pytest.raises(LocalError, match=rf"Input/output error: '{tmp_path}/x\.partial'"),
+        cache._naming("https://host/x"),
+    ):
+        to_disk.write(b"abc")
+    with pytest.raises(LocalError, match=r"/nowhere/x\.partial"):
+        cache._origin(str(faces.root)).fetch(MANIFEST, tmp_path / "nowhere" / "x.partial", 9)
+    failed.clear()
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(cache, "THREADS", 1)
+    with pytest.raises(LocalError, match=rf"error: '{tmp_path}/cache/.*\.partial'"):
+        localise(str(faces.root), str(tmp_path / "cache"))
+    assert len(failed) <= 2  # the second one had begun
 
 
 def test_a_whole_cache_needs_no_lock(faces: ShardSet, tmp_path: Path) -> None:

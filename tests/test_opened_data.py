@@ -3,24 +3,34 @@
 import json
 import os
 import shutil
+import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ranks import ranks
+from torch.distributed import HashStore
 from trees import replace_index
 
 from conftest import errors, launch, single, weights
+from dan_dist import train as story
 from dan_dist.data.loader import evaluation_loader
 from dan_dist.data.mixture import Part, join
 from dan_dist.distributed.world import World
+from dan_dist.evaluation import result
+from dan_dist.evaluation.evaluate import check_same
 from dan_dist.evaluation.evaluate import main as evaluate
 from dan_dist.options import EvaluateOptions
 from dan_dist.run.folder import CheckpointWriter
 from shards.files import read_bounded
 from shards.format import MANIFEST, MANIFEST_BYTES, ShardSet, open_shardset
+from shards.index import index_dtype, most_bytes, read_index, with_soft
 
 CPU = torch.device("cpu")
 Write = Callable[[str], Path]
@@ -111,6 +121,55 @@ def test_two_nodes_with_two_sets_are_told_apart(
     assert f"set: the images' fingerprint is {other}, on rank 0 it is {faces.fingerprint}" in first
 
 
+def on_two_nodes(task: Callable[[World], object], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The errors of two ranks, each a thread and a node of its own."""
+    store = HashStore()
+    monkeypatch.setattr(socket, "gethostname", lambda: threading.current_thread().name)
+
+    def rank(number: int) -> str:
+        try:
+            task(World(number, 0, 2, 1, CPU, store))
+        except ValueError as error:
+            return str(error)
+        return "no error"
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(rank, range(2)))
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "pairs", "resumed", "best"])
+def test_two_nodes_with_other_files_of_one_name_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    for rank, content in enumerate((b"first", b"second")):
+        (tmp_path / f"{rank}.pt").write_bytes(content if what != "pairs" else b"")
+    shards: Any = SimpleNamespace(root="set", fingerprint="f")
+    task: Any = SimpleNamespace(images=SimpleNamespace(name="test"))
+
+    def work(world: World) -> None:
+        path = tmp_path / f"{world.rank}.pt"
+        trained: Any = SimpleNamespace(path=path)
+        if what == "resumed":
+            story.read_on_all(str(path), None, None, world)  # type: ignore[arg-type]
+        elif what == "best":
+            result.look_once(tmp_path, task, world, None, step=1, facts={})  # type: ignore[arg-type]
+        else:
+            inputs: Any = SimpleNamespace(facts={"pairs_sha256": str(world.rank)})
+            check_same(trained, shards, inputs, world)
+
+    own = lambda folder: SimpleNamespace(path=tmp_path / f"{next(ranks_)}.pt")  # noqa: E731
+    ranks_ = iter(range(2))
+    monkeypatch.setattr(result, "load_trained", own)
+    monkeypatch.setattr(result, "predict", lambda *_: pytest.fail("was not told apart"))
+    monkeypatch.setattr(story, "read_checkpoint", lambda *_: {})
+    first, second = on_two_nodes(work, monkeypatch)
+    assert first == second and first.startswith("rank 1 on ")
+    named = (
+        "set: the sha256 of the pairs is 1, on rank 0 it is 0" if what == "pairs" else ".pt: its"
+    )
+    assert named in first
+
+
 def test_one_rank_is_equal_to_itself() -> None:
     World(0, 0, 1, 1, CPU).check_equal("x", "a")
 
@@ -177,8 +236,15 @@ def test_files_have_bounds(faces: ShardSet, tmp_path: Path) -> None:
     """A manifest of 8 GiB and an index of as many take no memory."""
     root = Path(shutil.copytree(faces.root, tmp_path / "set"))
     os.truncate(root / "index-train.npy", 2**33)
-    with pytest.raises(ValueError, match=r"index-train\.npy has more than 8,896 bytes"):
+    with pytest.raises(ValueError, match=r"index-train\.npy: .* rows, \(80,\) of .* lists 80 sam"):
         open_shardset(root).split("train")
+    many = index_dtype(80_000)  # shares of persons, which no set has
+    np.save(root / "soft.npy", np.zeros(2, many))
+    with pytest.raises(ValueError, match=r"soft\.npy: 2 rows, .*\(80000,\).* lists 2 samples"):
+        read_index(root / "soft.npy", [10**6], 2, 80_000)
+    assert most_bytes(2, 80_000) < 5000 < most_bytes(2, 900)
+    with pytest.raises(ValueError, match="shares of 80,000 classes, at most 1,000 are kept"):
+        with_soft(np.zeros(1, index_dtype()), np.ones((1, 80_000), np.float32))
     os.truncate(root / MANIFEST, 2**33)
     with pytest.raises(ValueError, match=rf"{MANIFEST} has more than {MANIFEST_BYTES:,} bytes"):
         open_shardset(root)

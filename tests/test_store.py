@@ -115,6 +115,22 @@ def test_a_store_in_the_making_is_waited_for(empty_store: Path, tmp_path: Path) 
         assert store.execute("SELECT COUNT(*) FROM one_more").fetchone() == (0,)
 
 
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("sqlite:///a/b.db", Path("a/b.db")),
+        ("sqlite+pysqlite:////a/b.db?timeout=9", Path("/a/b.db")),
+        ("sqlite+pysqlcipher:///b.db", Path("b.db")),
+        ("sqlite+pysqlite:///:memory:", None),
+        ("sqlite+pysqlite://", None),
+        ("sqlitex:///a.db", None),
+        ("postgresql+psycopg2:///a.db", None),
+    ],
+)
+def test_a_stores_file_is_known_by_each_spelling(uri: str, path: Path | None) -> None:
+    assert sqlite.database(uri) == path
+
+
 def test_a_full_disk_is_no_reason_to_begin_anew(empty_store: Path) -> None:
     uri = f"sqlite:///{empty_store}"
     for text in ("database or disk is full", "database is locked", "disk I/O error"):

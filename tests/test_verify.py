@@ -193,14 +193,17 @@ def test_metadata_are_read(tmp_path: Path, faces: ShardSet) -> None:
     own = open_shardset(root).split("train").index
     data = (root / TAR).read_bytes()
     samples = [
-        Sample(f"k{k}", data[r["offset"] : r["offset"] + r["size"]], 1, {"valence": 0.5})
+        Sample(f"k{k}", data[r["offset"] : r["offset"] + r["size"]], 1, {"valence": "x" * 10**5})
         for k, r in enumerate(own[own["shard"] == row(root)["shard"]])
     ]
     write_shard(root / TAR, samples)
-    patch(root, TAR, (root / TAR).read_bytes().index(b'{"valence"'), b"[")
+    first = (root / TAR).read_bytes().index(b'{"valence"')
+    patch(root, TAR, first, b"[")
+    patch(root, TAR, (root / TAR).read_bytes().index(b'{"valence"'), b"[" * 10**5)
     sign(root, TAR)
-    faults = verify(open_shardset(root), workers=1)
-    assert any("k0: its metadata are no JSON" in fault for fault in faults)
+    faults = list(verify(open_shardset(root), workers=1))
+    for key in ("k0", "k1"):
+        assert any(f"{key}: its metadata are no JSON" in fault for fault in faults), faults
 
 
 def test_a_whole_set_has_no_faults(faces: ShardSet) -> None:

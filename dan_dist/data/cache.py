@@ -66,17 +66,23 @@ class TooLongError(OSError):
     """A file has more bytes than it may have: it is another one, or has no end."""
 
 
-class _Bounded(io.RawIOBase):
-    """Hands on what is written, up to so many bytes."""
+class LocalError(OSError):
+    """An error of the cache's own disk, whatever the source is."""
 
-    def __init__(self, out: BinaryIO, limit_bytes: int) -> None:
-        self._out, self._limit, self._left = out, limit_bytes, limit_bytes
+
+class _Bounded(io.RawIOBase):
+    """Hands on what is written, up to so many bytes, to an open file."""
+
+    def __init__(self, out: BinaryIO, path: Path, limit_bytes: int) -> None:
+        self._out, self._path = out, path
+        self._limit, self._left = limit_bytes, limit_bytes
 
     def write(self, data: Any, /) -> int:
         self._left -= len(data)
         if self._left < 0:
             raise TooLongError(f"it goes on after {self._limit:,} bytes, the most that it may have")
-        return self._out.write(data)
+        with _on_disk(self._path):
+            return self._out.write(data)
 
 
 def is_remote(source: str) -> bool:
@@ -109,6 +115,8 @@ def localise(source: str, cache: str | None) -> str:
         lock, taken = folder.with_suffix(".lock"), f"another process fills {folder}"
         with locked(lock, taken, wait=True):
             folder.mkdir(exist_ok=True)
+            for left in folder.glob("*.partial"):  # by killed processes
+                left.unlink(missing_ok=True)
             if todo := _missing(folder, files):
                 _check_space(folder, todo)
                 _copy(origin.fetch, folder, todo, redact(source))
@@ -174,14 +182,18 @@ def _origin(source: str) -> Source:
     def read(name: str) -> bytes:
         def attempt() -> bytes:
             content = io.BytesIO()
-            transfer(name, _Bounded(content, MANIFEST_BYTES))
+            transfer(name, _Bounded(content, Path(name), MANIFEST_BYTES))
             return content.getvalue()
 
         return _tried(attempt)
 
     def fetch(name: str, target: Path, limit_bytes: int) -> None:
-        with target.open("wb") as file:
-            transfer(name, _Bounded(file, limit_bytes))
+        with _on_disk(target):
+            file = target.open("wb")
+        with file:
+            transfer(name, _Bounded(file, target, limit_bytes))
+            with _on_disk(target):
+                file.flush()
 
     return Source(read, fetch)
 
@@ -203,7 +215,7 @@ def _tried(task: Callable[[], T]) -> T:
     for attempt in range(1, ATTEMPTS):
         try:
             return task()
-        except (FileNotFoundError, TooLongError):
+        except (FileNotFoundError, TooLongError, LocalError):
             raise
         except OSError as error:
             if error.errno in NO_SPACE:
@@ -230,12 +242,21 @@ def _naming(file: str) -> Iterator[None]:
         raise FileNotFoundError(f"{file} not found") from error
     except TooLongError as error:
         raise TooLongError(f"{file}: {error}") from error
+    except LocalError:
+        raise
     except OSError as error:
-        if error.errno in NO_SPACE:
-            raise
         raise OSError(f"{file}: {_reason(error)}") from error
     except Exception as error:
         raise OSError(f"{file}: {type(error).__name__}: {_reason(error)}") from error
+
+
+@contextmanager
+def _on_disk(path: Path) -> Iterator[None]:
+    """Errors are of the file at `path`, in the cache, and of no source."""
+    try:
+        yield
+    except OSError as error:
+        raise LocalError(error.errno, error.strerror, str(path)) from error
 
 
 def _reason(error: Exception) -> str:
@@ -312,10 +333,13 @@ def _copy_one(fetch: Callable[[str, Path, int], None], folder: Path, file: FileE
     incomplete = folder / f"{file.name}.partial"
     try:
         fetch(file.name, incomplete, file.size_bytes)
-        if (found := sha256_of(incomplete)) != file.sha256:
+        with _on_disk(incomplete):
+            found = sha256_of(incomplete)
+        if found != file.sha256:
             raise OSError(f"{file.name}: its sha256 is {found}, the manifest has {file.sha256}")
-        with incomplete.open("rb+") as written:
-            os.fsync(written.fileno())
-        incomplete.replace(folder / file.name)
+        with _on_disk(incomplete):
+            with incomplete.open("rb+") as written:
+                os.fsync(written.fileno())
+            incomplete.replace(folder / file.name)
     finally:
         incomplete.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ from dan_dist.data.graph import Source, as_batch, decode
 from dan_dist.data.pixels import PixelFile, checksums, faults_of, is_whole, read_faults, sums_of
 from dan_dist.data.reader import READERS, Reader, decoding_fault, readable_key
 from shards.command import words
-from shards.files import locked, replacing, write_atomically
+from shards.files import locked, remove_partials, replacing, write_atomically
 from shards.format import Split
 from shards.limits import left_bytes
 
@@ -177,6 +177,8 @@ def _made(path: Path, split: Split, *, image_size: int, device: torch.device, th
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
+    for own in (path, sums_of(path), faults_of(path)):
+        remove_partials(own)
     need = size_bytes(split, image_size)
     if _is_current(path, split, need):
         return str(path)

@@ -79,7 +79,7 @@ def main(options: EvaluateOptions, *, timeout_s: float = 60.0) -> dict[str, Any]
             world.run_once(lambda: check_result_folder(given))
         shards = open_set(options, world)
         inputs = world.run_on_all(lambda: open_inputs(shards, trained, options))
-        world.check_equal(f"{shards.root}: the images' fingerprint", shards.fingerprint)
+        check_same(trained, shards, inputs, world)
         return evaluate(trained, shards, inputs, options, world, heart)
 
 
@@ -102,6 +102,17 @@ def open_inputs(shards: ShardSet, trained: Trained, options: EvaluateOptions) ->
     if options.groups is not None:
         raise ValueError(f"--groups {options.groups}: {trained.path} is judged by pairs of images")
     return open_pairs(shards, trained, options)
+
+
+def check_same(trained: Trained, shards: ShardSet, inputs: Inputs, world: World) -> None:
+    """Refuses another network, other images or other pairs of them on a rank than on rank 0.
+
+    The fingerprint is of all indexes; that of the split has been looked at as it was read.
+    """
+    world.check_equal(f"{trained.path}: its sha256", sha256_of(trained.path))
+    world.check_equal(f"{shards.root}: the images' fingerprint", shards.fingerprint)
+    pairs = inputs.facts.get("pairs_sha256", "")
+    world.check_equal(f"{shards.root}: the sha256 of the pairs", pairs)
 
 
 def evaluate(

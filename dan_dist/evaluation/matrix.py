@@ -60,6 +60,9 @@ def main(command: EvaluateCommand) -> list[dict[str, Any]]:
              for shards, cell in zip(sets, row, strict=True)]
             for trained, row in zip(networks, cells, strict=True)
         ]  # fmt: skip
+        for trained, row in zip(networks, opened, strict=True):
+            for shards, inputs in zip(sets, row, strict=True):
+                single.check_same(trained, shards, inputs, world)
         rows = unlike([trained.name for trained in networks])
         columns = unlike([_name(data) for data in command.data])
         wanted = command.output or networks[0].path.parent / FOLDER

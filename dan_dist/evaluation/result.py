@@ -17,7 +17,7 @@ from dan_dist.evaluation.records import PREDICTIONS, write_predictions
 from dan_dist.evaluation.task import Task
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.run.checkpoint import BEST
-from shards.files import write_atomically
+from shards.files import sha256_of, write_atomically
 
 RESULT = "test.json"
 
@@ -37,6 +37,7 @@ def look_once(
     if wanted.items() <= known.items():
         return dict(known)
     trained = world.run_on_all(lambda: load_trained(folder / BEST))
+    world.check_equal(f"{trained.path}: its sha256", sha256_of(trained.path))
     rows = predict(trained, task.images, world, heart, "auto", task.select)
     result = {**wanted, **_describe(task, task.judge(rows), trained, rows)}
     look = {key: result[key] for key in ("split", "step", "weights_of_step", *WHOLE)}

@@ -11,7 +11,7 @@ from dan_dist.model.authors import STAGES
 from dan_dist.model.classes import join_names
 from dan_dist.model.dan import CHANNELS, DAN
 from dan_dist.model.state_dict import Place, find_places, match
-from dan_dist.run.checkpoint import FORMAT, NETWORK, check, learned, load, read, save
+from dan_dist.run.checkpoint import NETWORK, check, is_ours, learned, load, read, save
 from dan_dist.run.plain import refuse_not_finite
 from shards.command import words
 from shards.files import is_address
@@ -98,7 +98,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         )
     try:
         content = read(path)
-        if content.get("format") == FORMAT:
+        if is_ours(content):
             check(path, content, ("objective",))
             return learned(content), ""
     except (ValueError, OSError) as error:

@@ -13,7 +13,7 @@ from dan_dist.model.classes import check_names, class_order, columns_of, join_na
 from dan_dist.model.dan import DAN, Fusion
 from dan_dist.model.state_dict import fill_network
 from dan_dist.options import Precision
-from dan_dist.run.checkpoint import BEST, FORMAT, NETWORK, check, learned, read
+from dan_dist.run.checkpoint import BEST, NETWORK, check, is_ours, learned, read
 from dan_dist.schema import MOST_HEADS, MOST_PIXELS
 from shards.command import escape
 from shards.files import is_address, read_regular
@@ -144,7 +144,7 @@ def load_trained(
         raise FileNotFoundError(f"{path}: no such checkpoint")
     check_kind(path)
     content = read(path)
-    if content.get("format") != FORMAT:
+    if not is_ours(content):
         if weights == "average":
             raise ValueError(f"{path} holds no average of the weights")
         network, names, epochs = read_authors(path, content, classes)

@@ -1,32 +1,30 @@
 """The file of a checkpoint: tensors and plain values, written whole, read without running code."""
 
-import argparse
-import datetime
-import pathlib
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from dan_dist.run import pickled
 from dan_dist.run.plain import (
+    Other,
     dotted,
     entries_of,
     is_count,
     leaves,
     part_of,
+    plain_copy,
     refuse_not_finite,
     refuse_odd,
 )
 from dan_dist.run.state import TrainState
 from shards.command import escape, is_printable, words
 from shards.cut import parse_cut
-from shards.files import replacing
+from shards.files import read_regular, replacing
 
 FORMAT = "dan_dist checkpoint, version 1"
 BEST = "best.pt"
@@ -36,21 +34,6 @@ RESUMED = (*KEYS, "optimizer", "run_id", "evaluated", "replaced", "replaced_sinc
            "figures")  # fmt: skip
 
 
-def _history(*_: object) -> dict[Any, Any]:
-    """A plain dict in place of a defaultdict, whose entries torch does not read."""
-    return {}
-
-
-# Beside tensors and plain values, what training scripts leave in their files: constructors of
-# values that run no code of the file, by the names that files give them.
-HARMLESS: list[Any] = [
-    *[(value.__reduce__()[0], f"{module}.multiarray.{name}")
-      for value, name in ((np.float64(0), "scalar"), (np.zeros(1), "_reconstruct"))
-      for module in ("numpy.core", "numpy._core")],
-    np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdgFDUSO"},
-    argparse.Namespace, pathlib.PosixPath, datetime.datetime, datetime.timedelta,
-    (_history, "collections.defaultdict"), list, dict, int, float,  # the last are its empty values
-]  # fmt: skip
 _STATE = TypeAdapter(TrainState)
 
 
@@ -84,8 +67,8 @@ def disk_error(error: Exception, path: Path) -> OSError:
 def read(path: Path) -> dict[str, Any]:
     """What torch or safetensors has saved in a file, onto the CPU; no code in it is run.
 
-    Only tensors, plain values and what HARMLESS names, in bounds (`run.plain`); of a list or tuple
-    of dicts, each by its number as a text.
+    Dicts, lists, tuples, tensors and plain values, in bounds (`run.pickled`, `run.plain`); of a
+    list or tuple of dicts, each by its number as a text.
 
     Raises:
         ValueError: damaged, or not a dict of such. OSError: it cannot be read.
@@ -97,24 +80,28 @@ def read(path: Path) -> dict[str, Any]:
 
             content = load_file(path)
         else:
-            _check_parts(path)
-            with torch.serialization.safe_globals(HARMLESS):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            content = pickled.load(path)
         if isinstance(content, list | tuple):  # as of torch.save((state, epoch), …)
             content = entries_of(content) or content
         if isinstance(content, dict):
-            for _ in leaves(content):  # each is checked on the way
-                pass
+            content = plain_copy(content, path.stat().st_size)
     except OSError as error:
         raise OSError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # unpickling garbage raises nearly anything
         reason = str(error).split("\n")[0] or "it is empty or cut off"
         if isinstance(error, pickle.UnpicklingError):  # torch's text is on how to run it after all
-            reason = "it is cut off, or holds more than tensors and plain values" + _unknown(path)
+            reason = "it is cut off, or holds more than tensors and plain values"
+            reason += pickled.unknown_names(path)
         raise ValueError(f"{path}: not a readable checkpoint ({reason})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not tensors by name")
     return content
+
+
+def is_ours(content: Mapping[str, Any]) -> bool:
+    """Whether what `read` gives is a checkpoint of ours."""
+    found = content.get("format")
+    return isinstance(found, str) and found == FORMAT
 
 
 def load(path: Path, *, keys: tuple[str, ...] = KEYS) -> dict[str, Any]:
@@ -124,7 +111,7 @@ def load(path: Path, *, keys: tuple[str, ...] = KEYS) -> dict[str, Any]:
         ValueError, OSError: as `read`, or it lacks one of `keys`. ForeignError: not one of ours.
     """
     content = read(path)
-    if content.get("format") != FORMAT:
+    if not is_ours(content):
         raise ForeignError(f"{path}: not a checkpoint of this project, expected '{FORMAT}'")
     check(path, content, keys)
     return content
@@ -151,7 +138,7 @@ def check(path: Path, content: Mapping[str, Any], keys: tuple[str, ...]) -> None
             seen.add((part, id(value)))
             name = dotted(place)
             if not isinstance(value, Tensor):
-                raise ValueError(f"{name} is a {type(value).__name__}, expected a tensor")
+                raise ValueError(f"{name} is {_short(value)}, expected a tensor")
             if part in ("config", "class_names"):
                 raise ValueError(f"{name} is a tensor, expected a plain value")
             refuse_odd(name, value)
@@ -198,7 +185,7 @@ def _check_kinds(content: Mapping[str, Any]) -> None:
 
 def _short(value: Any) -> str:
     """A value from a file in a line: numbers and texts as they are, others by their kind."""
-    if value is None or isinstance(value, bool | int | float):
+    if value is None or isinstance(value, bool | int | float | Other):
         return repr(value)
     if isinstance(value, str):
         return f"'{escape(value[:80])}'"
@@ -207,45 +194,8 @@ def _short(value: Any) -> str:
 
 def _is_safetensors(path: Path) -> bool:
     """Whether a file begins as safetensors' do: eight bytes for the length of its JSON."""
-    with path.open("rb") as file:
-        head = file.read(9)
+    head = read_regular(path, 9, cut=True)  # a pipe would be waited for
     return head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
-
-
-def _check_parts(path: Path) -> None:
-    """Looks at the checksums, which torch writes but does not look at, of parts of a bounded size.
-
-    torch compresses nothing: a part that is compressed may be of any size.
-    """
-    if not zipfile.is_zipfile(path):  # files of torch before 1.6, which others may hold, are none
-        return
-    with zipfile.ZipFile(path) as parts:
-        names = [part.filename for part in parts.infolist()]
-        if not any(name.endswith("/data.pkl") for name in names):
-            shown = ", ".join(map(escape, names[:3]))
-            raise ValueError(f"it is an archive of {len(names)} files, {shown}; unpack it")
-        if any("/code/" in name for name in names):
-            raise ValueError("it is a TorchScript; save the network's state_dict() alone")
-        for part in parts.infolist():
-            if part.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{escape(part.filename)} in it is compressed")
-        if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
-            raise ValueError("its parts are larger than the file")
-        if (damaged := parts.testzip()) is not None:
-            raise ValueError(f"{escape(damaged)} does not have its checksum")
-
-
-def _unknown(path: Path) -> str:
-    """What a file holds beside tensors and plain values, as far as it can be told."""
-    try:
-        with torch.serialization.safe_globals(HARMLESS):
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # of a file that is garbage, or of before torch 1.6
-        return ""
-    if not names:
-        return ""
-    shown = ", ".join(escape(name) for name in sorted(names)[:3])
-    return f": {shown}; save the network's state_dict() alone"
 
 
 def learned(content: Mapping[str, Any], *, average: bool = True) -> dict[str, Any]:

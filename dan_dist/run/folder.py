@@ -12,7 +12,7 @@ from typing import Any
 
 from dan_dist.run.checkpoint import BEST, FORMAT, RESUMED, ForeignError, load, save, to_cpu
 from shards.command import words
-from shards.files import locked
+from shards.files import locked, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def checkpoint_to_resume(folder: Path, resume: str) -> str:
 
 def mark_damage(folder: Path, since: int) -> None:
     """Marks that images were replaced from step `since` on, until they were too many."""
-    (folder / DAMAGE).write_text(f"{since}\n")
+    write_atomically(folder / DAMAGE, f"{since}\n")
 
 
 def set_aside_after(folder: Path, step: int) -> None:
@@ -189,17 +189,20 @@ def set_aside_after(folder: Path, step: int) -> None:
 def restore_best(folder: Path, step: int, epoch: int) -> str:
     """Sees to the best checkpoint of a run that resumes from `step`.
 
-    One of a later step is set aside, as what was learned after `step` is. In place of it, or of one
-    that is missing, comes the checkpoint of `step`, at the end of `epoch`, if that was evaluated.
+    One of a later step is set aside, as what was learned after `step` is, and so is a damaged one.
+    In place of it, or of one that is missing, comes the checkpoint of `step`, at the end of
+    `epoch`, if that was evaluated.
 
     Returns:
         "": it is as the run knows it. "this": it is now that of `step`. "none": there is none.
     """
     path, resumed = folder / BEST, step_path(folder, step)
     try:
-        if path.exists() and load(path, keys=())["step"] <= step:
+        if path.exists() and load(path, keys=("step",))["step"] <= step:
             return ""
-    except (ValueError, OSError, KeyError):  # damaged: who reads it says so
+    except ValueError as error:
+        log.warning("%s; it is set aside", error)
+    except OSError:  # it may be whole, and be read the next time
         return ""
     content = load(resumed, keys=RESUMED) if resumed.is_file() else {}
     if path.exists():
@@ -218,7 +221,7 @@ def restore_best(folder: Path, step: int, epoch: int) -> str:
         became = "none" if content.get("best") else ""
     if became:
         place = f"that of step {step} takes its place" if became == "this" else "it is chosen anew"
-        log.warning("%s is missing, or of a later step than %d: %s", path, step, place)
+        log.warning("%s is missing, damaged or of later than step %d: %s", path, step, place)
     return became
 
 
@@ -240,6 +243,8 @@ def damaged_since(folder: Path) -> int | None:
     if not path.is_file():
         return None
     text = path.read_bytes()[:40].strip()
+    if not text:  # of a full disk, which earlier versions met halfway
+        return None
     if not text.isdigit():
         raise ValueError(f"{path}: holds {ascii(text)[1:]}, expected a step; remove it to go on")
     return int(text)

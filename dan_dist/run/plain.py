@@ -18,6 +18,76 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int
           torch.uint8, torch.bool)  # fmt: skip
 
 
+class Other:
+    """In place of a value of another kind, of which no more is known than its type's name."""
+
+    def __init__(self, value: object) -> None:
+        self._kind = type(value).__name__
+
+    def __repr__(self) -> str:
+        return f"a {self._kind}"
+
+
+def plain_copy(content: Any, most_bytes: int) -> Any:
+    """A copy of nested dicts, lists and tuples, whose values are plain, or tensors and no more.
+
+    What a file gives can carry attributes that stand before a type's own (`get`, `shape`), or
+    compare as arrays do. Values of other kinds become `Other`, keys of other kinds are left out.
+
+    most_bytes: that all tensors together may take: those of the file. More of that, or more than
+    the bounds of `leaves`, are a ValueError.
+    """
+    storages: dict[int, int] = {}  # address → bytes
+    count = 0
+
+    def copied(value: Any, place: Any, depth: int) -> Any:
+        nonlocal count
+        count += 1
+        check_walk(count, depth)
+        if isinstance(value, dict):
+            pairs = [(_plain(key), own) for key, own in dict.items(value)]
+            for key, _ in pairs:
+                check_bounds(key, place)
+            return {
+                key: copied(own, (place, key), depth + 1)
+                for key, own in pairs
+                if not isinstance(key, Other)
+            }
+        if isinstance(value, list | tuple):
+            kind = list if isinstance(value, list) else tuple
+            return kind(copied(own, (place, k), depth + 1) for k, own in enumerate(value))
+        if type(value) in (Tensor, torch.nn.Parameter):
+            tensor = Tensor.detach(value)
+            if _is_in_memory(tensor):
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+        found = _plain(value)
+        check_bounds(found, place)
+        return found
+
+    found = copied(content, (), 0)
+    if (total := sum(storages.values())) > most_bytes:
+        raise ValueError(f"its tensors take {total:,} bytes, more than the file")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A number, a text or nothing, without the type of an array library; or `Other`."""
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return value
+    if isinstance(value, float):  # NumPy's are Python's as well
+        return float(value)
+    if isinstance(value, str):
+        return str(value)
+    return bytes(value) if isinstance(value, bytes) else Other(value)
+
+
+def _is_in_memory(tensor: Tensor) -> bool:
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested
+    return is_dense and tensor.device.type == "cpu"
+
+
 def leaves(content: Any) -> Iterator[tuple[Any, Any]]:
     """The values in nested dicts, lists and tuples with their places; keys are checked too.
 
@@ -30,10 +100,7 @@ def leaves(content: Any) -> Iterator[tuple[Any, Any]]:
     while left:
         value, place, depth = left.pop()
         count += 1
-        if count > MOST_VALUES or depth > MOST_DEPTH:
-            raise ValueError(
-                f"it holds more than {MOST_VALUES:,} values, or deeper than {MOST_DEPTH} levels"
-            )
+        check_walk(count, depth)
         if isinstance(value, Mapping):
             for key in value:
                 check_bounds(key, place)
@@ -43,6 +110,14 @@ def leaves(content: Any) -> Iterator[tuple[Any, Any]]:
         else:
             check_bounds(value, place)
             yield place, value
+
+
+def check_walk(count: int, depth: int) -> None:
+    """Refuses more values, or more levels of them, than a checkpoint holds."""
+    if count > MOST_VALUES or depth > MOST_DEPTH:
+        raise ValueError(
+            f"it holds more than {MOST_VALUES:,} values, or deeper than {MOST_DEPTH} levels"
+        )
 
 
 def check_bounds(value: Any, place: Any) -> None:

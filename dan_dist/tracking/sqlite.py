@@ -26,7 +26,8 @@ _BROKEN = ("not a database", "malformed", "Can't locate revision")  # the last: 
 
 def database(uri: str) -> Path | None:
     """The file of a SQLite store; None for another store."""
-    if not uri.startswith("sqlite:") or "///" not in uri:
+    kind, _, rest = uri.partition(":")  # sqlite, or sqlite+ and the name of Python's module for it
+    if kind.partition("+")[0] != "sqlite" or "///" not in rest:
         return None
     name = uri.split("///", 1)[1].split("?", 1)[0]
     return Path(name) if name and name != ":memory:" else None
