@@ -4,18 +4,21 @@ import errno
 import fcntl
 import glob
 import hashlib
+import json
 import logging
 import os
 import re
+import reprlib
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+Check = Callable[[dict[str, Any]], None]
 NO_FILE = "no regular file"  # a pipe, a socket, a device, a folder
 
 log = logging.getLogger(__name__)
@@ -51,6 +54,56 @@ def read_bounded(path: Path, limit_bytes: int) -> bytes:
     if len(content) > limit_bytes:
         raise ValueError(f"{path} has more than {limit_bytes:,} bytes, expected that many at most")
     return content
+
+
+def read_json(
+    path: Path, limit_bytes: int, form: Mapping[str, Any], check: Check | None = None
+) -> dict[str, Any]:
+    """The JSON object in a file that may be damaged, or come from elsewhere.
+
+    form: keys that it must have, and the types of their values. check: looks further, and raises
+    ValueError.
+
+    Raises:
+        ValueError: it is not such a file; names it. OSError: it cannot be read.
+    """
+    content = read_bounded(path, limit_bytes)
+    try:
+        found = parse_json(content, form)
+        if check is not None:
+            check(found)
+    except ValueError as error:
+        raise ValueError(f"{path} is not what was written: {error}") from error
+    return found
+
+
+def parse_json(content: bytes, form: Mapping[str, Any]) -> dict[str, Any]:
+    """The object in a JSON text; see `read_json`.
+
+    Raises:
+        ValueError: it holds none of that form; does not name the file.
+    """
+    try:
+        found = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply, expected a JSON object") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds {reprlib.repr(found)}, expected a JSON object")
+    check_form(found, form)
+    return found
+
+
+def check_form(found: Mapping[str, Any], form: Mapping[str, Any]) -> None:
+    """Checks the types of some values of an object; whole numbers have 64 bits.
+
+    Raises:
+        ValueError: a value is of another type, or missing.
+    """
+    for key, kind in form.items():
+        value = found.get(key)
+        if not isinstance(value, kind) or (isinstance(value, int) and abs(value) >= 2**63):
+            expected = getattr(kind, "__name__", kind)
+            raise ValueError(f"{key!r} is {reprlib.repr(value)}, expected {expected}")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -17,17 +17,28 @@ from chaos_disks import full_disks, servers
 from chaos_faults import KINDS as TRAININGS
 from chaos_inputs import FILES, configurations, images, packing, shards
 from chaos_runs import TASKS
+from chaos_states import states
 from chaos_trainings import Plan, Tally, count, run
 from chaos_trial import Kind, Material, judge, make_material
 
 INPUTS: dict[str, Kind] = {
     kind.__name__: kind
-    for kind in (images, packing, shards, configurations, checkpoints, resumes, servers, full_disks)
+    for kind in (
+        images,
+        packing,
+        shards,
+        configurations,
+        checkpoints,
+        resumes,
+        servers,
+        full_disks,
+        states,
+    )
 }
 EACH = {"images": FILES, "packing": 8}  # faults of one trial; else one
 # Of a thousand faults; all kinds of trainings together have the rest.
 SHARES = {"images": 200, "packing": 80, "shards": 120, "configurations": 150, "checkpoints": 120,
-          "resumes": 40, "servers": 80, "full_disks": 50}  # fmt: skip
+          "resumes": 40, "servers": 80, "full_disks": 80, "states": 120}  # fmt: skip
 TRAINING_SHARE = 160
 MOUNTS = ("full_disks", "full_disk")  # kinds that mount a disk
 NAMESPACE = "DAN_CHAOS_NAMESPACE"

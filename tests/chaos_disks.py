@@ -1,6 +1,7 @@
 """Servers that lie, and disks that become full, under programs of this process."""
 
 import io
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -8,17 +9,23 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from unittest import mock
 
+import torch
 from chaos_inputs import verified
 from chaos_trial import Trial
 from packs import pack_here
-from trees import digests, tree
+from PIL import Image
+from trees import digests, packed, tree
 from web import ILLS, Server
 
 from dan_dist.data import cache
 from dan_dist.data.cache import localise
+from dan_dist.data.decoded import decode_to_file, open_file
+from dan_dist.evaluation import evaluate
 from dan_dist.inference import predict
-from dan_dist.options import PredictOptions
+from dan_dist.options import EvaluateOptions, PredictOptions
 from dan_dist.run import checkpoint
+from shards import verify
+from shards.show import overview
 
 MOST = 64 * 2**20  # bytes that a lying server may make a program take
 
@@ -145,8 +152,62 @@ def predict_onto(trial: Trial, disk: Path) -> Callable[[], None]:
     return work
 
 
+def evaluate_onto(trial: Trial, disk: Path) -> Callable[[], None]:
+    run, data = trial.material.run / "best.pt", str(trial.material.shards.root)
+    options = EvaluateOptions(checkpoint=run, data=data, output=disk / "evaluated", device="cpu",
+                              no_tracking=True)  # fmt: skip
+
+    def work() -> None:
+        evaluate.main(options)
+        assert json.loads((disk / "evaluated" / evaluate.REPORT).read_text())["images"] == 16
+
+    return work
+
+
+def decode_onto(trial: Trial, disk: Path) -> Callable[[], None]:
+    split = trial.material.shards.split("train")
+
+    def work() -> None:
+        path = decode_to_file(split, fingerprint="0" * 16, cache=str(disk), image_size=32,
+                              device=torch.device("cpu"), threads=1)  # fmt: skip
+        assert not open_file(path, split, image_size=32).faults
+
+    return work
+
+
+def leaks_onto(trial: Trial, disk: Path) -> Callable[[], None]:
+    """Of photographs: each stands in both splits."""
+    source = tree(trial.folder / "source")
+    for path in (source / "val").glob("*/*.jpg"):
+        shutil.copy(path, source / "train" / path.parent.name / f"again-{path.name}")
+    packed(source, trial.folder / "photographs")
+
+    def work() -> None:
+        out, errors = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(errors):
+            code = verify.main([str(trial.folder / "photographs"), "--workers", "1", "--leaks",
+                                str(disk / "leaks")])  # fmt: skip
+        assert "Traceback" not in errors.getvalue(), errors.getvalue()
+        if code:
+            lines = errors.getvalue().splitlines()
+            raise OSError(next(line for line in lines if line.startswith("error: ")))
+        assert len([*(disk / "leaks").iterdir()]) == 2
+
+    return work
+
+
+def show_onto(trial: Trial, disk: Path) -> Callable[[], None]:
+    def work() -> None:
+        overview(trial.material.shards, disk / "sheet.png")
+        assert Image.open(disk / "sheet.png").size[0] > 0
+
+    return work
+
+
 WORKS = {"pack": (pack_onto, 40_000), "copy": (copy_onto, 250_000), "save": (save_onto, 900_000),
-         "predict": (predict_onto, 60_000)}  # fmt: skip
+         "predict": (predict_onto, 60_000), "evaluate": (evaluate_onto, 200_000),
+         "decode": (decode_onto, 250_000), "leaks": (leaks_onto, 30_000),
+         "show": (show_onto, 200_000)}  # fmt: skip
 
 
 def full_disks(trial: Trial) -> None:

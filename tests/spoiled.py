@@ -87,6 +87,12 @@ STATES: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
+# What a JSON file of ours may hold after something else has written into it
+FOREIGN = {"nothing": b"", "null": b"null", "list": b"[1]", "text": b'"x"', "number": b"7e999",
+           "deep": b"[" * 200_000, "digits": b"[" + b"1" * 5000 + b"]", "bytes": b"\xff\xfe{",
+           "zeros": bytes(64), "keys": b'{"a": 1}'}  # fmt: skip
+
+
 def damage(dice: random.Random, data: bytes) -> tuple[bytes, str]:
     """The bytes with a fault as disks, networks and people make them, and a word on it.
 

@@ -16,13 +16,14 @@ from dan_dist.tracking.journal import Journal, read_records, read_sent
 from dan_dist.tracking.tracker import RunRecord, record_failure
 
 Write = Callable[[str], Path]
+RUN = {"experiment": "e", "name": "n", "parent": None, "time_ms": 5, "params": {}, "config": {}}
 RECORD = RunRecord(experiment="dan_dist", name="n", params={}, config={})
 
 
 def test_a_journal_forgets_a_torn_line_and_nothing_else(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.append("run", uri="x")
-    journal.append("metrics", values={"a": 1.0}, step=1)
+    journal.append("run", uri="x", **RUN)
+    journal.append("metrics", values={"a": 1.0}, step=1, time_ms=1)
     with pytest.raises(OSError, match="in use by another process"):
         Journal(tmp_path)
     journal.close()
@@ -32,13 +33,14 @@ def test_a_journal_forgets_a_torn_line_and_nothing_else(tmp_path: Path) -> None:
     assert again.id == journal.id and again.opened and again.uri == "x"
     assert [r["kind"] for r in again.pending] == ["run", "metrics"]
     assert again.new_metrics({"a": 2.0, "b": 3.0}, 1) == {"b": 3.0}
+    again.run_id = "r"
     again.settle("records")
     again.settle("artifacts")  # the run's configuration
-    again.append("metrics", values={"a": 4.0}, step=2)
+    again.append("metrics", values={"a": 4.0}, step=2, time_ms=1)
     again.close()
     assert [r.get("step") for r in Journal(tmp_path).pending] == [1, 2]
     (tmp_path / "journal.jsonl").write_text("{}\nno json\n{}\n")
-    with pytest.raises(ValueError, match=r"journal\.jsonl is damaged"):
+    with pytest.raises(ValueError, match=r"journal\.jsonl, line 1, is damaged"):
         Journal(tmp_path)
 
 
@@ -104,7 +106,7 @@ def test_a_run_that_was_killed_before_it_began_begins_anew(tmp_path: Path) -> No
     record_failure(tmp_path)
     again = Journal(tmp_path)
     assert not again.opened and not again.pending
-    again.append("run", uri="x")
+    again.append("run", uri="x", **RUN)
     again.close()
     record_failure(tmp_path)
     assert [r["kind"] for r in Journal(tmp_path).pending] == ["run", "status"]
@@ -112,9 +114,9 @@ def test_a_run_that_was_killed_before_it_began_begins_anew(tmp_path: Path) -> No
 
 def test_a_rollback_takes_back_steps_and_no_samples(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.append("run", uri="x")
-    journal.append("metrics", values={"system/0/cpu": 1.0}, step=7)
-    journal.append("metrics", values={"a": 1.0}, step=7)
+    journal.append("run", uri="x", **RUN)
+    journal.append("metrics", values={"system/0/cpu": 1.0}, step=7, time_ms=1)
+    journal.append("metrics", values={"a": 1.0}, step=7, time_ms=1)
     journal.append("rollback", step=5)
     assert journal.last_step == {"system/0/cpu": 7, "a": 5}
     journal.close()
@@ -123,18 +125,18 @@ def test_a_rollback_takes_back_steps_and_no_samples(tmp_path: Path) -> None:
 
 def test_a_journal_waits_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = Journal(tmp_path)
-    journal.append("run", uri="x")
+    journal.append("run", uri="x", **RUN)
     whole = journal._file
     journal._file = FullDisk(tmp_path / "journal.jsonl", "ab+")
     for step in (1, 2):
-        journal.append("metrics", values={"a": 1.0}, step=step)
+        journal.append("metrics", values={"a": 1.0}, step=step, time_ms=1)
     assert caplog.text.count("its records wait in memory") == 1
     assert [r["kind"] for r in journal.pending] == ["run"]  # nothing is sent before it is kept
     assert [r["kind"] for r in read_records(tmp_path)] == ["journal", "run"]
     journal._file = whole
     journal.append("rollback", step=1)
     assert journal.new_metrics({"a": 5.0}, 1) == {} and journal.new_metrics({"a": 5.0}, 2)
-    journal.append("metrics", values={"a": 5.0}, step=2)
+    journal.append("metrics", values={"a": 5.0}, step=2, time_ms=1)
     journal.close()
     found = [(r["step"], r["values"]["a"]) for r in read_records(tmp_path) if "values" in r]
     assert found == [(1, 1.0), (2, 5.0)]  # of step 2, what was computed anew

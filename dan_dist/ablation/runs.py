@@ -1,6 +1,5 @@
 """The runs of an ablation: their training, and the summary of each."""
 
-import json
 import logging
 import os
 import subprocess
@@ -19,7 +18,7 @@ from dan_dist.data.splits import selected_on
 from dan_dist.evaluation.records import PREDICTIONS, Predictions, read_predictions
 from dan_dist.evaluation.result import read_result
 from dan_dist.run.folder import check_continues, newest_checkpoint
-from dan_dist.run.outcome import OUTCOME, write_outcome
+from dan_dist.run.outcome import OUTCOME, read_outcome, write_outcome
 from dan_dist.run.signals import StopRequest, end_with_parent
 from dan_dist.tracking.journal import read_records, read_sent
 from dan_dist.tracking.tracker import record_failure
@@ -61,8 +60,7 @@ def read_summary(run: AblationRun, config: Config) -> RunSummary:
     A folder that holds a run of another configuration is a ValueError.
     """
     folder = Path(config.train.output)
-    outcome = folder / OUTCOME
-    found = json.loads(outcome.read_bytes()) if outcome.is_file() else {}
+    found = read_outcome(folder)
     status, reason = found.get("status", "missing"), found.get("reason", "")
     chosen = selected_on(config.data.model_dump())
     images = "held-out images" if chosen == HELD_OUT else "validation images"

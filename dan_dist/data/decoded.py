@@ -209,7 +209,7 @@ def open_file(path: str, split: Split, *, image_size: int) -> Decoded:
     file = Path(path)
     if not is_whole(file, len(split), size_bytes(split, image_size)):
         raise OSError(f"{path} is not whole any more; the same command decodes anew")
-    return Decoded(PixelFile(file, image_size), read_faults(file))
+    return Decoded(PixelFile(file, image_size), read_faults(file, len(split)))
 
 
 def size_bytes(split: Split, image_size: int) -> int:
@@ -332,7 +332,7 @@ def _is_current(path: Path, split: Split, size: int) -> bool:
     if not is_whole(path, len(split), size):
         return False
     try:
-        samples = [*read_faults(path)]
+        samples = [*read_faults(path, len(split))]
     except FileNotFoundError:  # another process has begun to decode anew
         return False
     with closing(Reader(split, max_bad=0)) as reader:

@@ -1,11 +1,16 @@
 """Decoded pixels in a file, checked as they are read."""
 
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from shards.files import check_form, read_json
+
+FAULT_BYTES = 16_384  # of a sample's entry, at most: it names a file
 
 
 class PixelFile:
@@ -64,14 +69,30 @@ def faults_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def read_faults(path: Path) -> dict[int, str]:
-    """The samples that could not be decoded, and why; FileNotFoundError: nothing tells."""
-    faults = json.loads(faults_of(path).read_text())
-    return {int(sample): fault for sample, fault in faults.items()}
+def read_faults(path: Path, samples: int) -> dict[int, str]:
+    """Which of the samples could not be decoded, and why.
+
+    Raises:
+        FileNotFoundError: nothing tells. ValueError: it is not what was written.
+    """
+
+    def check(found: Mapping[str, Any]) -> None:
+        check_form(found, dict.fromkeys(found, str))
+        for sample, fault in found.items():
+            if not (sample.isdecimal() and int(sample) < samples and fault):
+                raise ValueError(f"{sample}: {fault!r}, expected faults of {samples} samples")
+
+    found = read_json(faults_of(path), (samples + 1) * FAULT_BYTES, {}, check)
+    return {int(sample): fault for sample, fault in found.items()}
 
 
 def is_whole(path: Path, samples: int, size_bytes: int) -> bool:
-    """Whether all that belongs to a file of pixels is there, by its sizes."""
+    """Whether all that belongs to a file of pixels is there, by its sizes and its faults."""
     expected = {path: size_bytes, sums_of(path): 8 * samples}
-    found = all(file.is_file() and file.stat().st_size == n for file, n in expected.items())
-    return found and faults_of(path).is_file()
+    if not all(file.is_file() and file.stat().st_size == n for file, n in expected.items()):
+        return False
+    try:
+        read_faults(path, samples)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True

@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dan_dist.data.mixture import JoinedSplit, bounds_of
-from shards.files import replacing
+from shards.files import read_bounded, replacing
 from shards.format import Split
 
 PREDICTIONS = "predictions.parquet"
 COLUMNS = ("key", "label", "predicted", "probabilities")
+MOST_BYTES = 2**31
 FACTS = b"dan_dist"  # of the file's metadata
 
 
@@ -74,14 +75,16 @@ def read_predictions(path: Path) -> Predictions:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    content = read_bounded(path, MOST_BYTES)
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(pa.BufferReader(content))
         facts = json.loads((table.schema.metadata or {})[FACTS])
         columns = [table.column(name).combine_chunks() for name in COLUMNS]
         shape = (len(table), len(facts["class_names"]))
         probabilities = np.asarray(columns[3].flatten(), np.float32).reshape(shape)
-    except (pa.ArrowException, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: not a file of predictions ({error})") from error
+    except Exception as error:  # Arrow's are of many kinds, some with several lines
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a file of predictions ({reason})") from error
     keys, labels, predicted = (np.array(own.to_pylist(), str) for own in columns[:3])
     return Predictions(path, keys, labels, predicted, probabilities, facts)
 

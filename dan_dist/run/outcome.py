@@ -4,18 +4,21 @@ torchrun's exit codes do not distinguish a preempted worker from a finished or a
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dan_dist.redaction import redact
-from shards.files import locked, write_atomically
+from shards.files import locked, read_json, write_atomically
 
 OUTCOME = "outcome.json"
 RESERVE = f"{OUTCOME}.reserve"  # room for it on a disk that has become full
 ROOM = 4096  # bytes
+MOST_BYTES = 2**20
+_FORM = {"status": str, "step": int | None, "reason": str, "time_s": int | float}
 
 Status = Literal["finished", "preempted", "failed"]
 
@@ -88,17 +91,38 @@ def _to_json(content: Mapping[str, Any]) -> bytes:
     return f"{json.dumps(content, ensure_ascii=False)}\n".encode(errors="backslashreplace")
 
 
+def read_outcome(folder: Path) -> dict[str, Any]:
+    """How the run in `folder` ended; empty where it has not.
+
+    Raises:
+        ValueError: the file is not an outcome. OSError: it cannot be read.
+    """
+    try:
+        return read_json(folder / OUTCOME, MOST_BYTES, _FORM, _check)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        way_out = "without it, the run counts as one that was killed, and goes on"
+        raise ValueError(f"{error}; {way_out}") from error
+
+
+def _check(found: Mapping[str, Any]) -> None:
+    if found["status"] not in get_args(Status):
+        raise ValueError(f"status is {found['status']!r}, expected {' or '.join(get_args(Status))}")
+
+
 def write_failure(folder: Path, *, step: int | None, reason: str, since_s: float) -> None:
     """Writes that the run failed, as far as that is possible; any rank may call it.
 
     A finished run stays one. Of the failures that ranks write since `since_s` the first stands, as
     the others follow from it.
     """
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        found = json.loads((folder / OUTCOME).read_bytes())
+        found = read_outcome(folder)
+    is_later = found.get("time_s", -math.inf) >= since_s
     with suppress(OSError):
-        if found.get("status") != "finished" and float(str(found.get("time_s", 0))) < since_s:
+        if found.get("status") != "finished" and not is_later:
             write_outcome(folder, "failed", step=step, reason=reason)
 
 

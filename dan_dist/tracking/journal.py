@@ -22,16 +22,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dan_dist.redaction import redact_tree
-from shards.files import locked, write_atomically
+from dan_dist.tracking.forms import check_each, parse_record
+from shards.files import check_form, locked, parse_json, read_bounded, write_atomically
 
 log = logging.getLogger(__name__)
 
 NAME, SENT = "journal.jsonl", "journal.sent"
+MOST_BYTES = 2**32  # of the one, and of the other
 SYSTEM = "system/"  # begins the names of a node's load, whose steps are samples
 
 Record = dict[str, Any]
 Lane = Literal["records", "artifacts", "models"]
 LANES: tuple[Lane, ...] = ("records", "artifacts", "models")
+_BEGINNING = {1: "journal", 2: "run"}  # line → its record
+_SENT = {"run_id": str | None, "experiment_id": str | None, "settled": dict | None,
+         "left_out": list | None}  # fmt: skip
 # A run's configuration is an artifact of it; all else of the run is a record.
 _LANES_OF: dict[str, tuple[Lane, ...]] = {
     "run": ("records", "artifacts"), "config": ("records", "artifacts"), "artifact": ("artifacts",),
@@ -75,7 +80,7 @@ class Journal:
 
     Raises:
         BlockingIOError: another process has it open. OSError: it cannot be opened.
-        ValueError: it is damaged before its last line.
+        ValueError: a line but the last is no record.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,10 +108,12 @@ class Journal:
             self._add(record)
         self.opened = self.begun is not None
         self.uri: str = self.begun["uri"] if self.begun else ""  # without secrets
-        settled, self.run_id, self.left_out, self.experiment_id = read_sent(folder)
+        settled, self.run_id, left_out, self.experiment_id = read_sent(folder)
+        self.left_out = [item for item in left_out if item.number in self._records]
         self._settled: dict[Lane, int] = dict.fromkeys(LANES, 0)
-        for lane, count in settled.items():
-            for _ in range(min(count, len(self._lanes[lane]))):  # the journal may be a shorter one
+        for lane in LANES:
+            waiting = len(self._lanes[lane])
+            for _ in range(min(settled.get(lane, 0), waiting)):  # the journal may be a shorter one
                 self._pass(lane)
 
     @property
@@ -118,7 +125,7 @@ class Journal:
         """The configuration as the journal has it; None before a run was begun."""
         if self.begun is None:
             return None
-        first: dict[str, str] = self.begun.get("params", {})
+        first: dict[str, str] = self.begun["params"]
         values, history = dict(first), dict(first)
         for record in self._configurations[1:]:
             for key, value in record["changed"].items():
@@ -126,7 +133,7 @@ class Journal:
                 history[key] = f"{before}; from step {record['step']}: {value}"
             values |= record["changed"]
         changed = {key: text for key, text in history.items() if text != first.get(key)}
-        return Configured(self._configurations[-1].get("config", {}), values, changed)
+        return Configured(self._configurations[-1]["config"], values, changed)
 
     @property
     def pending(self) -> list[Record]:
@@ -265,7 +272,7 @@ def read_records(folder: Path) -> list[Record]:
     Metrics of steps that were taken back, and computed again without damage, are left out.
 
     Raises:
-        ValueError: it is damaged before its last line.
+        ValueError: a line but the last is no record.
     """
     records: list[Record] = []
     for record in _parse(folder / NAME)[0] if (folder / NAME).is_file() else ():
@@ -284,17 +291,37 @@ def _is_after(record: Record, step: int) -> bool:
 
 
 def read_sent(folder: Path) -> Sent:
-    """What became of the records of a folder's journal; nothing before any was sent."""
+    """What became of the records of a folder's journal; nothing before any was sent.
+
+    Of a damaged file nothing counts: all is sent again, which does no harm, see `Delivery`.
+    """
     path = folder / SENT
     if not path.is_file():
         return Sent({}, None, [])
-    content = json.loads(path.read_text())
-    left_out = [LeftOut(**item) for item in content.get("left_out", ())]
+    try:
+        return _sent(folder, parse_json(read_bounded(path, MOST_BYTES), _SENT))
+    except ValueError as error:
+        log.warning(
+            "%s is damaged: %s; all its records count as not sent, and MLflow keeps each once",
+            path, error,
+        )  # fmt: skip
+        return Sent({}, None, [])
+
+
+def _sent(folder: Path, content: Mapping[str, Any]) -> Sent:
+    """What a file of that content says; ValueError: it is damaged."""
+    items = content.get("left_out") or []
+    check_each("left_out", items, {"number": int, "lane": str, "what": str, "reason": str})
+    left_out = [LeftOut(*(item[key] for key in LeftOut._fields)) for item in items]
     settled = content.get("settled")
     if settled is None:  # as it was when a journal had one lane
+        check_form(content, {"delivered": int})
         records = _parse(folder / NAME)[0][1:] if (folder / NAME).is_file() else []
         done = [lane for record in records[: content["delivered"]] for lane in lanes_of(record)]
         settled = {lane: done.count(lane) for lane in LANES}
+    check_form(settled, dict.fromkeys(LANES, int))
+    if any(settled.values()) and content["run_id"] is None:
+        raise ValueError("run_id is null, expected that of the records that were sent")
     return Sent(settled, content["run_id"], left_out, content.get("experiment_id"))
 
 
@@ -306,9 +333,16 @@ def remove_journal(folder: Path) -> None:
 
 def _parse(path: Path) -> tuple[list[Record], int]:
     """The records of all whole lines, and the bytes that these take."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    try:
-        return [json.loads(line) for line in content[:whole].splitlines()], whole
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    content = read_bounded(path, MOST_BYTES)
+    whole, records = content.rfind(b"\n") + 1, list[Record]()
+    for number, line in enumerate(content[:whole].split(b"\n")[:-1], 1):
+        try:
+            records.append(parse_record(line))
+            if (kind := records[-1]["kind"]) != _BEGINNING.get(number, kind) or (
+                number > 2 and kind in _BEGINNING.values()
+            ):
+                raise ValueError(f"kind is '{kind}', expected 'journal', 'run', then others")
+        except ValueError as error:
+            way_out = "without that file, the training goes on with a new one"
+            raise ValueError(f"{path}, line {number}, is damaged: {error}; {way_out}") from error
+    return records, whole

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from shards.files import locked, write_atomically
-from shards.format import MANIFEST
-from shards.packing.plan import Plan
+from shards.files import locked, read_json, write_atomically
+from shards.format import MANIFEST, MANIFEST_BYTES
+from shards.packing.plan import STATE_BYTES, Plan
 
 STATE, CONTACT_SHEET = "packing.json", "contact_sheet.png"
 _OURS = re.compile(
@@ -36,13 +37,16 @@ def claim(out: Path, plan: Plan, parts: int, shard_size: int, *, overwrite: bool
     """Makes `out` ours: new, continued, or emptied of the files of an earlier pack.
 
     shard_size: images of a shard. Shards of other sizes may have the same names.
+
+    Raises:
+        ValueError: `out` holds something else, or a damaged plan.
     """
     wanted = {**asdict(plan), "parts": parts, "shard_size": shard_size}
     # Parts may start together: the second one waits, to find the folder claimed.
     lock, taken = out / "packing-claim.lock", f"--out {out}: another part is about to start"
     with locked(lock, taken, wait=True):
         content = [path for path in sorted(out.iterdir()) if not _is_passing(path)]
-        state = json.loads(_text(out / STATE)) if (out / STATE).is_file() else None
+        state = _read_state(out / STATE, overwrite=overwrite)
         if state is not None:
             state.setdefault("shard_size", shard_size)  # which former versions did not keep
         if state == wanted and not (out / MANIFEST).exists():
@@ -52,7 +56,7 @@ def claim(out: Path, plan: Plan, parts: int, shard_size: int, *, overwrite: bool
             if state is not None:
                 kind = "an unfinished pack of another source or other options"
                 if {**state, "parts": parts} == wanted:
-                    kind = f"an unfinished pack in {state['parts']} parts, not in {parts}"
+                    kind = f"an unfinished pack in {state.get('parts')} parts, not in {parts}"
             raise ValueError(f"--out {out} holds {kind}; choose another folder or give --overwrite")
         if foreign := [path.name for path in content if not _is_ours(path)]:
             raise ValueError(
@@ -64,12 +68,25 @@ def claim(out: Path, plan: Plan, parts: int, shard_size: int, *, overwrite: bool
         write_atomically(out / STATE, json.dumps(wanted, indent=1))
 
 
+def _read_state(path: Path, *, overwrite: bool) -> dict[str, Any] | None:
+    """What an unfinished pack keeps of itself; None where there is none, or it is overwritten."""
+    try:
+        return read_json(path, STATE_BYTES, {})
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        if overwrite:
+            return None
+        raise ValueError(f"{error}; pack again with --overwrite") from error
+
+
 def is_finished(out: Path, plan: Plan) -> bool:
     """Whether `out` holds the finished shards of just this plan."""
     try:
-        return bool(json.loads(_text(out / MANIFEST)).get("pack_sha256") == plan.sha256)
-    except (FileNotFoundError, AttributeError, ValueError):  # none, or a foreign one
+        found = read_json(out / MANIFEST, MANIFEST_BYTES, {})
+    except (FileNotFoundError, ValueError):  # none, or a foreign one
         return False
+    return bool(found.get("pack_sha256") == plan.sha256)
 
 
 def remove_partials(out: Path) -> None:
@@ -87,7 +104,3 @@ def _is_passing(path: Path) -> bool:
 
 def _is_ours(path: Path) -> bool:
     return path.is_file() and _OURS.fullmatch(path.name) is not None
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")

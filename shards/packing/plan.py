@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.cut import AS_RELEASED, cut_of_release
+from shards.cut import AS_RELEASED, cut_of_release, parse_cut
+from shards.files import check_form, read_json
 from shards.format import DRAWN, check_key
 from shards.release import Release, common_name
 
 MIXING_SEED = 0
+STATE_BYTES = 2**28  # of an unfinished pack's plan, at most
 MOST_COMPARED = 1_000_000  # images: the time grows with their square
+
+_FORM = {"dataset": str, "release": str, "class_names": list, "size": int | None, "listed": dict,
+         "list_sha256": str, "left_out": dict, "left_out_names": list, "shards": dict}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,34 @@ class Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan of an unfinished pack, as `claim` wrote it."""
-    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """The plan of an unfinished pack, as `claim` wrote it.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        state = read_json(path, STATE_BYTES, _FORM, _check_state)
+    except ValueError as error:
+        raise ValueError(f"{error}; pack again with --overwrite") from error
     return Plan(**{field.name: state[field.name] for field in fields(Plan) if field.name in state})
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Checks what the plan's lists hold: it comes to names of files, and numbers of classes."""
+    for key in ("class_names", "left_out_names"):
+        check_form(dict(enumerate(state[key])), dict.fromkeys(range(len(state[key])), str))
+    for key in ("listed", "left_out"):
+        check_form(state[key], dict.fromkeys(state[key], int))
+    shards, classes = state["shards"], len(state["class_names"])
+    check_form(shards, dict.fromkeys({**shards, **state["listed"]}, list))
+    check_form(state["listed"], dict.fromkeys(shards, int))
+    for split, names in shards.items():
+        form = re.compile(rf"{re.escape(Path(split).name)}(-\d\d+)?-\d{{5,}}")
+        for name in map(str, names):
+            found = form.fullmatch(name)
+            if not found or int((found[1] or "-0")[1:]) >= classes:
+                raise ValueError(f"{name!r} is a shard of '{split}' in {classes} classes")
+    parse_cut(state.get("face_cut", AS_RELEASED))
 
 
 def plan_pack(release: Release, size: int | None, shard_size: int) -> tuple[Plan, list[Job]]:

@@ -25,7 +25,14 @@ from shards.index import plain_rows, with_groups
 from shards.likeness import same_photographs
 from shards.limits import core_count
 from shards.packing.claim import STATE, claim, is_finished, locked_for_packing, remove_partials
-from shards.packing.job import LIKENESSES, SUFFIXES, Record, read_record, write_job
+from shards.packing.job import (
+    LIKENESSES,
+    SUFFIXES,
+    Record,
+    read_likenesses,
+    read_record,
+    write_job,
+)
 from shards.packing.plan import Job, Plan, plan_pack, read_plan
 from shards.packing.pool import in_processes
 from shards.release import NAMES_KEPT, Release
@@ -291,9 +298,7 @@ def _grouped(
     records: Mapping[str, list[Record]], indexes: Mapping[str, NDArray[Any]], workers: int
 ) -> dict[str, NDArray[Any]]:
     """Each split's index, with a number for the images, of all splits, of one photograph."""
-    kept = np.concatenate(
-        [np.load(r.likenesses, allow_pickle=False) for own in records.values() for r in own]
-    )
+    kept = np.concatenate([read_likenesses(record) for own in records.values() for record in own])
     marks = duplicate_groups(np.concatenate([plain_rows(rows) for rows in indexes.values()]))
     pairs = same_photographs(kept, workers=workers)
     groups = join_groups([marks], (pairs.a, pairs.b))
