@@ -118,7 +118,7 @@ def _monitors(*, on_gpu: bool) -> list[Any]:
     if on_gpu:
         try:
             monitors.append(GPUMonitor())
-        except (ImportError, RuntimeError) as error:
+        except Exception as error:  # pynvml's own errors too, which share no base but Exception
             log.warning("system metrics without the GPUs: %s", error)
     with suppress(Exception):  # the first reading of the CPU is of the time since it was imported
         monitors[0].collect_metrics()
