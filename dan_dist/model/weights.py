@@ -74,7 +74,8 @@ class Trained(NamedTuple):
     step: int  # optimiser steps; in the authors' files, epochs
     config: dict[str, Any]  # of the training; empty in the authors' files
     run_id: str | None  # MLflow's, of the training
-    # sets, fingerprint, face_cut, its own evaluation and the best one and their images, if any
+    # sets, fingerprint, face_cut, its own evaluation and the best one and their images, if any;
+    # has_average
     facts: dict[str, Any]
 
     @property
@@ -191,6 +192,7 @@ def _ours(path: Path, content: dict[str, Any], weights: Which) -> Trained:
     facts: dict[str, Any] = {
         key: content[key] for key in ("sets", "fingerprint", "best", "face_cut") if key in content
     }
+    facts["has_average"] = "average" in content
     if content.get("evaluated") == content["step"]:
         facts["evaluation"] = content["metrics"]
     if isinstance(right := content.get("right"), Tensor):

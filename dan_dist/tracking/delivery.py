@@ -6,9 +6,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dan_dist.redaction import redact
 from dan_dist.tracking.faults import ClosedError, RefusedError, is_refusal, reason_of
 from dan_dist.tracking.inputs import find_model, linked, log_inputs
-from dan_dist.tracking.journal import Journal, Lane
+from dan_dist.tracking.journal import JOURNAL_TAG, Journal, Lane
 from dan_dist.tracking.logged_model import log_model
 from dan_dist.tracking.names import PARAM_LETTERS, TAG_LETTERS, fit, fit_value, originals
 from dan_dist.tracking.store import (
@@ -21,7 +22,7 @@ from dan_dist.tracking.store import (
 )
 
 T = TypeVar("T")
-_JOURNAL_TAG, _ROLLBACK_TAG = "dan_dist.journal", "dan_dist.rolled_back"
+_ROLLBACK_TAG = "dan_dist.rolled_back"
 
 
 class PartlyRefusedError(RefusedError):
@@ -104,7 +105,7 @@ class Delivery:
                 client.log_dict(run_id, record["config"], "config.yaml")
             case "inputs":
                 assert run_id is not None
-                log_inputs(client, run_id, record)
+                log_inputs(client, run_id, record, redact(self._uri))
             case "metrics":
                 assert run_id is not None
                 self._metrics(run_id, record)
@@ -148,7 +149,7 @@ class Delivery:
     def _link(self, run_id: str) -> dict[str, str]:
         """The model and the data set that an evaluation's metrics are of; of a training, none."""
         inputs = self._journal.inputs
-        model = find_model(self.client, inputs.get("model"))
+        _, model = find_model(self.client, inputs.get("model"), redact(self._uri))
         return {} if model is None else {"model_id": model, "run_id": run_id, **linked(inputs)}
 
     def _parameters(self, run_id: str, values: Mapping[str, str]) -> None:
@@ -197,7 +198,7 @@ class Delivery:
         """The run of this journal: the one with its tag, the one it goes on with, or a new one."""
         if adopted := record.get("adopted"):
             self._journal.experiment_id = active_run(self.client, adopted).info.experiment_id
-            self.client.set_tag(adopted, _JOURNAL_TAG, self._journal.id)
+            self.client.set_tag(adopted, JOURNAL_TAG, self._journal.id)
             return str(adopted)
         local, artifacts = store()  # not the journal's: that may come from elsewhere
         experiment = self._experiment or record["experiment"]
@@ -210,11 +211,11 @@ class Delivery:
                 self._journal.experiment_id = found.experiment_id
                 return str(found.run_id)
         self._journal.experiment_id = number
-        own = f"tags.`{_JOURNAL_TAG}` = '{self._journal.id}'"
+        own = f"tags.`{JOURNAL_TAG}` = '{self._journal.id}'"
         runs = self.client.search_runs([number], own, order_by=["attributes.start_time ASC"])
         if runs:
             return str(runs[0].info.run_id)
-        tags = {_JOURNAL_TAG: self._journal.id}
+        tags = {JOURNAL_TAG: self._journal.id}
         if record["parent"]:
             tags["mlflow.parentRunId"] = parent_run(
                 self.client, number, record["parent"], record.get("parent_title")

@@ -32,6 +32,10 @@ class RefusedError(Exception):
     """A record, or a part of it, that will not be taken as it is however often it is sent."""
 
 
+class PendingError(Exception):
+    """A record names another run, whose own record has still to be sent; says how."""
+
+
 class ClosedError(Exception):
     """Nothing of the run will be taken: its experiment was deleted, say. Names the way on."""
 

@@ -27,6 +27,7 @@ from shards.files import locked, write_atomically
 log = logging.getLogger(__name__)
 
 NAME, SENT = "journal.jsonl", "journal.sent"
+JOURNAL_TAG = "dan_dist.journal"  # of MLflow's run: its journal's id
 SYSTEM = "system/"  # begins the names of a node's load, whose steps are samples
 
 Record = dict[str, Any]
@@ -296,6 +297,32 @@ def read_sent(folder: Path) -> Sent:
         done = [lane for record in records[: content["delivered"]] for lane in lanes_of(record)]
         settled = {lane: done.count(lane) for lane in LANES}
     return Sent(settled, content["run_id"], left_out, content.get("experiment_id"))
+
+
+def read_id(folder: Path) -> str | None:
+    """The id of a folder's journal, which MLflow's run has as a tag; None without a journal."""
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    with suppress(ValueError, KeyError, TypeError, OSError), path.open("rb") as file:
+        return str(json.loads(file.readline())["id"])
+    return None
+
+
+def is_pending(folder: Path, own: str | None, uri: str) -> bool:
+    """Whether the journal `own`, if `folder` holds it, has its run or a model still to send.
+
+    uri: of the store to which it would be sent, without secrets.
+    """
+    if own is None or read_id(folder) != own:
+        return False
+    try:
+        records, sent = read_records(folder), read_sent(folder)
+    except (ValueError, OSError):  # damaged: nothing of it can be sent
+        return False
+    begun = [record["uri"] for record in records if record["kind"] == "run"]
+    models = sum(record["kind"] == "model" for record in records)
+    return begun[:1] == [uri] and (sent.run_id is None or sent.settled.get("models", 0) < models)
 
 
 def remove_journal(folder: Path) -> None:

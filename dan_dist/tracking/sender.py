@@ -9,7 +9,7 @@ from typing import Any
 
 from dan_dist.redaction import redact
 from dan_dist.tracking.delivery import Delivery, PartlyRefusedError
-from dan_dist.tracking.faults import ClosedError, is_refusal, reason_of, status_of
+from dan_dist.tracking.faults import ClosedError, PendingError, is_refusal, reason_of, status_of
 from dan_dist.tracking.journal import LANES, Journal, Lane, LeftOut, lanes_of
 from dan_dist.tracking.store import import_mlflow
 
@@ -136,7 +136,9 @@ class Sender:
                 self._close(error)
                 return
             except Exception as error:  # whatever mlflow and its HTTP stack raise
-                if not is_failing:
+                if isinstance(error, PendingError) and not is_failing:
+                    log.warning("the run's record waits: %s", error)
+                elif not is_failing:
                     log.warning("MLflow at %s %s: %s", self._shown, _FAILED[lane], reason_of(error))
                 is_failing, tries = True, tries + 1
                 if self._is_poison(found[1], error, tries):
