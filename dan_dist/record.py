@@ -14,7 +14,7 @@ from dan_dist.model.dan import cost
 from dan_dist.run.folder import damaged_since
 from dan_dist.run.state import TrainState
 from dan_dist.tracking.inputs import dataset_inputs
-from dan_dist.tracking.journal import read_records, read_sent
+from dan_dist.tracking.journal_files import read_records, read_sent
 from dan_dist.tracking.names import check_written
 from dan_dist.tracking.system_metrics import SystemMetrics
 from dan_dist.tracking.tracker import MlflowTracker, NullTracker, RunRecord

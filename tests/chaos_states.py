@@ -24,7 +24,8 @@ from dan_dist.evaluation.records import PREDICTIONS, read_predictions
 from dan_dist.options import EvaluateOptions
 from dan_dist.run.outcome import OUTCOME, read_outcome, write_failure, write_outcome
 from dan_dist.tracking import __main__ as tracking
-from dan_dist.tracking.journal import NAME, SENT, Journal
+from dan_dist.tracking.journal import Journal
+from dan_dist.tracking.journal_files import NAME, SENT
 from dan_dist.tracking.store import connect
 from shards.packing import writer
 

@@ -1,6 +1,7 @@
 """Judging across data sets, by groups, with intervals; files of predictions."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,7 @@ def test_a_matrix_of_runs_and_sets(
 ) -> None:
     """Cells are those of single evaluations; table, figure and an MLflow run hold them."""
     other = copied(dan_run, tmp_path / "other")
+    shutil.copy(dan_run.parent / "mlflow.db", tmp_path)
     command = EvaluateCommand(checkpoint=(dan_run, other), data=(str(faces.root), str(seven.root)),
                               output=tmp_path / "m")  # fmt: skip
     found = matrix.main(command)
@@ -135,10 +137,21 @@ def test_a_matrix_of_runs_and_sets(
     assert "Macro f1, % (95 %)" in text and "judged on 7 classes; left out of the network" in text
     client = mlflow.MlflowClient(store)
     (experiment,) = client.search_experiments(filter_string="name='dan_dist'")
-    (logged,) = client.search_runs([experiment.experiment_id])
-    assert logged.data.tags["kind"] == "matrix"
+    (logged,) = client.search_runs([experiment.experiment_id], "tags.kind = 'matrix'")
     assert logged.data.metrics["accuracy/run-1 on seven"] == alone["accuracy"]
     assert {a.path for a in client.list_artifacts(logged.info.run_id)} >= set(matrix.FILES)
+    digests = {own.fingerprint[:32] for own in (faces, seven)}
+    assert {i.dataset.digest for i in logged.inputs.dataset_inputs} == digests
+    for digest in digests:  # the matrix and its two cells
+        assert len(client.search_runs([experiment.experiment_id],
+                                      f"dataset.digest = '{digest}'")) >= 3  # fmt: skip
+    cells = client.search_runs([experiment.experiment_id], "tags.kind = 'evaluation'")
+    models = {m.model_id for own in cells for m in
+              client.get_run(own.info.run_id).inputs.model_inputs}  # fmt: skip
+    (model,) = map(client.get_logged_model, models)  # both runs are one
+    values = {(m.dataset_digest, m.value) for m in model.metrics if m.key == "eval/accuracy"}
+    assert len(cells) == 4
+    assert values == {(r["fingerprint"][:32], r["accuracy"]) for r in found}
 
 
 def test_names_of_a_matrix_are_all_different_and_no_secrets() -> None:
@@ -152,19 +165,21 @@ def test_names_of_a_matrix_are_all_different_and_no_secrets() -> None:
 def test_another_matrix_leaves_the_first_as_it_is(
     dan_run: Path, faces: ShardSet, tmp_path: Path
 ) -> None:
-    """Of the same command, of other weights under the same name and step, of other runs."""
+    """Of the same command, of other files and weights under the same names, of other runs."""
     content = checkpoint.load(dan_run / "best.pt")
     content["objective"]["network.classifier.weight"].mul_(2)
     other = tmp_path / "run"
     other.mkdir()
     torch.save(content, other / "best.pt")
-    for runs in ((dan_run, dan_run), (dan_run, dan_run), (dan_run, other), (other, dan_run)):
-        matrix.main(EvaluateCommand(checkpoint=runs, data=(str(faces.root),),
+    for runs, own in (((dan_run, dan_run), "auto"), ((dan_run, dan_run), "auto"),
+                      ((dan_run, other), "auto"), ((other, dan_run), "auto"),
+                      ((other, dan_run), "trained")):  # fmt: skip
+        matrix.main(EvaluateCommand(checkpoint=runs, data=(str(faces.root),), weights=own,
                                     output=tmp_path / "m", no_tracking=True))  # fmt: skip
     assert sorted(path.parent.name for path in tmp_path.glob("m*/matrix.json")) == [
-        "m", "m-2", "m-3",
+        "m", "m-2", "m-3", "m-4",
     ]  # fmt: skip
-    assert len(list(tmp_path.glob("m*/run-2-on-faces*/evaluation.json"))) == 3
+    assert len(list(tmp_path.glob("m*/run-2-on-faces*/evaluation.json"))) == 4
 
 
 def test_a_set_without_common_classes_is_refused_before_anything_is_computed(

@@ -19,7 +19,7 @@ from dan_dist.monitor import save_evidence
 from dan_dist.run import checkpoint
 from dan_dist.run.folder import damaged_since, mark_damage, newest_checkpoint, step_path
 from dan_dist.run.state import TrainState
-from dan_dist.tracking.journal import read_records
+from dan_dist.tracking.journal_files import read_records
 from shards.format import ShardSet, open_shardset
 
 Write = Callable[[str], Path]

@@ -123,11 +123,16 @@ def test_two_networks_side_by_side(
         "explain/class_separation_against": report["against"]["class_separation"],
     }
     assert logged.data.tags["kind"] == "explanation"
+    (used,) = logged.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("synthetic/val", faces.fingerprint[:32])
     pictures = {"attention.png", "attention-against.png", "features.png"}
     artifacts = {a.path for a in client.list_artifacts(logged.info.run_id)}
     assert artifacts >= {explanation.REPORT, *pictures}
     for picture in pictures:
         assert np.asarray(Image.open(tmp_path / "out" / picture)).std() > 10
+
+    explain(runs / "affinity", data=str(faces.root), output=tmp_path / "again", weights="trained")
+    assert (tmp_path / "again-2" / explanation.REPORT).is_file()
 
     # A later look without the other network leaves none of its figures.
     explain(runs / "affinity", data=str(faces.root), output=tmp_path / "out")

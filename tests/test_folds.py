@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_ablate import summary
+from test_answer import summary
 
 from conftest import single
 from dan_dist.ablation import comparison, grid, runs
@@ -97,7 +97,13 @@ def test_the_test_split_is_what_is_compared(tmp_path: Path) -> None:
             predictions=predicted(right, "test"),
             test={"accuracy": share, "mean_recall": share, "macro_f1": share},
         ))  # fmt: skip
-    text = comparison.compare("heads", shown, tmp_path / "out").text
+    compared = comparison.compare("heads", shown, tmp_path / "out")
+    text = compared.text
+    assert compared.answer.words() == (
+        "best: heads 2, 75.00 % of validation images (one run); next: heads 1, 50.00 %, 25.00 "
+        "points less; of test images: 100.00 and 33.33 %. McNemar's p of the two on test images: "
+        "0.5: the lead may be chance"
+    )
     assert "| accuracy, test | mean recall, test | macro f1, test |" in text
     assert "## Against heads 2, image by image" in text and "test split's predictions" in text
     assert "| heads 1 | -66.67 | 2 | 0 | 0.5 |" in text

@@ -19,7 +19,7 @@ from dan_dist.evaluation import evaluate
 from dan_dist.options import EvaluateOptions
 from dan_dist.run import checkpoint
 from dan_dist.run.folder import step_path
-from dan_dist.tracking.journal import read_sent
+from dan_dist.tracking.journal_files import read_sent
 from dan_dist.tracking.tracker import replay
 from shards.format import ShardSet
 

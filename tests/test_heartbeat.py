@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,8 +99,9 @@ class HangingStore:
 
 @pytest.mark.parametrize("fault", ["store hangs", "silent while compiling", "disk fails"])
 def test_what_has_no_step_to_wait_for_ends_as_well(
-    ended: list[str], fault: str, monkeypatch: pytest.MonkeyPatch
+    ended: list[str], fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """And leaves what its threads stand at."""
     gone, store = threading.Event(), HangingStore()
     monkeypatch.setattr(heartbeat.os, "_exit", lambda code: (gone.set(), _thread.exit()))
 
@@ -110,6 +112,7 @@ def test_what_has_no_step_to_wait_for_ends_as_well(
     hearts = hearts_of(store, 2, ended)
     hearts[0]._on_loss = fail if fault == "disk fails" else ended.append
     for own in hearts:
+        own._stacks = tmp_path / "best.pt"  # beside which they are left
         if fault == "silent while compiling":
             own._kinds.clear()
         own.beat("step", 1)
@@ -124,6 +127,8 @@ def test_what_has_no_step_to_wait_for_ends_as_well(
     assert gone.wait(5)
     expected = "the store of the job" if fault == "store hangs" else "rank 1 on "
     assert ended[0].startswith(expected), ended
+    left = [path.read_text() for path in tmp_path.glob("stacks-rank*.txt")]
+    assert left and all("test_heartbeat.py" in text for text in left)
 
 
 @pytest.mark.parametrize("way", ["stopped", "failed", "silent"])

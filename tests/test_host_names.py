@@ -13,7 +13,7 @@ import pytest
 
 from conftest import REPOSITORY, start
 from dan_dist.tracking import tracker as tracking
-from dan_dist.tracking.journal import read_sent
+from dan_dist.tracking.journal_files import read_sent
 from dan_dist.tracking.store import connect
 from dan_dist.tracking.tracker import MlflowTracker, RunRecord
 

@@ -12,7 +12,8 @@ import pytest
 from conftest import history, run, single
 from dan_dist.tracking import tracker as tracking
 from dan_dist.tracking.delivery import Delivery
-from dan_dist.tracking.journal import Journal, read_records, read_sent
+from dan_dist.tracking.journal import Journal
+from dan_dist.tracking.journal_files import read_records, read_sent
 from dan_dist.tracking.tracker import RunRecord, record_failure
 
 Write = Callable[[str], Path]

@@ -17,7 +17,8 @@ from dan_dist.config import load_config
 from dan_dist.tracking import tracker as tracking
 from dan_dist.tracking.__main__ import main as command
 from dan_dist.tracking.faults import is_refusal, reason_of
-from dan_dist.tracking.journal import NAME, SENT, Journal, read_sent
+from dan_dist.tracking.journal import Journal
+from dan_dist.tracking.journal_files import NAME, SENT, read_sent
 from dan_dist.tracking.names import MOST_LETTERS, ORIGINAL, fit, is_fit
 from dan_dist.tracking.tracker import MlflowTracker, RunRecord, replay
 

@@ -4,15 +4,16 @@ import json
 import logging
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -24,14 +25,18 @@ from dan_dist import certificate
 from dan_dist.config import load_config
 from dan_dist.distributed.world import World
 from dan_dist.evaluation import evaluate, matrix
+from dan_dist.evaluation.records import image_keys
 from dan_dist.inference import explain
+from dan_dist.model.weights import load_trained
 from dan_dist.options import CertifyOptions, EvaluateCommand, EvaluateOptions, ExplainOptions
 from dan_dist.run import checkpoint
 from dan_dist.run.results import result_folder
-from dan_dist.tracking import sender
+from dan_dist.tracking import sender, system_metrics
 from dan_dist.tracking import tracker as tracking
 from dan_dist.tracking.__main__ import main as command
-from dan_dist.tracking.journal import read_sent
+from dan_dist.tracking.faults import PendingError
+from dan_dist.tracking.inputs import find_model, model_of
+from dan_dist.tracking.journal_files import read_records, read_sent
 from dan_dist.tracking.store import connect
 from dan_dist.tracking.system_metrics import SystemMetrics
 from dan_dist.tracking.tracker import MlflowTracker, NullTracker, RunRecord, replay
@@ -59,7 +64,7 @@ def test_accuracy_first_and_runs_found_by_data_and_code(
     replay(tmp_path / "run")
     api, run_id = client(), read_sent(tmp_path / "run").run_id
     run = api.get_run(run_id)
-    keys = [key for key in run.data.metrics if not key.startswith("system/")]
+    keys = [*run.data.metrics]
     assert keys[0] == "val/accuracy" and not [key for key in keys if key.startswith("model/")]
     assert [m.step for m in api.get_metric_history(run_id, "val/accuracy")] == [0, 2]
     assert run.data.metrics["val/loss"] > 0 and 0 <= run.data.metrics["train/accuracy"] <= 1
@@ -114,6 +119,10 @@ def test_the_load_of_two_nodes_is_in_one_run_once(
             with other:
                 other._ended.wait(0.5)
             main._ended.wait(0.3)
+        tracker.metrics({"val/accuracy": 0.1}, 0)
+    first, *samples = [r for r in read_records(tmp_path / "run") if r["kind"] == "metrics"]
+    assert [*first["values"]] == ["val/accuracy"]  # on which MLflow's pages open
+    assert len(samples) > 3
     server.faults.clear()
     replay(tmp_path / "run")
     run_id = read_sent(tmp_path / "run").run_id
@@ -142,6 +151,10 @@ def test_an_evaluation_is_at_the_model_and_at_its_data(
     values = {m.key: m for m in model.metrics}
     assert values["eval/accuracy"].value == report["accuracy"]
     assert values["eval/accuracy"].dataset_name == "synthetic/train"
+    averaged = load_trained(run)._replace(facts={"has_average": True})
+    assert find_model(api, model_of(averaged), store) == (model.source_run_id, model.model_id)
+    other = model_of(averaged, "trained")  # the model serves the average
+    assert find_model(api, other, store) == (model.source_run_id, None)
     query = "dataset.name = 'synthetic/train' and tags.kind = 'evaluation'"
     assert len(api.search_runs([number], query)) == 1
     assert command(["register", str(run), "faces"]) == 0
@@ -150,6 +163,54 @@ def test_an_evaluation_is_at_the_model_and_at_its_data(
         from dan_dist.tracking.registry import register
 
         register(tmp_path, "faces", "champion")
+
+
+def test_an_evaluation_in_an_outage_is_at_the_model_as_well(
+    dan_run: Path, faces: ShardSet, tmp_path: Path, server: TrackingServer
+) -> None:
+    """Neither the training nor it has reached MLflow; it waits for the training's record."""
+    run, content = tmp_path / "run", checkpoint.load(dan_run / "best.pt")
+    run.mkdir()
+    torch.save({**content, "run_id": None}, run / "best.pt")
+    server.faults["api"] = (503, "busy")
+    with MlflowTracker(run, RECORD) as tracker:
+        tracker.metrics({"val/accuracy": 0.5}, content["step"])
+        tracker.conclude("FINISHED", run / "best.pt")
+    report = evaluate.main(EvaluateOptions(checkpoint=run, data=str(faces.root)))
+    (path,) = run.glob("*/evaluation.json")
+    server.faults.clear()
+    with pytest.raises(PendingError, match=f"first: python -m .* replay {run}"):
+        replay(path.parent)
+    server.faults["logged-models"] = (503, "busy")  # the run arrives, its model does not yet
+    with pytest.raises(Exception, match="503"):
+        replay(run)
+    server.faults.clear()
+    with pytest.raises(PendingError):
+        replay(path.parent)
+    assert replay(run)[1] == replay(path.parent)[1] == []
+    api, training = client(), read_sent(run).run_id
+    own = api.get_run(read_sent(path.parent).run_id)
+    assert own.data.tags["trained_by"] == training
+    (linked,) = own.inputs.model_inputs
+    model = api.get_logged_model(linked.model_id)
+    assert model.source_run_id == training
+    assert {m.key: m.value for m in model.metrics}["eval/accuracy"] == report["accuracy"]
+
+
+def test_a_driver_that_fails_costs_the_gpus_samples_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class NVMLError(Exception):
+        pass
+
+    def count() -> int:
+        raise NVMLError("GPU is lost")
+
+    fake = SimpleNamespace(NVMLError=NVMLError, nvmlInit=lambda: None, nvmlDeviceGetCount=count)
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr("mlflow.system_metrics.metrics.gpu_monitor.pynvml", fake, raising=False)
+    assert len(system_metrics._monitors(on_gpu=True)) == 3
+    assert "system metrics without the GPUs: GPU is lost" in caplog.text
 
 
 @pytest.mark.slow
@@ -161,14 +222,19 @@ def test_results_of_other_things_are_never_overwritten(
     shutil.copytree(faces.root, other)
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps({**manifest, "release": "another"}))
-    for data in (faces.root, other, faces.root, other):
-        evaluate.main(EvaluateOptions(checkpoint=run, data=str(data), no_tracking=True))
+    lines = "".join(f"{key},{k % 2}\n" for k, key in enumerate(image_keys(faces.split("val"))))
+    groups = tmp_path / "groups.csv"
+    groups.write_text(f"key,half\n{lines}")
+    for data, own in ((faces.root, None), (other, None), (faces.root, None), (other, None),
+                      (faces.root, groups), (faces.root, None)):  # fmt: skip
+        evaluate.main(EvaluateOptions(checkpoint=run, data=str(data), groups=own, no_tracking=True))
     found = sorted(path.parent.name for path in run.glob("*/evaluation.json"))
-    assert found == ["best-synthetic-val", "best-synthetic-val-2"]
+    assert found == [f"best-synthetic-val{ending}" for ending in ("", "-2", "-3")]
+    assert [path.parent.name for path in run.glob("*/groups.csv")] == found[2:]
     releases = [
         json.loads((run / name / "evaluation.json").read_text())["release"] for name in found
     ]
-    assert releases == [faces.release, "another"]
+    assert releases == [faces.release, "another", faces.release]
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "r.json").write_text("no json")
     (tmp_path / "x-2").mkdir()
@@ -264,44 +330,3 @@ def test_a_record_that_a_server_always_fails_at_holds_nothing_back(
     server.faults.clear()
     assert replay(tmp_path / "run") == (1, [])
     assert client().get_run(run.info.run_id).data.metrics == {"a": 1.0, "poison": 1.0}
-
-
-def requests(image: str) -> dict[str, Any]:
-    """Each of the forms in which MLflow's server takes a table of images."""
-    return {
-        "dataframe_split": {"columns": ["image"], "data": [[image], [image]]},
-        "dataframe_records": [{"image": image}] * 2,
-        "instances": [{"image": image}] * 2,
-        "inputs": {"image": [image] * 2},
-    }
-
-
-@pytest.mark.parametrize("form", ["dataframe_split", "dataframe_records", "instances", "inputs"])
-def test_what_a_served_model_takes(
-    form: str, dan_run: Path, faces: ShardSet, tmp_path: Path, store: str
-) -> None:
-    import base64
-
-    import mlflow
-    from mlflow.pyfunc import scoring_server
-
-    shutil.copy(dan_run.parent / "mlflow.db", tmp_path)
-    run_id = checkpoint.load(dan_run / "best.pt")["run_id"] or read_sent(dan_run).run_id
-    model = mlflow.pyfunc.load_model(f"runs:/{run_id}/dan")
-    schema = model.metadata.get_input_schema()
-
-    def ask(image: str) -> Any:
-        body = json.dumps({form: requests(image)[form]})
-        return scoring_server.invocations(body, "application/json", model, schema)
-
-    jpeg = faces.split("val")
-    from dan_dist.data.reader import Reader
-
-    encoded = base64.b64encode(Reader(jpeg, max_bad=0).read(0).tobytes()).decode()
-    found = json.loads(ask(encoded).response)["predictions"]
-    assert len(found) == 2 and np.isclose(sum(found[0].values()), 1)
-    try:
-        refused = str(ask("no image").response)
-    except Exception as error:
-        refused = str(error)
-    assert "image" in refused and ("base64" in refused or "padding" in refused), refused

@@ -11,7 +11,7 @@ import yaml
 
 from conftest import single
 from dan_dist.tracking import tracker as tracking
-from dan_dist.tracking.journal import read_sent
+from dan_dist.tracking.journal_files import read_sent
 from dan_dist.tracking.store import connect
 
 Write = Callable[[str], Path]

@@ -18,7 +18,8 @@ from dan_dist.data.pixels import is_whole
 from dan_dist.run.outcome import read_outcome, write_failure, write_outcome
 from dan_dist.tracking import tracker as tracking
 from dan_dist.tracking.figures import save
-from dan_dist.tracking.journal import Journal, read_records
+from dan_dist.tracking.journal import Journal
+from dan_dist.tracking.journal_files import read_records
 from shards.format import MANIFEST, ShardSet
 from shards.packing import writer
 from shards.packing.job import read_record

@@ -70,7 +70,9 @@ def serve(folder: Path) -> Iterator[TrackingServer]:
         mock.patch.dict("os.environ", environment),
         mock.patch.object(handlers, "_tracking_store", None),
         mock.patch.object(handlers, "_artifact_repo", None),
+        mock.patch.object(handlers, "_model_registry_store", None),
         mock.patch.object(handlers.utils, "set_tracking_uri"),  # it would be this process's
+        mock.patch.object(handlers.registry_utils, "set_registry_uri"),
     ):
         server = TrackingServer(app)
         listener = make_server("127.0.0.1", 0, server, True, request_handler=QuietHandler)

@@ -40,22 +40,33 @@ class Answer(NamedTuple):
     next_runs: int
     ps: tuple[float, ...]  # of each seed that both have finished
     better_in: int  # of these seeds
+    judged: str  # what the accuracies are of: "validation images", or the like
+    tested: str  # what each p is of: these, or "test images"
+    tests: tuple[
+        float, ...
+    ] = ()  # per cent of the test images, where both have been judged by them
 
     def words(self) -> str:
         """The answer in a sentence or two."""
         many = f"(mean ± standard deviation of {self.runs} runs)"
         runs = many if self.runs > 1 else "(one run)"
-        line = f"best: {self.best}, {_percent(self.accuracy, self.deviation, self.runs)} {runs}"
+        own = _percent(self.accuracy, self.deviation, self.runs)
+        line = f"best: {self.best}, {own} of {self.judged} {runs}"
         if self.next is None:
-            return f"{line}; no other setting has finished"
+            return f"{line}; no other setting has finished{self._test()}"
         beside = _percent(self.next_accuracy, self.next_deviation, self.next_runs)
         behind = self.accuracy - self.next_accuracy
-        line += f"; next: {self.next}, {beside}, {behind:.2f} points less"
+        line += f"; next: {self.next}, {beside}, {behind:.2f} points less{self._test()}"
         if not self.ps:
             return f"{line}; no seed is shared, by whose images the two could be tested"
         ps = ", ".join(f"{p:.2g}" for p in self.ps)
-        each = "McNemar's p of the two" + (", seed by seed" if len(self.ps) > 1 else "")
+        each = f"McNemar's p of the two on {self.tested}"
+        each += ", seed by seed" if len(self.ps) > 1 else ""
         return f"{line}. {each}: {ps}: the lead {self._verdict()}"
+
+    def _test(self) -> str:
+        means = " and ".join(f"{mean:.2f}" for mean in self.tests)
+        return f"; of test images: {means} %" if means else ""
 
     def _verdict(self) -> str:
         count = len(self.ps)
@@ -73,15 +84,20 @@ class Answer(NamedTuple):
 
 
 def find_answer(
-    rows: Sequence[Mapping[str, Any]], axes: Sequence[str], found: Sequence[Pair]
+    rows: Sequence[Mapping[str, Any]], axes: Sequence[str], found: Sequence[Pair], judged: str
 ) -> Answer:
-    """The answer of a table's rows, of which one at least has finished, and of its pairs."""
+    """The answer of a table's rows, of which one at least has finished, and of its pairs.
+
+    judged: what the accuracies are of, in words.
+    """
     ranked = sorted((row for row in rows if row["finished"]), key=lambda row: -row["last_accuracy"])
     best, *others = ranked
     name = setting_of(best, axes)
     own = best["last_accuracy"], best["last_accuracy_deviation"], best["finished"]
+    tested = "test images" if is_tested(rows) else judged
+    tests = tuple(row["test_accuracy"] for row in ranked[:2] if is_tested(rows))
     if not others:
-        return Answer(name, *own, None, 0.0, 0.0, 0, (), 0)
+        return Answer(name, *own, None, 0.0, 0.0, 0, (), 0, judged, tested, tests)
     second = setting_of(others[0], axes)
     pairs = [p for p in found if {p.first, p.second} == {name, second}]
     leads = [p.difference if p.first == name else -p.difference for p in pairs]
@@ -89,7 +105,13 @@ def find_answer(
         name, *own, second, others[0]["last_accuracy"], others[0]["last_accuracy_deviation"],
         others[0]["finished"],
         tuple(p.p for p in pairs), sum(lead > 0 for lead in leads),
+        judged, tested, tests,
     )  # fmt: skip
+
+
+def is_tested(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every finished setting has been judged by test images, by which pairs then are."""
+    return all("test_accuracy" in row for row in rows if row["finished"])
 
 
 def setting_of(row: Mapping[str, Any], axes: Sequence[str]) -> str:
@@ -129,8 +151,11 @@ def note(answer: Answer, rows: Sequence[Mapping[str, Any]], axes: Sequence[str])
     return "\n".join(lines)
 
 
-def grouped_view() -> dict[str, Any]:
-    """MLflow's charts of an ablation's runs as they open: seeds are grouped by their setting."""
+def grouped_view(keys: Sequence[str]) -> dict[str, Any]:
+    """MLflow's charts of an ablation's runs as they open: seeds are grouped by their setting.
+
+    keys: of the configuration, which vary. Runs that have not finished are left out.
+    """
     charts = [_chart("BAR", "val/accuracy"), *(_chart("LINE", metric) for metric in CURVES)]
     return {
         "compareRunCharts": charts,
@@ -140,7 +165,8 @@ def grouped_view() -> dict[str, Any]:
             {"uuid": SECTION, "name": "Which setting is best", "display": True,
              "isReordered": False, "deleted": False}
         ],
-        "searchFilter": "tags.`mlflow.parentRunId` = '{run_id}'",
+        "searchFilter": "tags.`mlflow.parentRunId` = '{run_id}' "
+                        "and attributes.status = 'FINISHED'",
         "orderByKey": "metrics.`val/accuracy`",
         "orderByAsc": False,
         "groupBy": {
@@ -148,7 +174,7 @@ def grouped_view() -> dict[str, Any]:
             "groupByKeys": [{"mode": "tag", "groupByData": "setting"}],
         },
         "selectedColumns": ["tags.`setting`", "metrics.`val/accuracy`", "metrics.`val/loss`",
-                            "metrics.`train/accuracy`", "params.`model.heads`"],
+                            "metrics.`train/accuracy`", *(f"params.`{key}`" for key in keys)],
     }  # fmt: skip
 
 

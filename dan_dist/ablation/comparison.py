@@ -12,12 +12,21 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from dan_dist.ablation.answer import Answer, Pair, find_answer, grouped_view, note, title
+from dan_dist.ablation.answer import (
+    Answer,
+    Pair,
+    find_answer,
+    grouped_view,
+    is_tested,
+    note,
+    title,
+)
 from dan_dist.ablation.figures import accuracy_figure, curves_figure
+from dan_dist.ablation.grid import varied
 from dan_dist.ablation.runs import RunSummary
 from dan_dist.evaluation.records import check_comparable
 from dan_dist.tracking.figures import save
-from dan_dist.tracking.journal import read_sent
+from dan_dist.tracking.journal_files import read_sent
 from dan_dist.tracking.parent import ParentRecord, compare_page, publish
 
 FOLDER = "comparison"  # of tables and figures, in the ablation's
@@ -117,8 +126,8 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def markdown(name: str, summaries: Sequence[RunSummary], rows: Sequence[Row], found: Sequence[Pair],
-             judged: str) -> str:  # fmt: skip
-    """The comparison as people read it."""
+             judged: str, answer: Answer) -> str:  # fmt: skip
+    """The comparison as people read it, the answer first."""
     axes = list(summaries[0].run.values)
     others = _others([r for r in summaries if r.status == "finished"])
     tested = [name for name in TESTED if any(f"test_{name}" in row for row in rows)]
@@ -126,7 +135,7 @@ def markdown(name: str, summaries: Sequence[RunSummary], rows: Sequence[Row], fo
             "accuracy, last epoch", "accuracy, best epoch",
             *(f"{name.replace('_', ' ')}, last" for name in others),
             "parameters", "GFLOPs", "img/s", "minutes"]  # fmt: skip
-    lines = [f"# Ablation: {name}", "", _line(head), _line(["---"] * len(head))]
+    lines = [f"# Ablation: {name}", "", answer.words(), "", _line(head), _line(["---"] * len(head))]
     for row in rows:
         cells = [row[axis] for axis in axes]
         cells.append(f"{row['finished']} of {row['runs']}")
@@ -149,7 +158,7 @@ def markdown(name: str, summaries: Sequence[RunSummary], rows: Sequence[Row], fo
         lines += [f"- {r.run.name}: {r.status}{': ' + r.reason if r.reason else ''}"
                   for r in missing]  # fmt: skip
     if found:
-        lines += ["", *_paired_lines(rows, axes, found)]
+        lines += ["", *_paired_lines(rows, answer.best, found)]
     return "\n".join(lines) + "\n"
 
 
@@ -168,9 +177,8 @@ def _spoken(summaries: Sequence[RunSummary], judged: str) -> str:
     return f"Per cent of {judged}{spread} selected_on: {chosen}.{test}"
 
 
-def _paired_lines(rows: Sequence[Row], axes: list[str], found: Sequence[Pair]) -> list[str]:
+def _paired_lines(rows: Sequence[Row], champion: str, found: Sequence[Pair]) -> list[str]:
     """Each setting beside the best one, whose rows a reader looks at first."""
-    champion = find_answer(rows, axes, found).best
     lines = [
         f"## Against {champion}, image by image", "",
         _line(["setting", "points more than it", "it alone is right", "setting alone is right",
@@ -188,8 +196,7 @@ def _paired_lines(rows: Sequence[Row], axes: list[str], found: Sequence[Pair]) -
               for key in ("only_first", "only_second")),
             ", ".join(f"{p.p:.2g}" for p in turned),
         ]))  # fmt: skip
-    is_test = all("test_accuracy" in row for row in rows if row["finished"])
-    whose = "the test split's" if is_test else "the last epoch's"
+    whose = "the test split's" if is_tested(rows) else "the last epoch's"
     return [*lines, "", f"McNemar's exact test on {whose} predictions; p is not corrected for the "
             "number of comparisons."]  # fmt: skip
 
@@ -230,8 +237,8 @@ def compare(name: str, summaries: Sequence[RunSummary], folder: Path) -> Compare
     rows, found = table(summaries), pairs([r for r in done if r.judged != "pairs"])
     judged = f"{0 if done[0].right is None else len(done[0].right)} {done[0].judged}"
     axes = list(summaries[0].run.values)
-    answer = find_answer(rows, axes, found)
-    text = markdown(name, summaries, rows, found, judged)
+    answer = find_answer(rows, axes, found, done[0].judged)
+    text = markdown(name, summaries, rows, found, judged, answer)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "comparison.md").write_text(text)
     write_csv(folder / "comparison.csv", rows)
@@ -271,11 +278,12 @@ def publish_comparison(
             tags={"kind": "ablation", "ablation": name, "best_setting": answer.best,
                   "answer": answer.words()},
             image="accuracy.png",
-            view=grouped_view(),
+            view=grouped_view(varied([r.run for r in summaries])),
         ),
         ended,
     )  # fmt: skip
-    run_ids = [run_id for own in ended if (run_id := read_sent(own).run_id)]
+    done = [folder / r.run.name for r in summaries if r.status == "finished"]
+    run_ids = [run_id for own in done if (run_id := read_sent(own).run_id)]
     return [
         f"the ablation in MLflow: {pages.run}",
         f"its settings, seeds grouped: {pages.view}",

@@ -17,6 +17,7 @@ from shards.files import write_atomically
 
 IDENTITY = "ablation.json"
 OWN_KEYS = ("train.output", "tracking.run_name", "tracking.parent")
+OF_A_RUN = ("tracking.", "train.output", "train.seed", "data.fold")  # and of no setting
 
 BASELINE = ["model.heads=0", "loss.fcn=none", "loss.afn=none"]  # no heads
 
@@ -151,6 +152,14 @@ def grid_runs(
             load_config(config, run.overrides)
             found.append(run)
     return found
+
+
+def varied(runs: Sequence[AblationRun]) -> list[str]:
+    """The keys of the configuration in which the settings of a grid differ, in its order."""
+    given = [dict(word.split("=", 1) for word in run.overrides) for run in runs]
+    keys = dict.fromkeys(key for own in given for key in own)
+    different = [key for key in keys if len({own.get(key) for own in given}) > 1]
+    return [key for key in different if not key.startswith(OF_A_RUN)]
 
 
 def ablation_id(folder: Path, name: str) -> str:

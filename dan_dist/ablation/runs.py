@@ -20,7 +20,7 @@ from dan_dist.evaluation.result import read_result
 from dan_dist.run.folder import check_continues, newest_checkpoint
 from dan_dist.run.outcome import OUTCOME, read_outcome, write_outcome
 from dan_dist.run.signals import StopRequest, end_with_parent
-from dan_dist.tracking.journal import read_records, read_sent
+from dan_dist.tracking.journal_files import read_records, read_sent
 from dan_dist.tracking.tracker import record_failure
 
 log = logging.getLogger(__name__)

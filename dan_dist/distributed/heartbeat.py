@@ -61,7 +61,7 @@ class Heartbeat:
     """One rank's heartbeat; `beat` is to be called at every step of work done together.
 
     on_loss is called with the line that names a lost rank, on one rank, before the process ends.
-    stacks: the folder in which every rank then leaves what its threads stood at.
+    stacks: the folder, or a file in it, where every rank then leaves what its threads stood at.
     """
 
     def __init__(
@@ -200,6 +200,7 @@ class Heartbeat:
         stands = now - self._moved_s > self._patience_s()
         if now - self._beaten_s > (self._silent_s if stands else self._timeout_s):
             if now - self._moved_s > self._timeout_s:  # what is known of the others is old
+                self._leave_stacks()
                 self._end("the store of the job, on rank 0's node, does not answer", True)
         elif (left := self._left()) is not None:
             self._left_s = self._left_s or now
@@ -236,14 +237,17 @@ class Heartbeat:
 
     def _give_up(self, culprits: list[int], what: str) -> None:
         """No step for too long: names the rank that the others wait for, and ends this process."""
-        if self._stacks is not None:  # first: the launcher ends the others once one has ended
-            _within(SILENT_S, partial(write_stacks, self._stacks, self._rank))
+        self._leave_stacks()  # first: the launcher ends the others once one has ended
         others = set(range(self._size)) - set(culprits)
         line = self._name(sorted(culprits), f"{what} for {self._timeout_s:.0f} s")
         self._end(
             f"{line}; train.timeout_s is {self._timeout_s:.0f}",
             self._rank == min(others or culprits),
         )
+
+    def _leave_stacks(self) -> None:
+        if self._stacks is not None:
+            _within(SILENT_S, partial(write_stacks, self._stacks, self._rank))
 
     def _name(self, ranks: list[int], what: str) -> str:
         names = []
@@ -274,8 +278,12 @@ def _within(most_s: float, task: Callable[[], object]) -> None:
     thread.join(most_s)
 
 
-def write_stacks(folder: Path, rank: int) -> None:
-    """Leaves what every thread of this process stands at as stacks-rank<r>.txt, where it can."""
+def write_stacks(place: Path, rank: int) -> None:
+    """Leaves what every thread of this process stands at as stacks-rank<r>.txt, where it can.
+
+    place: a folder, or a file in it.
+    """
+    folder = place if place.is_dir() else place.parent
     with suppress(OSError), (folder / f"stacks-rank{rank}.txt").open("w") as file:
         faulthandler.dump_traceback(file, all_threads=True)
 

@@ -40,7 +40,7 @@ from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import EvaluateOptions
 from dan_dist.run.results import check_result_folder, result_folder
 from dan_dist.tracking.figures import save
-from dan_dist.tracking.inputs import dataset_inputs, model_of
+from dan_dist.tracking.inputs import TRAINED_BY, dataset_inputs, model_of
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
 from shards.files import sha256_of, write_atomically
 from shards.format import ShardSet, Split, open_shardset
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 REPORT = "evaluation.json"
 # What a report is of; another of the same replaces it.
 OF = ("checkpoint_sha256", "step", "weights", "dataset", "release", "fingerprint", "split",
-      "pairs_sha256")  # fmt: skip
+      "pairs_sha256", "groups_sha256")  # fmt: skip
 CONTEXTS = {"train": "train", "val": "val"}  # MLflow's word for a split; any other is a test
 
 
@@ -71,7 +71,9 @@ def main(options: EvaluateOptions, *, timeout_s: float = 60.0) -> dict[str, Any]
     Raises:
         ValueError, OSError: bad input, in one line, before anything is computed.
     """
-    with session(options.device, timeout_s=timeout_s, on_loss=lambda line: None) as (world, heart):
+    with session(
+        options.device, timeout_s=timeout_s, on_loss=lambda line: None, stacks=options.checkpoint
+    ) as (world, heart):
         trained = open_network(options, world)
         if not options.no_tracking:
             world.run_once(lambda: check_recorded(options.experiment or trained.experiment))
@@ -143,7 +145,7 @@ def evaluate(
         **inputs.facts,
     }
     if world.is_main:
-        own = {key: report[key] for key in OF if key in report}
+        own = {key: report.get(key) for key in OF}
         with result_folder(wanted, REPORT, own) as output:
             if trained.task == "expression":
                 facts = {key: report[key] for key in ("fingerprint", "step", "selected_on")}
@@ -154,7 +156,7 @@ def evaluate(
             if not options.no_tracking:
                 context = CONTEXTS.get(inputs.split.name, "test")
                 used = dataset_inputs(shards, {context: inputs.split}, options.data)
-                track(output, report, details, trained, options.experiment, used)
+                track(output, report, details, trained, options, used)
         for line in details.lines:
             log.info("%s", line)
         log.info("selected_on: %s; figures and %s: %s", trained.selected_on, REPORT, output)
@@ -212,7 +214,10 @@ def open_classes(shards: ShardSet, trained: Trained, options: EvaluateOptions) -
     split = with_labels(split, [label for _, label in met])
     if not len(split):
         raise ValueError(f"{shards.root}: split '{split.name}' is empty")
-    groups = None if options.groups is None else read_groups(options.groups, split)
+    groups = None
+    if options.groups is not None:
+        groups = read_groups(options.groups, split)
+        facts["groups_sha256"] = sha256_of(options.groups)
     judge = partial(judge_classes, split=split, title=_title(trained, shards, split))
     return Inputs(split, select, columns if is_whole else None, judge, facts, groups)
 
@@ -295,16 +300,16 @@ def save_report(report: dict[str, Any], details: Details, output: Path) -> None:
 
 def track(
     output: Path, report: dict[str, Any], details: Details, trained: Trained,
-    experiment: str | None, used: Sequence[Mapping[str, Any]],
+    options: EvaluateOptions, used: Sequence[Mapping[str, Any]],
 ) -> None:  # fmt: skip
     """A run of its own in MLflow, which names the training's."""
     where = f"{report['dataset']} ({report['release']}), split {report['split']}"
-    model = model_of(trained)
+    model = model_of(trained, options.weights)
     record = RunRecord(
-        experiment=experiment or trained.experiment,
+        experiment=options.experiment or trained.experiment,
         name=f"evaluate {trained.name}, {trained.path.stem}, on {where}",
         params={key: report[key] for key in ("checkpoint", "dataset", "release", "split")},
-        tags={"kind": "evaluation", "trained_by": model.run_id if model else "unknown",
+        tags={"kind": "evaluation", TRAINED_BY: (model and model.run_id) or "unknown",
               "fingerprint": report["fingerprint"], "selected_on": report["selected_on"]},
         config=trained.config,
         datasets=used,

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from functools import partial
@@ -22,8 +22,10 @@ from dan_dist.model.weights import Trained
 from dan_dist.options import EvaluateCommand, EvaluateOptions, EvaluationChoices
 from dan_dist.run.results import check_result_folder, result_folder
 from dan_dist.tracking.figures import save
+from dan_dist.tracking.inputs import dataset_inputs
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
 from shards.files import sha256_of, write_atomically
+from shards.format import ShardSet
 
 FOLDER = "across"  # beside the first checkpoint
 REPORT = "matrix.json"
@@ -43,15 +45,17 @@ def main(command: EvaluateCommand) -> list[dict[str, Any]]:
     if len(cells) == len(cells[0]) == 1:
         return [single.main(cells[0][0])]
     with (
-        session(command.device, timeout_s=60.0, on_loss=lambda line: None) as (world, heart),
+        session(
+            command.device, timeout_s=60.0, on_loss=lambda line: None, stacks=command.checkpoint[0]
+        ) as (world, heart),
         ExitStack() as stack,
     ):
         networks = [single.open_network(row[0], world) for row in cells]
         if other := [trained for trained in networks if trained.task != "expression"]:
             raise ValueError(f"{other[0].path} was trained on identities: evaluate it by itself")
-        if not command.no_tracking:
-            experiment = command.experiment or networks[0].experiment
-            world.run_once(lambda: check_recorded(experiment))
+        for experiment in {command.experiment or trained.experiment for trained in networks}:
+            if not command.no_tracking:
+                world.run_once(partial(check_recorded, experiment))
         if (given := command.output) is not None:  # before shards are copied
             world.run_once(lambda: check_result_folder(given))
         sets = [single.open_set(cell, world) for cell in cells[0]]
@@ -69,7 +73,8 @@ def main(command: EvaluateCommand) -> list[dict[str, Any]]:
         world.run_once(lambda: check_result_folder(wanted))
         digests = [sha256_of(trained.path) for trained in networks]
         judged = [
-            [rows[k], digest, columns[j], sets[j].fingerprint, inputs.split.name]
+            [rows[k], digest, command.weights, columns[j], sets[j].fingerprint, inputs.split.name,
+             inputs.facts.get("groups_sha256")]
             for k, digest in enumerate(digests) for j, inputs in enumerate(opened[k])
         ]  # fmt: skip
         held = result_folder(wanted, REPORT, {"of": judged})
@@ -78,12 +83,12 @@ def main(command: EvaluateCommand) -> list[dict[str, Any]]:
         for k, trained in enumerate(networks):
             for j, shards in enumerate(sets):
                 log.info("%s on %s", rows[k], columns[j])
-                inside = {"output": output / f"{rows[k]}-on-{columns[j]}", "no_tracking": True}
-                cell = _options(command, command.checkpoint[k], command.data[j], **inside)
+                inside = output / f"{rows[k]}-on-{columns[j]}"
+                cell = _options(command, command.checkpoint[k], command.data[j], output=inside)
                 report = single.evaluate(trained, shards, opened[k][j], cell, world, heart)
                 found.append({"run": rows[k], "data": columns[j], **report})
         if world.is_main:
-            publish(found, judged, networks, command, output)
+            publish(found, judged, networks, command, output, _used(sets, opened[0], command))
         return found
 
 
@@ -92,6 +97,20 @@ def _options(
 ) -> EvaluateOptions:
     shared = {f.name: getattr(command, f.name) for f in fields(EvaluationChoices)}
     return EvaluateOptions(checkpoint=checkpoint, data=data, **{**shared, **changed})
+
+
+def _used(
+    sets: Sequence[ShardSet], opened: Sequence[single.Inputs], command: EvaluateCommand
+) -> list[dict[str, Any]]:
+    """The matrix's data sets; each cell is a run of its own too, which names its network's model.
+
+    opened: the images of each set, as the first network is judged by them.
+    """
+    found = []
+    for shards, inputs, data in zip(sets, opened, command.data, strict=True):
+        context = single.CONTEXTS.get(inputs.split.name, "test")
+        found += dataset_inputs(shards, {context: inputs.split}, data)
+    return found
 
 
 def _name(data: str) -> str:
@@ -112,12 +131,12 @@ def unlike(names: Sequence[str]) -> list[str]:
 
 
 def publish(
-    found: Sequence[dict[str, Any]], judged: Sequence[Sequence[str]], networks: Sequence[Trained],
-    command: EvaluateCommand, output: Path,
+    found: Sequence[dict[str, Any]], judged: Sequence[Sequence[Any]], networks: Sequence[Trained],
+    command: EvaluateCommand, output: Path, used: Sequence[Mapping[str, Any]],
 ) -> None:  # fmt: skip
     """Writes table, figure and JSON file, records them in MLflow, logs the table.
 
-    judged: of each cell, what tells it from others.
+    judged: of each cell, what tells it from others. used: the data sets, see `dataset_inputs`.
     """
     import pandas as pd  # takes a while to import
 
@@ -139,6 +158,7 @@ def publish(
             params={"runs": ", ".join(rows), "data": ", ".join(columns)},
             tags={"kind": "matrix", "selected_on": ", ".join(t.selected_on for t in networks)},
             config=networks[0].config,
+            datasets=used,
         )  # fmt: skip
         metrics = {f"{k}/{r['run']} on {r['data']}": r[k] for r in found for k in WHOLE}
         record_run(output, record, metrics=metrics, step=0, artifacts=FILES)

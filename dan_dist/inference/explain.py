@@ -20,10 +20,10 @@ from dan_dist.inference.figures import attention_figure, features_figure
 from dan_dist.inference.inputs import Inputs, open_inputs
 from dan_dist.inference.metrics import project
 from dan_dist.model.weights import load_trained
-from dan_dist.options import ExplainOptions
+from dan_dist.options import ExplainOptions, Weights
 from dan_dist.run.results import check_result_folder, result_folder
 from dan_dist.tracking.figures import save
-from dan_dist.tracking.inputs import model_of
+from dan_dist.tracking.inputs import TRAINED_BY, model_of
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
 from shards.files import scratch_folder, sha256_of, write_atomically
 
@@ -63,11 +63,11 @@ def main(options: ExplainOptions) -> dict[str, Any]:
         wanted = options.output or path.parent / name
         check_result_folder(wanted)
         explanations = [examine(trained, inputs, options.count, world) for trained in networks]
-    report = describe(explanations, inputs)
+    report = describe(explanations, inputs, options.weights)
     with result_folder(wanted, REPORT, {key: report[key] for key in OF}) as output:
         write(output, report, explanations, inputs)
         if not options.no_tracking:
-            track(output, report, explanations, inputs, options.experiment)
+            track(output, report, explanations, inputs, options)
     log_numbers(explanations)
     log.info("figures and %s: %s", REPORT, output)
     return report
@@ -91,8 +91,13 @@ def require_libraries() -> None:
         raise OSError(f"{error}: pip install -e '.[explain]' brings what explain needs") from error
 
 
-def describe(explanations: Sequence[Explanation], inputs: Inputs) -> dict[str, Any]:
-    """The first network's description, the images', and the other network's under "against"."""
+def describe(
+    explanations: Sequence[Explanation], inputs: Inputs, weights: Weights
+) -> dict[str, Any]:
+    """The first network's description, the images', and the other network's under "against".
+
+    weights: those of the networks, as they were asked for.
+    """
     first, *others = [explanation.describe() for explanation in explanations]
     return {
         **first,
@@ -101,14 +106,14 @@ def describe(explanations: Sequence[Explanation], inputs: Inputs) -> dict[str, A
         "feature_images": len(inputs.labelled) if inputs.labelled else 0,
         "unread": {str(path): fault for path, fault in inputs.faces.faults.items()},
         "against": others[0] if others else None,
-        "seen_sha256": seen(explanations, inputs),
+        "seen_sha256": seen(explanations, inputs, weights),
     }
 
 
-def seen(explanations: Sequence[Explanation], inputs: Inputs) -> str:
+def seen(explanations: Sequence[Explanation], inputs: Inputs, weights: Weights) -> str:
     """A digest of the first network and the images: a look at other ones is another result."""
     own = sha256_of(explanations[0].trained.path)
-    digest = hashlib.sha256(json.dumps([own, inputs.faces.names, inputs.origin]).encode())
+    digest = hashlib.sha256(json.dumps([own, weights, inputs.faces.names, inputs.origin]).encode())
     for split in filter(None, (inputs.faces.split, inputs.labelled)):
         digest.update(split.index.tobytes())
     return digest.hexdigest()
@@ -138,7 +143,7 @@ def write(
 
 def track(
     output: Path, report: dict[str, Any], explanations: Sequence[Explanation], inputs: Inputs,
-    experiment: str | None,
+    options: ExplainOptions,
 ) -> None:  # fmt: skip
     """A run of its own in MLflow, which names the first network's training."""
     first, *others = explanations
@@ -151,14 +156,15 @@ def track(
         numbers = {"head_overlap": own.overlap, "class_separation": own.separation}
         known = {key: value for key, value in numbers.items() if not math.isnan(value)}
         metrics |= {f"explain/{key}{ending}": value for key, value in known.items()}
-    trained, model = first.trained, model_of(first.trained)
+    trained, model = first.trained, model_of(first.trained, options.weights)
     record = RunRecord(
-        experiment=experiment or trained.experiment,
+        experiment=options.experiment or trained.experiment,
         name=f"explain {trained.name}, {trained.path.stem}, on {inputs.where}",
         params=params,
-        tags={"kind": "explanation", "trained_by": model.run_id if model else "unknown",
+        tags={"kind": "explanation", TRAINED_BY: (model and model.run_id) or "unknown",
               "fingerprint": report["fingerprint"] or "unknown"},
         config=trained.config,
+        datasets=inputs.datasets,
         model=model,
     )  # fmt: skip
     drawn = [name for name in (*ATTENTION, FEATURES) if (output / name).is_file()]

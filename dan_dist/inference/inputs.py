@@ -11,9 +11,10 @@ import numpy as np
 from dan_dist.data.cache import localise
 from dan_dist.data.crops import Given, find_images, pack_images, warn_of_changed
 from dan_dist.data.sampler import epoch_order, group_samples
-from dan_dist.evaluation.evaluate import open_split
+from dan_dist.evaluation.evaluate import CONTEXTS, open_split
 from dan_dist.model.weights import Trained
 from dan_dist.options import ExplainOptions
+from dan_dist.tracking.inputs import dataset_inputs
 from shards.format import Split, open_shardset
 from shards.releases.source import plain_name
 
@@ -40,6 +41,7 @@ class Inputs(NamedTuple):
     faces: Faces
     labelled: Split | None  # of these, features are drawn
     origin: dict[str, Any]  # of the labelled images: data set, release, fingerprint, split
+    datasets: list[dict[str, Any]]  # see `dataset_inputs`
 
     @property
     def where(self) -> str:
@@ -53,6 +55,7 @@ def open_inputs(
     options: ExplainOptions, networks: Sequence[Trained], folder: Path, threads: int
 ) -> Inputs:
     """The images that the options name; given ones are packed into `folder`."""
+    used: list[dict[str, Any]] = []
     labelled, origin = None, dict.fromkeys(("dataset", "release", "fingerprint", "split"))
     if options.data is not None:
         shards = open_shardset(localise(options.data, options.cache))
@@ -60,6 +63,8 @@ def open_inputs(
         for other in networks[1:]:
             open_split(shards, split.name, other)
         labelled = evenly(split, FEATURE_IMAGES)
+        context = CONTEXTS.get(split.name, "test")
+        used = dataset_inputs(shards, {context: labelled}, options.data)
         origin = {
             "dataset": shards.dataset,
             "release": shards.release,
@@ -72,7 +77,7 @@ def open_inputs(
     else:
         assert labelled is not None  # `main` has refused options without images and shards
         faces = first_faces(labelled)
-    return Inputs(faces, labelled, origin)
+    return Inputs(faces, labelled, origin, used)
 
 
 def evenly(split: Split, count: int) -> Split:

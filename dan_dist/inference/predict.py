@@ -59,7 +59,9 @@ def main(options: PredictOptions) -> int:
     files = Files(options.csv, options.parquet, options.features, options.draw)
     if not options.faces and (options.detector or options.face_cut):
         raise ValueError("--detector and --face-cut belong to --faces")
-    with session(options.device, timeout_s=60.0, on_loss=lambda line: None) as (world, heart):
+    with session(
+        options.device, timeout_s=60.0, on_loss=lambda line: None, stacks=options.checkpoint
+    ) as (world, heart):
         world.run_on_all(lambda: files.check() if world.is_main else None)
         trained = world.run_on_all(
             lambda: load_trained(options.checkpoint, options.classes, weights=options.weights)

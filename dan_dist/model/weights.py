@@ -75,7 +75,7 @@ class Trained(NamedTuple):
     config: dict[str, Any]  # of the training; empty in the authors' files
     run_id: str | None  # MLflow's, of the training
     # sets, fingerprint, face_cut, its own evaluation and the best one and their images, if any;
-    # other_weights: these evaluations were of the average of the weights, not of these
+    # has_average; other_weights: these evaluations were of the average of the weights, not of these
     facts: dict[str, Any]
 
     @property
@@ -194,6 +194,7 @@ def _ours(path: Path, content: dict[str, Any], weights: Which) -> Trained:
     facts: dict[str, Any] = {
         key: content[key] for key in ("sets", "fingerprint", "best", "face_cut") if key in content
     }
+    facts["has_average"] = "average" in content
     if content.get("evaluated") == content["step"]:
         facts["evaluation"] = content["metrics"]
     if isinstance(right := content.get("right"), Tensor):

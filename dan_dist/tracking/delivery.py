@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dan_dist.redaction import redact
 from dan_dist.tracking.faults import (
     ClosedError,
     PartlyRefusedError,
@@ -17,7 +18,8 @@ from dan_dist.tracking.faults import (
     send_entries,
 )
 from dan_dist.tracking.inputs import find_model, linked, log_inputs
-from dan_dist.tracking.journal import NAME, Journal, Lane
+from dan_dist.tracking.journal import Journal
+from dan_dist.tracking.journal_files import JOURNAL_TAG, NAME, Lane
 from dan_dist.tracking.logged_model import log_model
 from dan_dist.tracking.names import (
     MOST_LETTERS,
@@ -38,7 +40,7 @@ from dan_dist.tracking.store import (
 
 log = logging.getLogger(__name__)
 
-_JOURNAL_TAG, _ROLLBACK_TAG = "dan_dist.journal", "dan_dist.rolled_back"
+_ROLLBACK_TAG = "dan_dist.rolled_back"
 
 
 class Delivery:
@@ -114,7 +116,7 @@ class Delivery:
                 client.log_dict(run_id, record["config"], "config.yaml")
             case "inputs":
                 assert run_id is not None
-                log_inputs(client, run_id, record)
+                log_inputs(client, run_id, record, redact(self._uri))
             case "metrics":
                 assert run_id is not None
                 self._metrics(run_id, record)
@@ -158,7 +160,7 @@ class Delivery:
     def _link(self, run_id: str) -> dict[str, str]:
         """The model and the data set that an evaluation's metrics are of; of a training, none."""
         inputs = self._journal.inputs
-        model = find_model(self.client, inputs.get("model"))
+        _, model = find_model(self.client, inputs.get("model"), redact(self._uri))
         return {} if model is None else {"model_id": model, "run_id": run_id, **linked(inputs)}
 
     def _parameters(self, run_id: str, values: Mapping[str, str]) -> None:
@@ -216,7 +218,7 @@ class Delivery:
         """The run of this journal: the one with its tag, the one it goes on with, or a new one."""
         if adopted := record.get("adopted"):
             self._journal.experiment_id = active_run(self.client, adopted).info.experiment_id
-            self.client.set_tag(adopted, _JOURNAL_TAG, self._journal.id)
+            self.client.set_tag(adopted, JOURNAL_TAG, self._journal.id)
             return str(adopted)
         local, artifacts = store()  # not the journal's: that may come from elsewhere
         experiment = self._experiment or record["experiment"]
@@ -229,11 +231,11 @@ class Delivery:
                 self._journal.experiment_id = found.experiment_id
                 return str(found.run_id)
         self._journal.experiment_id = number
-        own = f"tags.`{_JOURNAL_TAG}` = '{self._journal.id}'"
+        own = f"tags.`{JOURNAL_TAG}` = '{self._journal.id}'"
         runs = self.client.search_runs([number], own, order_by=["attributes.start_time ASC"])
         if runs:
             return str(runs[0].info.run_id)
-        tags = {_JOURNAL_TAG: self._journal.id}
+        tags = {JOURNAL_TAG: self._journal.id}
         if record["parent"]:
             tags["mlflow.parentRunId"] = parent_run(
                 self.client, number, record["parent"], record.get("parent_title")

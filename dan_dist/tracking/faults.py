@@ -46,6 +46,10 @@ class PartlyRefusedError(RefusedError):
         self.refused = refused  # what it is → the reason
 
 
+class PendingError(Exception):
+    """A record names another run, whose own record has still to be sent; says how."""
+
+
 class ClosedError(Exception):
     """Nothing of the run will be taken: its experiment was deleted, say. Names the way on."""
 

@@ -1,20 +1,30 @@
 """What a run is computed on, as MLflow's inputs: data sets by name and digest, and the model."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dan_dist.data.mixture import JoinedSet
-from dan_dist.model.weights import Trained
-from dan_dist.tracking.faults import PartlyRefusedError, is_refusal, noted, send_entries
-from dan_dist.tracking.journal import read_sent
+import numpy as np
+
+from dan_dist.data.mixture import JoinedSet, bounds_of
+from dan_dist.model.weights import Trained, Which
+from dan_dist.tracking.faults import (
+    PartlyRefusedError,
+    PendingError,
+    is_refusal,
+    noted,
+    send_entries,
+)
+from dan_dist.tracking.journal_files import JOURNAL_TAG, is_pending, read_id, read_sent
 from dan_dist.tracking.names import fit_value
 from shards.format import ShardSet, Split
 
 DIGEST_LETTERS = 32  # of a fingerprint: MLflow takes 36 at most
 NAME_LETTERS = 500
 MOST_CLASSES = 100  # whose images are counted each
+TRAINED_BY = "trained_by"  # the tag of the training's run
 
 
 class DatasetInput(NamedTuple):
@@ -26,13 +36,22 @@ class DatasetInput(NamedTuple):
     source: str  # the shards' folder or URL
     release: str
     profile: dict[str, Any]  # counts
+    digest: str = ""  # of the images, where they are not all of the split; else the fingerprint's
+
+    @property
+    def key(self) -> dict[str, str]:
+        """The name and the digest by which MLflow knows it."""
+        digest = (self.digest or self.fingerprint)[:DIGEST_LETTERS]
+        return {"name": fit_value(self.name, NAME_LETTERS), "digest": digest}
 
 
 class ModelInput(NamedTuple):
-    """The model that a training logged at a step."""
+    """The model that a training logs of a checkpoint."""
 
-    run_id: str
-    step: int
+    run_id: str | None  # MLflow's, of the training; None: it was not known yet
+    step: int | None  # None: the model serves other weights of the checkpoint
+    journal: str | None = None  # the id of the training's, which MLflow's run has as a tag
+    folder: str = ""  # of the training
 
 
 def dataset_inputs(
@@ -42,10 +61,10 @@ def dataset_inputs(
     if isinstance(shards, JoinedSet):
         return [
             own
-            for part in shards.parts
+            for k, part in enumerate(shards.parts)
             for own in dataset_inputs(
                 part.shards,
-                {context: part.shards.split(split.name) for context, split in splits.items()},
+                {context: _part_of(split, k, part.shards) for context, split in splits.items()},
                 str(part.shards.root),
             )
         ]
@@ -53,10 +72,33 @@ def dataset_inputs(
     return [
         DatasetInput(
             f"{shards.dataset}/{split.name}", fingerprint, context, source, shards.release,
-            _profile(split),
+            _profile(split), _digest(shards, split),
         )._asdict()
         for context, split in splits.items()
     ]  # fmt: skip
+
+
+def _part_of(split: Split, number: int, shards: ShardSet) -> Split:
+    """The images that a joined split has of one of its sets."""
+    own = split.index[bounds_of(split)[number]]
+    if len(own) == _count(shards, split.name):
+        return shards.split(split.name)  # with the set's own names of classes
+    return Split(split.name, split.root, split.shards, own, split.class_names, split.image_size)
+
+
+def _count(shards: ShardSet, split: str) -> int | None:
+    """The images of a split as it was packed; None: no split of that name was."""
+    return sum(shards.counts[split]) if split in shards.counts else None
+
+
+def _digest(shards: ShardSet, split: Split) -> str:
+    """A digest of a split's images where they are not all that the set has under its name."""
+    if len(split) == _count(shards, split.name):
+        return ""
+    digest = hashlib.sha256(shards.fingerprint.encode())
+    for column in ("size", "crc32"):  # the images themselves, wherever they lie
+        digest.update(np.ascontiguousarray(split.index[column]).tobytes())
+    return digest.hexdigest()
 
 
 def _profile(split: Split) -> dict[str, Any]:
@@ -68,11 +110,13 @@ def _profile(split: Split) -> dict[str, Any]:
     return profile | ({"images": counts} if len(counts) <= MOST_CLASSES else {})
 
 
-def log_inputs(client: Any, run_id: str, record: Mapping[str, Any]) -> None:
-    """Links a run with its data sets and its model; once, however often it is called.
+def log_inputs(client: Any, run_id: str, record: Mapping[str, Any], uri: str) -> None:
+    """Links a run with its data sets, its model and that one's training; once, if called often.
+
+    uri: the store's, without secrets.
 
     Raises:
-        PartlyRefusedError: of some; the others are linked.
+        PartlyRefusedError: of some; the others are linked. PendingError: as `find_model`.
     """
     from mlflow.entities import Dataset, InputTag, LoggedModelInput
     from mlflow.entities import DatasetInput as Input
@@ -82,16 +126,19 @@ def log_inputs(client: Any, run_id: str, record: Mapping[str, Any]) -> None:
         own = DatasetInput(**values)
         kind, source = _source(own.source)
         tags = {"mlflow.data.context": own.context, "fingerprint": own.fingerprint,
-                "release": own.release}  # fmt: skip
+                "release": own.release, "images": str(own.profile["num_rows"]),
+                "source": own.source}  # fmt: skip
         dataset = Dataset(
-            fit_value(own.name, NAME_LETTERS), own.fingerprint[:DIGEST_LETTERS], kind,
-            json.dumps(source), profile=json.dumps(own.profile),
-        )  # fmt: skip
+            **own.key, source_type=kind, source=json.dumps(source), profile=json.dumps(own.profile)
+        )
         labels = [InputTag(k, fit_value(v, NAME_LETTERS)) for k, v in tags.items()]
         datasets.append((own.name, Input(dataset, labels)))
     with noted(refused):
         send_entries("data set", datasets, lambda few: client.log_inputs(run_id, few))
-    if (model := find_model(client, record.get("model"))) is not None:
+    training, model = find_model(client, record.get("model"), uri)
+    if training is not None:
+        client.set_tag(run_id, TRAINED_BY, training)
+    if model is not None:
         known = client.get_run(run_id).inputs
         if model not in [m.model_id for m in (known.model_inputs if known else [])]:
             links = [(model, LoggedModelInput(model))]
@@ -101,40 +148,68 @@ def log_inputs(client: Any, run_id: str, record: Mapping[str, Any]) -> None:
         raise PartlyRefusedError(refused)
 
 
-def model_of(trained: Trained) -> ModelInput | None:
-    """The model that the training of a checkpoint logs of it, where MLflow has that training.
+def model_of(trained: Trained, weights: Which = "auto") -> ModelInput | None:
+    """The model that the training of a checkpoint logs of it, where it keeps a record for MLflow.
 
     A checkpoint that is older than MLflow's answer does not name its run: its folder does.
+
+    weights: those that were taken. A model serves the average, where there is one.
     """
-    run_id = trained.run_id or read_sent(trained.path.parent).run_id
-    return None if run_id is None else ModelInput(run_id, trained.step)
+    folder = trained.path.parent
+    run_id, journal = trained.run_id or read_sent(folder).run_id, read_id(folder)
+    if not trained.config or (run_id is None and journal is None):
+        return None
+    is_served = weights != "trained" or not trained.facts.get("has_average")
+    step = trained.step if is_served else None
+    return ModelInput(run_id, step, journal, str(folder.absolute()))
 
 
-def find_model(client: Any, model: Any) -> str | None:
-    """The id of the model that a training logged; None where this store has none.
+def find_model(client: Any, model: Any, uri: str) -> tuple[str | None, str | None]:
+    """The run of a training and the model that it logged, by their ids; None where they are not.
 
-    model: a `ModelInput`, as a journal holds it.
+    model: a `ModelInput`, as a journal holds it. uri: the store's, without secrets.
+
+    Raises:
+        PendingError: the training's journal has still to send them there.
     """
     if model is None:
-        return None
-    own = ModelInput(*model)
+        return None, None
+    own, info = ModelInput(*model), None
+    found: list[Any] = []
     try:
-        experiment = client.get_run(own.run_id).info.experiment_id
-        found = client.search_logged_models([experiment], f"source_run_id = '{own.run_id}'")
-    except Exception as error:
-        if is_refusal(error):  # it was trained elsewhere, or this server knows no models
-            return None
-        raise
-    return next((m.model_id for m in found if m.params.get("step") == str(own.step)), None)
+        if (info := _training(client, own)) is not None and own.step is not None:
+            query = f"source_run_id = '{info.run_id}'"
+            found = client.search_logged_models([info.experiment_id], query)
+    except Exception as error:  # it was trained elsewhere, or this server knows no models
+        if not is_refusal(error):
+            raise
+    named = (m.model_id for m in found if m.params.get("step") == str(own.step))
+    training, model_id = info and info.run_id, next(named, None)
+    is_missing = training is None or (model_id is None and own.step is not None)
+    if is_missing and is_pending(Path(own.folder), own.journal, uri):
+        raise PendingError(
+            "its training's own record has not reached MLflow; first: "
+            f"python -m dan_dist.tracking replay {own.folder}"
+        )
+    return training, model_id
+
+
+def _training(client: Any, own: ModelInput) -> Any:
+    """What MLflow knows of a training's run; None: it is not there, as far as can be told."""
+    if own.run_id is not None:
+        return client.get_run(own.run_id).info
+    if own.journal is None:
+        return None
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    runs = client.search_runs(experiments, f"tags.`{JOURNAL_TAG}` = '{own.journal}'")
+    return runs[0].info if runs else None
 
 
 def linked(record: Mapping[str, Any]) -> dict[str, str]:
     """The data set of an evaluation's metrics, by which MLflow groups them at the model."""
     if not record.get("datasets"):
         return {}
-    own = DatasetInput(**record["datasets"][0])
-    name = fit_value(own.name, NAME_LETTERS)
-    return {"dataset_name": name, "dataset_digest": own.fingerprint[:DIGEST_LETTERS]}
+    return {f"dataset_{k}": v for k, v in DatasetInput(**record["datasets"][0]).key.items()}
 
 
 def _source(text: str) -> tuple[str, dict[str, str]]:

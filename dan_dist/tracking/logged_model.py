@@ -1,5 +1,6 @@
 """The best checkpoint of a run as a model in MLflow, to be loaded, served and registered."""
 
+import base64
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,9 @@ def save_model(trained: Trained, folder: Path, run_id: str, model: Any) -> None:
         python_model=str(PACKAGE / "tracking" / "served.py"),
         artifacts={"checkpoint": str(trained.path)},
         code_paths=[str(PACKAGE), str(PACKAGE.parent / "shards")],
-        signature=ModelSignature(Schema([ColSpec(DataType.binary, "image")]), Schema(outputs)),
-        input_example=pd.DataFrame({"image": [gray]}),
+        # A binary column's base64 MLflow's server decodes itself, and names no other form
+        signature=ModelSignature(Schema([ColSpec(DataType.string, "image")]), Schema(outputs)),
+        input_example=pd.DataFrame({"image": [base64.b64encode(gray).decode()]}),
         pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in NEEDED],
     )  # fmt: skip
 

@@ -67,9 +67,14 @@ def _version(package: str) -> str:
 
 
 def _program() -> str:
-    """What was started: a script, or a module."""
-    path = Path(sys.argv[0])
-    return f"-m {path.parent.name}" if path.name == "__main__.py" else sys.argv[0] or UNKNOWN
+    """What was started: a script, or a module, of which `dan_dist` holds several programs."""
+    path, given = Path(sys.argv[0]), sys.orig_argv
+    if path.name != "__main__.py":
+        return sys.argv[0] or UNKNOWN
+    if "-m" not in given:
+        return f"-m {path.parent.name}"
+    module, *words = given[given.index("-m") + 1 :]
+    return " ".join(["-m", module, *words[: module == "dan_dist"]])
 
 
 def _user() -> str:

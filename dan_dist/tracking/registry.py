@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dan_dist.tracking.journal import read_sent
+from dan_dist.tracking.journal_files import read_sent
 from dan_dist.tracking.store import connect, import_mlflow, store
 
 

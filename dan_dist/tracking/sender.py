@@ -12,11 +12,13 @@ from dan_dist.tracking.delivery import Delivery
 from dan_dist.tracking.faults import (
     ClosedError,
     PartlyRefusedError,
+    PendingError,
     is_refusal,
     reason_of,
     status_of,
 )
-from dan_dist.tracking.journal import LANES, Journal, Lane, LeftOut, lanes_of
+from dan_dist.tracking.journal import Journal
+from dan_dist.tracking.journal_files import LANES, Lane, LeftOut, lanes_of
 from dan_dist.tracking.store import import_mlflow
 
 log = logging.getLogger(__name__)
@@ -142,7 +144,9 @@ class Sender:
                 self._close(error)
                 return
             except Exception as error:  # whatever mlflow and its HTTP stack raise
-                if not is_failing:
+                if isinstance(error, PendingError) and not is_failing:
+                    log.warning("the run's record waits: %s", error)
+                elif not is_failing:
                     log.warning("MLflow at %s %s: %s", self._shown, _FAILED[lane], reason_of(error))
                 is_failing, tries = True, tries + 1
                 if self._is_poison(found[1], error, tries):

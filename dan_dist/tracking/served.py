@@ -70,8 +70,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """(3, S, S) as the packer and the loader would give the network."""
         if not isinstance(image, str | bytes):
             raise ImageError(f"image {number}: a {type(image).__name__}; {EXPECTED}")
-        # Base64 is what JSON holds; MLflow decodes it in some forms of a request, in others not.
-        # No image file is of its letters alone.
+        # Base64 is what JSON holds, bytes what Python gives; no image file is of its letters alone
         with suppress(ValueError):
             image = base64.b64decode(image, validate=True) or image
         content = image.encode() if isinstance(image, str) else bytes(image)

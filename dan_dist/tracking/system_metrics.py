@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any, Self
 
 from dan_dist.distributed.world import World
-from dan_dist.tracking.journal import SYSTEM
+from dan_dist.tracking.journal_files import SYSTEM
 from dan_dist.tracking.store import import_mlflow
 from dan_dist.tracking.tracker import NullTracker
 
@@ -123,7 +123,7 @@ def _monitors(*, on_gpu: bool) -> list[Any]:
     if on_gpu:
         try:
             monitors.append(GPUMonitor())
-        except (ImportError, RuntimeError) as error:
+        except Exception as error:  # pynvml's own errors too, which share no base but Exception
             log.warning("system metrics without the GPUs: %s", error)
     with suppress(Exception):  # the first reading of the CPU is of the time since it was imported
         monitors[0].collect_metrics()

@@ -8,7 +8,9 @@ server, and records that a server missed arrive when it is back, or by
 
 import logging
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,8 @@ from matplotlib.figure import Figure
 from dan_dist.redaction import redact, redact_tree
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.inputs import ModelInput
-from dan_dist.tracking.journal import SYSTEM, Journal, LeftOut, remove_journal
+from dan_dist.tracking.journal import Journal
+from dan_dist.tracking.journal_files import SYSTEM, LeftOut, remove_journal
 from dan_dist.tracking.names import check_written
 from dan_dist.tracking.provenance import provenance
 from dan_dist.tracking.sender import Sender, ask, waiting
@@ -105,6 +108,7 @@ class MlflowTracker(NullTracker):
         self._journal, self._folder = Journal(folder), folder
         sampled = [s for key, s in self._journal.last_step.items() if key.startswith(SYSTEM)]
         self._samples = max(sampled, default=0)
+        self._held, self._holding = deque[dict[str, Any]](), threading.Lock()
         self._status = "FAILED"
         self._model: Path | None = None
         uri, _ = store()
@@ -162,13 +166,23 @@ class MlflowTracker(NullTracker):
         """Records `values` at the given optimiser step, unless they were recorded for it before."""
         if new := self._journal.new_metrics(values, step):
             self._journal.append("metrics", values=new, step=step, time_ms=_now_ms())
+            self._release()
 
     def system(self, values: Mapping[str, float]) -> None:
-        """Records a sample of a node's load, with the next record; may be called by any thread."""
-        self._samples += 1
-        self._journal.append_later(
-            "metrics", values=dict(values), step=self._samples, time_ms=_now_ms()
-        )
+        """Records a sample of a node's load, with the next record; may be called by any thread.
+
+        Those before the run's first metric wait for it: on the first one, MLflow's pages open.
+        """
+        with self._holding:
+            self._samples += 1
+            self._held.append({"values": dict(values), "step": self._samples, "time_ms": _now_ms()})
+        if not all(key.startswith(SYSTEM) for key in list(self._journal.last_step)):
+            self._release()
+
+    def _release(self) -> None:
+        with self._holding:
+            while self._held:
+                self._journal.append_later("metrics", **self._held.popleft())
 
     def figure(self, name: str, draw: Callable[..., Figure], *values: Any) -> None:
         """Records the figure `draw(*values)` as the artifact `name`."""
@@ -200,6 +214,7 @@ class MlflowTracker(NullTracker):
         Only a finished run waits for long: one that got a stop signal has little time. Whatever
         becomes of the model, the run has ended.
         """
+        self._release()
         self._journal.append("status", status=self._status, tags={}, time_ms=_now_ms())
         if self._model is not None:
             self._journal.append("model", path=os.path.relpath(self._model, self._folder))

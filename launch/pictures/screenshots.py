@@ -1,6 +1,6 @@
 """Pictures of MLflow's pages, by a real browser (Debian's `chromium`), as the READMEs show them:
 
-    python launch/pictures/screenshots.py FILE.png ADDRESS [--size 1400x900] [--click TEXT …]
+    python launch/pictures/screenshots.py FILE.png ADDRESS [--size 1800x1200] [--click TEXT …]
 
 The address is one that `launch/ablate.py` or a training prints. `--click` clicks, one after
 another, on what has that text; `--wait` are the seconds that a page has to draw itself.
@@ -43,6 +43,7 @@ FIND = """
 })()
 """
 ANSWER_S = 60.0
+LEFT_S = 0.5  # for a toolbar to go
 
 
 class Browser:
@@ -114,6 +115,10 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1],
                       button="left", clickCount=1)  # fmt: skip
 
+    def leave(self) -> None:
+        """Takes the mouse off the page's charts, which show a toolbar beneath it."""
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=0, y=0)
+
     def close(self) -> None:
         self._process.terminate()
         self._process.wait(30)
@@ -128,7 +133,7 @@ def main(arguments: list[str], stop: StopRequest) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path)
     parser.add_argument("address")
-    parser.add_argument("--size", default="1400x900", help="of the window, in pixels")
+    parser.add_argument("--size", default="1800x1200", help="of the window, in pixels")
     parser.add_argument("--click", action="append", default=[], help="a text to click on")
     parser.add_argument(
         "--wait", type=float, default=8.0, help="seconds, for a page to draw itself"
@@ -146,6 +151,8 @@ def main(arguments: list[str], stop: StopRequest) -> int:
             for text in options.click:
                 browser.click(text)
                 time.sleep(options.wait / 2)
+            browser.leave()
+            time.sleep(LEFT_S)
             shown = browser.call("Page.captureScreenshot", format="png")
             options.file.write_bytes(base64.b64decode(shown["data"]))
         finally:
