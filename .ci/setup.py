@@ -5,8 +5,11 @@ DALI is a package for each generation of CUDA, and two of them would be installe
 """
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.sdist import sdist
 
 DALI = {"12": "nvidia-dali-cuda120>=2.4", "13": "nvidia-dali-cuda130>=2.4"}
 DEPENDENCIES = [
@@ -31,7 +34,16 @@ DEPENDENCIES = [
     "fsspec",
 ]
 
+
+class Sources(sdist):
+    """An archive of the sources, with the build backend and this script, which build it."""
+
+    def make_release_tree(self, base_dir: str, files: Sequence[str]) -> None:
+        own = Path(__file__).parent.glob("*.py")
+        super().make_release_tree(base_dir, [*files, *(os.path.relpath(path) for path in own)])
+
+
 cuda = os.environ.get("DAN_CUDA", "13")
 if cuda not in DALI:
     raise SystemExit(f"DAN_CUDA is {cuda!r}, expected {' or '.join(DALI)}")
-setup(install_requires=[DALI[cuda], *DEPENDENCIES])
+setup(install_requires=[DALI[cuda], *DEPENDENCIES], cmdclass={"sdist": Sources})

@@ -2,10 +2,9 @@
 
 import logging
 import shutil
-import sqlite3
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +25,18 @@ from dan_dist.data.cache import find_copy, is_remote, localise, read_manifest
 from dan_dist.distributed.device import choose_device
 from dan_dist.distributed.world import World
 from dan_dist.header import log_data, log_place
+from dan_dist.record import known_run
 from dan_dist.redaction import redact
 from dan_dist.room import check_room
 from dan_dist.run.folder import check_writable, checkpoint_to_resume, locked_run_folder
 from dan_dist.run.plan import make_plan
+from dan_dist.run.state import TrainState
 from dan_dist.tracking.faults import ClosedError, reason_of
 from dan_dist.tracking.names import check_written
-from dan_dist.tracking.sqlite import refuse_broken
+from dan_dist.tracking.read_only import check_file
+from dan_dist.tracking.sqlite import database
 from dan_dist.tracking.store import check_takes, connect, store
+from dan_dist.tracking.system_metrics import interval_s
 from dan_dist.train import read_checkpoint
 from shards.format import (
     MANIFEST,
@@ -65,30 +68,36 @@ class Outline(ShardSet):
         return Split(name, self.root, (), index, self.class_names, self.image_size)
 
 
-def check(config: Config, ranks: int) -> None:
+def check(config: Config, ranks: int, *, is_here: bool = True) -> None:
     """Logs what each check of a training on so many ranks has found.
+
+    is_here: it would run on this machine. Else, where this one has no GPU and train.device lets the
+    ranks choose, nothing is known of the memory and the nodes that they will have.
 
     Raises:
         ValueError, OSError: as the training would.
     """
     folder = Path(config.train.output)
     device = choose_device(config.train.device, 0, 1)
+    is_here = is_here or device.type == "cuda" or config.train.device != "auto"
     gpus = torch.cuda.device_count() if device.type == "cuda" else ranks
     world = World(0, 0, ranks, min(ranks, gpus), device)
-    log_place(config, world)
+    log_place(config, world, is_here=is_here)
     shards = find_shards(config)
     with no_new_folders(folder), locked_run_folder(folder):
         data = assemble_data(without_pairs_file(config, shards), world, shards)
         log_data(config, world, shards, data.train, data.task.images)
-        check_room(config, world, data.task.classes)
-        check_start(config, data)
+        check_room(config, world, data.task.classes, is_here=is_here)
+        saved = check_start(config, data)
     if config.engine.name == "deepspeed":
         from dan_dist.engine.deepspeed import check_extra  # takes seconds to import
 
         check_extra(config.engine.deepspeed)
     if config.tracking.enabled:
         check_written(config.tracking.experiment, config.tracking.tags)
-        check_store(store()[0], config.tracking.experiment)
+        check_store(store()[0], config.tracking.experiment, known_run(config, saved))
+        if config.tracking.system_metrics:
+            interval_s()
     log.info("all checks passed; the configuration:")
 
 
@@ -145,8 +154,11 @@ def without_pairs_file(config: Config, shards: ShardSet) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"pairs_file": None})})
 
 
-def check_start(config: Config, data: TrainingData) -> None:
-    """What the weights start from: a checkpoint that the run resumes from, or a file of weights."""
+def check_start(config: Config, data: TrainingData) -> str | None:
+    """What the weights start from: a checkpoint that the run resumes from, or a file of weights.
+
+    Returns the run in MLflow that the checkpoint names.
+    """
     path = checkpoint_to_resume(Path(config.train.output), config.train.resume)
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
@@ -157,29 +169,37 @@ def check_start(config: Config, data: TrainingData) -> None:
     objective = initial_objective(config, data.class_names, is_new=not path and not is_missing)
     if not path:
         log.info("no checkpoint in %s: a new run", config.train.output)
-    elif not data.shards.fingerprint:
+        return None
+    if not data.shards.fingerprint:
         log.info("%s: whether it is of these faces is known once they are drawn", path)
-    else:
-        content = read_checkpoint(path, config, data)
-        make_plan(config, images=len(data.train), start=content["step"])
-        objective.load_state_dict(content["objective"])
-        log.info("%s: the run resumes after step %d", path, content["step"])
+        return None
+    content = read_checkpoint(path, config, data)
+    make_plan(config, images=len(data.train), start=content["step"])
+    objective.load_state_dict(content["objective"])
+    log.info("%s: the run resumes after step %d", path, content["step"])
+    return TrainState.from_checkpoint(content).run_id
 
 
-def check_store(uri: str, experiment: str) -> None:
+def check_store(uri: str, experiment: str, run_id: str | None) -> None:
     """Whether MLflow's store can be used now; a training goes on without, and sends it all later.
 
-    A server is asked; a file is looked at, and not made.
+    A server is asked; a file is read, and neither made nor changed. run_id: of a run that is to be
+    there.
 
     Raises:
         ValueError: MLflow will not take the run, now or later.
     """
     try:
-        if uri.startswith("sqlite:///"):
-            state = _look_at(Path(uri.removeprefix("sqlite:///")))
-        else:
-            check_takes(connect(uri), experiment)
+        file = database(uri)
+        if file is None:
+            check_takes(connect(uri), experiment, run_id)
             state = "reachable"
+        elif file.exists():
+            state = check_file(file, uri, experiment, run_id)
+        else:
+            with no_new_folders(file.parent):
+                check_writable(file.parent, "its folder")
+            state = f"the training makes {file}"
     except ClosedError as error:
         raise ValueError(str(error)) from error
     except Exception as error:  # mlflow's errors share no base but Exception
@@ -187,20 +207,6 @@ def check_store(uri: str, experiment: str) -> None:
         log.warning("%s; a training keeps a journal", redact(line))
     else:
         log.info("MLflow: %s", state)
-
-
-def _look_at(file: Path) -> str:
-    if not file.exists():
-        with no_new_folders(file.parent):
-            check_writable(file.parent, "its folder")
-        return f"the training makes {file}"
-    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as database:
-        try:
-            database.execute("PRAGMA schema_version").fetchone()
-        except sqlite3.DatabaseError as error:
-            refuse_broken(file, error)
-            raise
-    return f"{file} is there"
 
 
 @contextmanager

@@ -16,16 +16,24 @@ from shards.format import ShardSet, Split
 log = logging.getLogger(__name__)
 
 
-def log_place(config: Config, world: World) -> None:
-    """Logs on rank 0 where the training computes, and where it leaves what it finds."""
+def log_place(config: Config, world: World, *, is_here: bool = True) -> None:
+    """Logs on rank 0 where the training computes, and where it leaves what it finds.
+
+    is_here: else on nodes of which nothing is known, as a dry run has it.
+    """
     if not world.is_main:
         return
-    nodes = -(-world.size // world.local_size)
-    log.info(
-        "device: %s, %s on %s, %s",
-        device_name(world.device), _count(world.size, "rank"), _count(nodes, "node"),
-        resolve_precision(config.train.precision, world.device),
-    )  # fmt: skip
+    ranks, precision = _count(world.size, "rank"), config.train.precision
+    if is_here:
+        nodes = _count(-(-world.size // world.local_size), "node")
+        found = resolve_precision(precision, world.device)
+        log.info("device: %s, %s on %s, %s", device_name(world.device), ranks, nodes, found)
+    else:
+        log.info(
+            "device: no usable GPU here, each rank takes its own; %s, precision %s",
+            ranks,
+            precision,
+        )
     tracking = f"MLflow, {redact(store()[0])}" if config.tracking.enabled else "off"
     log.info("output: %s; tracking: %s", config.train.output, tracking)
 

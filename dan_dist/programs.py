@@ -30,7 +30,7 @@ SIGUSR1 or Ctrl-C end the run after a checkpoint; the same command resumes.
 
   --config CONFIG  the same as CONFIG
   --dry-run        checks all that needs no training, and prints the resolved configuration
-  --ranks N        with --dry-run: checks a training on N ranks
+  --ranks N        with --dry-run: checks a training on N ranks, which may be another machine's
 
 The keys, each as key [values; default]:
 
@@ -189,7 +189,7 @@ def _dry_run(config: "Config", ranks: int | None) -> int:
     from dan_dist.config import to_yaml
     from dan_dist.dry_run import check
 
-    check(config, ranks or launch.world_size)
+    check(config, ranks or launch.world_size, is_here=ranks is None)
     print(to_yaml(config), end="")
     return 0
 
@@ -206,9 +206,12 @@ def _evaluate(arguments: list[str], stop: StopRequest) -> int:
 
 
 def _certify(arguments: list[str], stop: StopRequest) -> int:
+    from dan_dist.config import load_config
     from dan_dist.options import CertifyOptions
 
     options = cli.parse(CertifyOptions, arguments)
+    if not any(word.endswith(".json") for word in options.words):
+        load_config(options.words[0], options.words[1:])
     from dan_dist.certificate import main
 
     stop.where = "while certifying"

@@ -14,6 +14,7 @@ from dan_dist.model.dan import cost
 from dan_dist.run.folder import damaged_since
 from dan_dist.run.state import TrainState
 from dan_dist.tracking.inputs import dataset_inputs
+from dan_dist.tracking.journal import read_records, read_sent
 from dan_dist.tracking.system_metrics import SystemMetrics
 from dan_dist.tracking.tracker import MlflowTracker, NullTracker, RunRecord
 from shards.format import ShardSet, Split
@@ -41,7 +42,7 @@ def open_tracker(
             name=config.tracking.run_name or folder.name,
             parent=config.tracking.parent,
             parent_title=config.tracking.tags.get("ablation"),
-            adopted=None if config.tracking.parent else os.environ.get("MLFLOW_RUN_ID") or None,
+            adopted=adopted_run(config),
             step=state.step,
             # Names and tags, which MLflow shows as such, would bury what is compared
             params={k: v for k, v in flatten(config.model_dump()).items() if not k.startswith(OWN)},
@@ -65,6 +66,25 @@ def open_tracker(
         # After damage, what was recorded of later steps does not stand
         rollback_to=None if damaged_since(folder) is None else state.step,
     )
+
+
+def adopted_run(config: Config) -> str | None:
+    """The run that somebody else has made for this one; an ablation's runs are its own."""
+    return None if config.tracking.parent else os.environ.get("MLFLOW_RUN_ID") or None
+
+
+def known_run(config: Config, saved: str | None) -> str | None:
+    """The run that the training goes on with in MLflow, or that was made for it; None: a new one.
+
+    saved: in the checkpoint that is resumed from. It is looked for, and no error where it is gone.
+
+    Raises:
+        ValueError: the journal in the run's folder is damaged.
+    """
+    folder = Path(config.train.output)
+    begun = next((r for r in read_records(folder) if r["kind"] == "run"), None)
+    own = None if saved else adopted_run(config)
+    return read_sent(folder).run_id or (begun.get("adopted") if begun else own)
 
 
 def sample_system(

@@ -23,8 +23,10 @@ NUMBER_BYTES = {"bf16": 2, "fp16": 2, "float64": 8}  # else 4
 MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1}  # of an optimiser, for each weight
 
 
-def check_room(config: Config, world: World, classes: int) -> None:
+def check_room(config: Config, world: World, classes: int, *, is_here: bool = True) -> None:
     """Logs on rank 0 how much of the disk the run takes at most.
+
+    is_here: else it runs on nodes of which nothing is known; what a step needs is logged then.
 
     Raises:
         ValueError: a step needs more memory than this rank can have.
@@ -32,12 +34,12 @@ def check_room(config: Config, world: World, classes: int) -> None:
     with torch.device("meta"):  # shapes alone
         network = DAN(classes, config.model.heads)
     weights = sum(weight.numel() for weight in network.parameters())
-    check_memory(config, world, weights)
+    check_memory(config, world, weights, is_here=is_here)
     if world.is_main:
         log_disk(config, weights)
 
 
-def check_memory(config: Config, world: World, weights: int) -> None:
+def check_memory(config: Config, world: World, weights: int, *, is_here: bool = True) -> None:
     """Refuses a step that needs more memory than there is; what it may need beside that is its own.
 
     Raises:
@@ -45,12 +47,18 @@ def check_memory(config: Config, world: World, weights: int) -> None:
     """
     train, size = config.train, config.model.image_size
     precision = resolve_precision(train.precision, world.device)
+    if not is_here and train.precision == "auto":
+        precision = "bf16"  # the least that a GPU takes
     share = -(-train.global_batch // world.size)
     images = -(-share // micro_steps(train.global_batch, train.micro_batch, world.size))
     is_double = 2 if precision == "float64" else 1
     state = weights * 4 * is_double * (2 + MOMENTS[config.optim.name])
     image = NUMBERS_A_PIXEL * NUMBER_BYTES.get(precision, 4) * size**2
     needed = state + images * image + share * 3 * size**2
+    what = f"{images} images of {size} px at once need more than {_size(needed)} of memory"
+    if not is_here:
+        log.info("memory: %s on each rank", what)
+        return
     there = memory_bytes() // world.local_size
     if world.device.type == "cuda":
         there = torch.cuda.get_device_properties(world.device).total_memory
@@ -60,10 +68,7 @@ def check_memory(config: Config, world: World, weights: int) -> None:
     way = "a smaller model.heads, model.image_size or train.global_batch"
     if room > 0:
         way = f"train.micro_batch={room} or less, or a smaller model.image_size"
-    raise ValueError(
-        f"{images} images of {size} px at once need more than {_size(needed)} of memory, "
-        f"{world.device} has {_size(there)} for a rank; give {way}"
-    )
+    raise ValueError(f"{what}, {world.device} has {_size(there)} for a rank; give {way}")
 
 
 def log_disk(config: Config, weights: int) -> None:

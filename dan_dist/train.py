@@ -116,8 +116,8 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
         save_evidence(config, world, data.train, state),
     ):
 
-        def close(step: int) -> bool:
-            """Evaluates and saves after `step`, where that is due; returns whether the run ends."""
+        def close(step: int) -> Status | None:
+            """Evaluates and saves after `step`, where that is due; returns how the run ends."""
             due = plan.due(step, evaluated=state.evaluated, asked=monitor.asks)
             if due.save:
                 monitor.check()  # nothing that is not finite is evaluated or kept
@@ -132,13 +132,14 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
                 writer.write(step, content, is_best=is_best)
                 warn_of_replaced(world, data)
                 monitor.saved()
-            is_over = plan.is_over(step, best_epoch=state.best.get("epoch"))
-            return is_over or (due.save and monitor.stop)
+            if plan.is_over(step, best_epoch=state.best.get("epoch")):
+                return "finished"
+            return "preempted" if due.save and monitor.stop else None
 
         stop.wait_for_step, step = True, plan.start
         if step == 0:  # the start's own accuracy, chance, is where curves begin
             monitor.start(data.task.judge(engine.evaluate(validation, data.task.select, heart)))
-        while not close(step):
+        while (status := close(step)) is None:
             stop.step = step = step + 1
             heart.beat("reading", step)
             batch = next(batches)
@@ -147,8 +148,6 @@ def run(config: Config, world: World, stop: StopRequest, heart: Heartbeat) -> Ru
             monitor.step(step, batch, result)
         heart.finish()
         writer.wait()
-        is_over = plan.is_over(step, best_epoch=state.best.get("epoch"))
-        status: Status = "finished" if is_over else "preempted"
         ended = RunResult(status, dict(state.metrics), writer.saved or plan.start)
         return finish(config, world, data, ended, state, tracker, stop, heart)
 
@@ -258,4 +257,4 @@ def claim_folder(config: Config, world: World, state: TrainState, plan: Plan) ->
 
 
 if __name__ == "__main__":
-    raise SystemExit("type: python -m dan_dist train [config.yaml] [section.key=value …]")
+    raise SystemExit("type: python -m dan_dist train [CONFIG] [section.key=value …]")

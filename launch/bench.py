@@ -1,7 +1,9 @@
 """Measures the pipeline on this machine, each figure beside a peer's from the same run.
 
-python launch/bench.py [PART …] [config.yaml] [section.key=value …] [--json FILE]
-torchrun --nproc-per-node=N launch/bench.py train [config.yaml] …
+python launch/bench.py [PART …] [CONFIG] [section.key=value …] [--json FILE]
+torchrun --nproc-per-node=N launch/bench.py train [CONFIG] …
+
+CONFIG is a YAML file, or the name of a shipped one.
 
 Parts (without any, all):
 
@@ -43,7 +45,7 @@ from nvidia import dali
 
 from benchmarks import loader, order, scaling, start, step, training, visit
 from benchmarks.peers import table as peers
-from dan_dist.config import Config, layered, load_config
+from dan_dist.config import Config, find_config, layered, load_config
 from dan_dist.distributed.world import World, close_world, init_world
 from dan_dist.run.cli import run
 from dan_dist.run.signals import StopRequest
@@ -64,6 +66,7 @@ def main(arguments: list[str], _: StopRequest) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", nargs="*", help="parts, a configuration, overrides of its keys")
+    parser.add_argument("--config", help="the same as CONFIG")
     parser.add_argument("--repeats", type=_count, default=5, help="default 5; medians are printed")
     parser.add_argument("--images", type=_count, help="to draw (and three quarters to load in each "
                         "repeat); default 4096")  # fmt: skip
@@ -80,12 +83,8 @@ def main(arguments: list[str], _: StopRequest) -> int:
     parser.add_argument("--folder", help="where to write (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_intermixed_args(arguments)  # options may stand between what is named
-    overrides = [word for word in options.what if "=" in word]
-    paths = [word for word in options.what if word.endswith((".yaml", ".yml")) and "=" not in word]
-    chosen = [word for word in options.what if word not in (*overrides, *paths)]
-    for name in chosen:
-        if name not in PARTS:
-            raise ValueError(f"'{name}': no such part; known are {', '.join(PARTS)}")
+    chosen, paths, overrides = _sorted(options.what)
+    paths += [options.config] if options.config is not None else []
     if len(paths) > 1:
         raise ValueError(f"two configurations: {', '.join(paths)}")
     if options.visit:
@@ -114,6 +113,26 @@ def main(arguments: list[str], _: StopRequest) -> int:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     close_world(world)
     return 0
+
+
+def _sorted(words: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Parts, configurations and overrides.
+
+    Raises:
+        ValueError: a word is none of these.
+    """
+    chosen: list[str] = []
+    paths: list[str] = []
+    for word in (word for word in words if "=" not in word):
+        if word in PARTS:
+            chosen.append(word)
+            continue
+        try:
+            find_config(word)
+        except FileNotFoundError as error:
+            raise ValueError(f"no such part, known are {', '.join(PARTS)}; {error}") from error
+        paths.append(word)
+    return chosen, paths, [word for word in words if "=" in word]
 
 
 def _part(

@@ -1,4 +1,4 @@
-"""Trains DAN: torchrun launch/train.py [config.yaml] [section.key=value …]"""
+"""Trains DAN: torchrun launch/train.py [CONFIG] [section.key=value …]"""
 
 import sys
 from pathlib import Path

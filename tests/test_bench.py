@@ -1,13 +1,16 @@
 """The benchmark runs and writes its figures, which are nobody's test."""
 
 import json
+import logging
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from conftest import DAN, REPOSITORY, run
+from conftest import ALONE, DAN, REPOSITORY, run
+from dan_dist.run.signals import StopRequest
 
 Write = Callable[[str], Path]
 pytestmark = pytest.mark.slow
@@ -91,6 +94,28 @@ def test_it_needs_no_optional_package_and_no_rotation(tmp_path: Path) -> None:
 def test_an_unknown_part_is_one_line(tmp_path: Path) -> None:
     done = run(sys.executable, BENCH, "loaders", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == (
-        "error: 'loaders': no such part; known are loader, step, train, scaling, start, order\n"
-    )
+    assert done.stderr.startswith(
+        "error: no such part, known are loader, step, train, scaling, start, order; loaders: no "
+        "such configuration; there are affectnet7, "
+    ) and done.stderr.count("\n") == 1  # fmt: skip
+
+
+@pytest.mark.parametrize("words", ["rafdb loader", "order configs/sfew a=b.yaml step",
+                                   "train --config ferplus"])  # fmt: skip
+def test_a_recipe_is_given_by_its_name(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    bench = runpy.run_path(str(BENCH))
+    seen: list[object] = []
+    known = bench["main"].__globals__
+    monkeypatch.setitem(known, "_part", lambda *own: seen.append(own[:3]))
+    for name in ("init_world", "_machine", "close_world"):
+        monkeypatch.setitem(known, name, lambda *_: ALONE)
+    monkeypatch.setattr(logging.getLogger("dan_dist"), "level", logging.INFO)
+    assert bench["main"](words.split(), StopRequest()) == 0
+    expected = {
+        "rafdb loader": [("loader", "rafdb", [])],
+        "order configs/sfew a=b.yaml step": [("order", "configs/sfew", ["a=b.yaml"]),
+                                             ("step", "configs/sfew", ["a=b.yaml"])],
+        "train --config ferplus": [("train", "ferplus", [])],
+    }  # fmt: skip
+    assert seen == expected[words]

@@ -149,7 +149,7 @@ NOT_HERE = {
     "python launch/bench.py [*": "a form, no command",
     "python launch/bench.py --json *": "all parts, a quarter of an hour; test_bench.py has each",
     "python launch/bench.py order*": "ten million images, and peers' environments of gigabytes",
-    "torchrun launch/train.py [RECIPE] *": "a form, no command",
+    "torchrun launch/train.py [CONFIG] *": "a form, no command",
     "mlflow ui*": "a page for people; test_ablate.py opens the server's",
     "mlflow server --host 0.0.0.0": "in a text on what it leaves open",
     "python -m dan_dist train …": "a form, no command",

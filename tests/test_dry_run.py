@@ -1,6 +1,7 @@
 """A dry run finds what a training would end with, and leaves nothing behind."""
 
 import logging
+import re
 import socketserver
 import sys
 import threading
@@ -13,7 +14,7 @@ import torch
 
 from conftest import DAN, IDENTITY, REPOSITORY, run, single
 from dan_dist import config as configuration
-from dan_dist import dry_run
+from dan_dist import dry_run, room
 from dan_dist.config import layered, load_config, to_yaml
 from dan_dist.dry_run import check
 from shards.files import locked
@@ -230,6 +231,23 @@ def test_mlflow_is_reachable_or_not(
     with pytest.raises(ValueError, match=r"mlflow\.db cannot be opened: file is not a database"):
         check(config, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "run.yaml"]
+
+
+def test_on_a_machine_without_gpus_other_machines_are_not_judged(
+    tiny: Write, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login node of 100 MB: with --ranks and train.device=auto what is needed is stated."""
+    monkeypatch.setattr(room, "memory_bytes", lambda: 10**8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = load_config(tiny("run"), ["train.device=auto", "train.global_batch=64"])
+    check(config, 4, is_here=False)
+    device, memory = (next(x for x in caplog.messages if x.startswith(f"{name}: "))
+                      for name in ("device", "memory"))  # fmt: skip
+    assert device.endswith("; 4 ranks, precision auto") and "node" not in device
+    assert re.fullmatch(r"memory: 16 images of 32 px at once need more than \d+ MB .*", memory)
+    for same, is_here in ((config, True), (load_config(tiny("run")), False)):
+        with pytest.raises(ValueError, match="cpu has 25 MB for a rank"):
+            check(same, 4, is_here=is_here)
 
 
 def test_a_run_s_folder_holds_its_configuration_from_the_start(

@@ -1,7 +1,7 @@
 """Runs and checkpoints of commit 65e315c resume and evaluate.
 
 tests/data/65e315c.json holds the layout of two runs of that commit, preempted after step 14: DAN by
-Adam on `faces`, and a backbone by SGD on `people` (tests/conftest.py). Names, shapes, dtypes and
+Adam on `faces`, and a backbone by SGD on `people` (tests/conftest.py), drawn for it. Names, shapes, dtypes and
 plain values are there; tensors are filled from a seed, the words in braces by the test.
 """
 
@@ -26,7 +26,12 @@ LAYOUT = Path(__file__).parent / "data" / "65e315c.json"
 STOPPED, END = 14, 20
 OPTIONS = {
     "dan": [*DAN, "optim.name=adam", "optim.lr=1e-3"],
-    "identity": [*IDENTITY, "loss.classification=arcface"],
+    "identity": [
+        *IDENTITY,
+        "loss.classification=arcface",
+        "data.synthetic={train: 80, val: 60, "
+        "size: 32, seed: 7, by: identity, identities: 16, held_out: 20}",
+    ],
 }
 
 

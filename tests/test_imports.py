@@ -1,8 +1,10 @@
 """The architecture: imports point one way, from the story to the on-disk format."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -104,15 +106,63 @@ def test_light_modules_stay_light(module: str, absent: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
+LAUNCHERS = re.compile(
+    r"(\w+_)?RANK|(\w+_)?WORLD_SIZE|LOCAL_SIZE|NNODES|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+"
+)
+NAMES_LAUNCHERS = {
+    "dan_dist/run/environment.py": "reads it, for all others",
+    "dan_dist/distributed/world.py": "sets LOCAL_RANK where DeepSpeed, alone, asks for it",
+    "launch/benchmarks/peers/table.py": "takes it from the environment of its peers",
+    "launch/benchmarks/peers/with_litdata.py": "sets it for LitData, rank by rank",
+}
+
+
+def words_of(path: Path) -> set[str]:
+    """The texts and the names of arguments in a file's calls."""
+    nodes = [*ast.walk(ast.parse(path.read_text()))]
+    texts = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    return texts | {n.arg for n in nodes if isinstance(n, ast.keyword) and n.arg}
+
+
 def test_the_launchers_environment_is_read_in_one_place() -> None:
-    for paths in files().values():
-        for path in paths:
-            if "WORLD_SIZE" in path.read_text() or '"RANK"' in path.read_text():
-                assert path.name == "environment.py"
+    """By any of the names that torchrun and DeepSpeed's launcher give their workers."""
+    read = words_of(REPOSITORY / "dan_dist" / "run" / "environment.py")
+    names = {word for word in read if re.fullmatch("[A-Z_]+", word)}
+    assert {n for n in names if not LAUNCHERS.fullmatch(n)} == {"HOME", "LOGNAME"}
+    found = {
+        str(path.relative_to(REPOSITORY))
+        for folder in ("dan_dist", "shards", "launch")
+        for path in (REPOSITORY / folder).rglob("*.py")
+        if any(map(LAUNCHERS.fullmatch, words_of(path)))
+    }
+    assert found == {*NAMES_LAUNCHERS}
+
+
+def functions_of(path: Path) -> Iterator[ast.FunctionDef]:
+    return (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef))
+
+
+def test_the_story_fits_a_screen() -> None:
+    path = REPOSITORY / "dan_dist" / "train.py"
+    (run,) = (function for function in functions_of(path) if function.name == "run")
+    assert run.end_lineno is not None and run.end_lineno - run.lineno + 1 <= 50
+
+
+def test_no_function_takes_more_than_a_caller_can_tell_apart() -> None:
+    """Eight parameters, beside `self`; a dataclass may have more fields."""
+    for path in python_files():
+        for function in functions_of(path):
+            names = [a.arg for a in (*function.args.posonlyargs, *function.args.args,
+                                     *function.args.kwonlyargs)]  # fmt: skip
+            count = len(names) - (names[:1] == ["self"])
+            assert count <= 8, f"{path}: {function.name} has {count}"
+
+
+def python_files() -> list[Path]:
+    return [p for f in ("dan_dist", "shards", "launch", "slurm", "tests")
+            for p in (REPOSITORY / f).rglob("*.py")]  # fmt: skip
 
 
 def test_no_file_is_longer_than_a_reader_wants() -> None:
-    python = [p for f in ("dan_dist", "shards", "launch", "slurm", "tests")
-              for p in (REPOSITORY / f).rglob("*.py")]  # fmt: skip
-    long = {str(p): n for p in python if (n := p.read_text().count("\n")) >= 350}
+    long = {str(p): n for p in python_files() if (n := p.read_text().count("\n")) >= 350}
     assert not long

@@ -73,16 +73,19 @@ def call(*command: str | Path, cwd: Path) -> None:
 
 
 def build(folder: Path) -> Path:
-    """The wheel, built of a copy of the sources."""
+    """The wheel, built of the archive of a copy of the sources."""
     sources = folder / "sources"
     for name in ("dan_dist", "shards", "configs", ".ci"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(REPOSITORY / name, sources / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, sources / name)
-    offline = ["--no-deps", "--no-build-isolation", "--no-index"]
-    call(sys.executable, "-m", "pip", "wheel", ".", *offline, "-w", folder, cwd=sources)
+    archive = f"import build_backend; build_backend.build_sdist({str(folder)!r})"
+    call(sys.executable, "-c", f"import sys; sys.path.insert(0, '.ci'); {archive}", cwd=sources)
     shutil.rmtree(sources)
+    (packed,) = folder.glob("dan_dist-*.tar.gz")
+    offline = ["--no-deps", "--no-build-isolation", "--no-index"]
+    call(sys.executable, "-m", "pip", "wheel", packed, *offline, "-w", folder, cwd=folder)
     (wheel,) = folder.glob("dan_dist-*.whl")
     return wheel
 

@@ -32,6 +32,12 @@ def imported(process: subprocess.CompletedProcess[str]) -> set[str]:
         ("train", ["train.epoch=3"], "unknown key 'train.epoch'; did you mean 'train.epochs'?"),
         ("train", ["--epochs", "3"], "unknown option --epochs; keys are no options, type train.ep"),
         ("ablate", ["heads", "--config", "rafbd"], "rafbd: no such configuration; did you mean ra"),
+        (
+            "certify",
+            ["demo", "--steps", "9", "optim.rl=1"],
+            "key 'optim.rl'; did you mean 'optim.lr'?",
+        ),
+        ("certify", ["serw", "--worlds", "2"], "serw: no such configuration; did you mean"),
         ("ablate", ["heads", "modell.heads=3"], "unknown key 'modell'; did you mean 'model'?"),
     ],
 )
@@ -187,7 +193,14 @@ def test_a_parser_s_help_has_texts_defaults_and_the_docstring(
 
 @pytest.mark.parametrize(
     "name",
-    ["EvaluateCommand", "PredictOptions", "ExplainOptions", "ExportOptions", "AblateOptions"],
+    [
+        "EvaluateCommand",
+        "PredictOptions",
+        "ExplainOptions",
+        "ExportOptions",
+        "AblateOptions",
+        "CertifyOptions",
+    ],
 )
 def test_every_option_of_a_program_is_described(
     name: str, capsys: pytest.CaptureFixture[str]
@@ -221,9 +234,7 @@ def test_python_m_dan_dist_names_the_programs() -> None:
 def test_python_m_dan_dist_train_names_what_to_type() -> None:
     done = module("dan_dist.train")
     assert done.returncode == 1 and not done.stdout
-    assert done.stderr.strip() == (
-        "type: python -m dan_dist train [config.yaml] [section.key=value …]"
-    )
+    assert done.stderr.strip() == ("type: python -m dan_dist train [CONFIG] [section.key=value …]")
 
 
 SCRIPTS = sorted(p.stem for p in (REPOSITORY / "launch").glob("*.py") if p.stem != "bench")

@@ -60,13 +60,7 @@ def mend(uri: str, error: Exception) -> bool:
     if not any(words in text for words in _HALF_MADE):
         return False
     with closing(sqlite3.connect(path)) as store:
-        runs = _count(store, "runs") + max(0, _count(store, "experiments") - 1)
-        if runs:
-            raise ClosedError(
-                f"{path} is half made or of another MLflow, and holds runs or experiments: "
-                f"{text.splitlines()[0]}; it is completed by: mlflow db upgrade {uri}; a new one "
-                f"begins after: mv {path} {path}.aside"
-            )
+        refuse_used(store, path, uri, text.splitlines()[0])
         before = _version(store)
         time.sleep(STILL_S)
         if _version(store) != before:
@@ -77,6 +71,20 @@ def mend(uri: str, error: Exception) -> bool:
             nothing.backup(store)
     log.warning("%s was half made and held no run: made anew, kept as %s", path, aside)
     return True
+
+
+def refuse_used(store: sqlite3.Connection, path: Path, uri: str, reason: str) -> None:
+    """Names the way on where a store whose tables are not this MLflow's holds what may be wanted.
+
+    Raises:
+        ClosedError: it holds runs, or experiments beside the first.
+    """
+    if _count(store, "runs") or _count(store, "experiments") > 1:
+        raise ClosedError(
+            f"{path} is half made or of another MLflow, and holds runs or experiments: {reason}; "
+            f"it is completed by: mlflow db upgrade {uri}; a new one begins after: "
+            f"mv {path} {path}.aside"
+        )
 
 
 def refuse_broken(path: Path, error: Exception) -> None:

@@ -37,7 +37,7 @@ class SystemMetrics:
         self._tracker, self._store, self._is_main = tracker, world.store, world.is_main
         self._monitors = _monitors(on_gpu=world.device.type == "cuda")
         self._node = os.environ.get("MLFLOW_SYSTEM_METRICS_NODE_ID") or socket.gethostname()
-        self._interval_s = _interval_s()
+        self._interval_s = interval_s()
         self._number = 0  # of this node's samples
         self._place = ""  # of this node's sample in the store
         self._recorded: dict[str, int] = {}  # place → the sample's number
@@ -95,7 +95,12 @@ class SystemMetrics:
                 self._tracker.system(values)
 
 
-def _interval_s() -> float:
+def interval_s() -> float:
+    """The seconds between samples.
+
+    Raises:
+        ValueError: what the environment has is no number of seconds.
+    """
     text = os.environ.get(INTERVAL) or str(INTERVAL_S)
     try:
         seconds = float(text)

@@ -8,7 +8,7 @@ peer answers in `Peer.batches`; 64 images a step where they divide by the ranks,
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -60,6 +60,23 @@ def ask(peer: Peer) -> None:
 def folder() -> Path:
     """Where a peer may write its data set."""
     return Path(sys.argv[2])
+
+
+def resumed(
+    make: Callable[[], Any], start: int, save: Callable[[Any], Any], load: Callable[[Any, Any], Any]
+) -> Any:
+    """A loader in the state of another one that has given `start` steps.
+
+    save, load: take a loader's state, and give one to a loader.
+    """
+    loader = make()
+    if start:
+        saved = make()
+        steps = iter(saved)
+        for _ in range(start):
+            next(steps)
+        load(loader, save(saved))
+    return loader
 
 
 def _small(peer: Peer) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from benchmarks.peers.question import (
     ask,
     folder,
     labels_of,
+    resumed,
 )
 
 SAMPLE_TYPE = """sample_type: {__module__: megatron.energon, __class__: TextSample}
@@ -77,14 +78,12 @@ class Energon:
             self.blend.write_text(json.dumps(content))
 
     def batches(self, rank: int, world: int, start: int) -> Iterator[Batch]:
-        loader = self._loader(rank, world)
-        if start:
-            saved = self._loader(rank, world)
-            steps = iter(saved)
-            for _ in range(start):
-                next(steps)
-            loader.restore_state_rank(saved.save_state_rank())
-        for step in loader:
+        steps = resumed(
+            lambda: self._loader(rank, world), start,
+            lambda loader: loader.save_state_rank(),
+            lambda loader, state: loader.restore_state_rank(state),
+        )  # fmt: skip
+        for step in steps:
             yield Batch([i for i, _ in step], [number for _, number in step])
 
     def _loader(self, rank: int, world: int) -> Any:

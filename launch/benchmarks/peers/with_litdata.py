@@ -11,7 +11,17 @@ import torch
 from litdata import CombinedStreamingDataset, StreamingDataLoader, StreamingDataset
 from litdata.streaming.writer import BinaryWriter
 
-from benchmarks.peers.question import BATCH, BOUND_S, COUNTS, SEED, Batch, ask, folder, labels_of
+from benchmarks.peers.question import (
+    BATCH,
+    BOUND_S,
+    COUNTS,
+    SEED,
+    Batch,
+    ask,
+    folder,
+    labels_of,
+    resumed,
+)
 
 CHUNK = 8  # samples: of the smallest class, most ranks have one
 
@@ -40,13 +50,11 @@ class LitData:
 
     def batches(self, rank: int, world: int, start: int) -> Iterator[Batch]:
         os.environ.update(WORLD_SIZE=str(world), GLOBAL_RANK=str(rank), NNODES="1")
-        loader = self._loader(rank, world)
-        if start:
-            saved = self._loader(rank, world)
-            steps = iter(saved)
-            for _ in range(start):
-                next(steps)
-            loader.load_state_dict(saved.state_dict())
+        loader = resumed(
+            lambda: self._loader(rank, world), start,
+            lambda loader: loader.state_dict(),
+            lambda loader, state: loader.load_state_dict(state),
+        )  # fmt: skip
         while True:  # an epoch ends where the smallest class does
             is_empty = True
             for ids, numbers in loader:
