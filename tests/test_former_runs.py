@@ -1,8 +1,9 @@
 """Runs and checkpoints of commit 65e315c resume and evaluate.
 
 tests/data/65e315c.json holds the layout of two runs of that commit, preempted after step 14: DAN by
-Adam on `faces`, and a backbone by SGD on `people` (tests/conftest.py), drawn for it. Names, shapes, dtypes and
-plain values are there; tensors are filled from a seed, the words in braces by the test.
+Adam on `faces`, and a backbone by SGD on `people` (tests/conftest.py), which it has drawn. Names,
+shapes, dtypes and plain values are there; tensors are filled from a seed, the words in braces by
+the test.
 """
 
 import json

@@ -11,17 +11,8 @@ import torch
 from litdata import CombinedStreamingDataset, StreamingDataLoader, StreamingDataset
 from litdata.streaming.writer import BinaryWriter
 
-from benchmarks.peers.question import (
-    BATCH,
-    BOUND_S,
-    COUNTS,
-    SEED,
-    Batch,
-    ask,
-    folder,
-    labels_of,
-    resumed,
-)
+from benchmarks.peers import question
+from benchmarks.peers.question import BATCH, BOUND_S, COUNTS, SEED, Batch, ask, folder, labels_of
 
 CHUNK = 8  # samples: of the smallest class, most ranks have one
 
@@ -50,7 +41,7 @@ class LitData:
 
     def batches(self, rank: int, world: int, start: int) -> Iterator[Batch]:
         os.environ.update(WORLD_SIZE=str(world), GLOBAL_RANK=str(rank), NNODES="1")
-        loader = resumed(
+        loader = question.resumed(
             lambda: self._loader(rank, world), start,
             lambda loader: loader.state_dict(),
             lambda loader, state: loader.load_state_dict(state),
