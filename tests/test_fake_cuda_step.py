@@ -94,6 +94,7 @@ class FakeEngine(Engine):
 
     def _forward_backward(self, images: Tensor, labels: Tensor, *, last: bool) -> Loss:
         loss = self._forward(images, labels)
+        self.scaler.scale(loss.total)
         for parameter in self.objective.parameters():
             parameter.grad = torch.empty_like(parameter)
         return loss
@@ -133,6 +134,7 @@ def fake_step(
     """
     monkeypatch.setattr(Objective, "to", lambda self, *_, **__: self)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     device = torch.device("cuda", 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with device:
@@ -228,5 +230,5 @@ def test_the_traced_backward_never_waits(many_ranks: None) -> None:
 def test_a_mask_is_told_from_indices(mask: bool, number: int) -> None:
     x = torch.zeros(3, 4)
     index = torch.tensor([True, False, True] if mask else [0, 2])
-    graph = make_fx(lambda x, i: torch.index_put(x, [i], x.sum()), "fake")(x, index)
+    graph = make_fx(lambda x, i: torch.index_put(x, [i], x.sum()), tracing_mode="fake")(x, index)
     assert len(masked_nodes(graph)) == number
