@@ -47,6 +47,16 @@ def test_a_rank_is_late_by_a_fifth_of_a_step(owns: list[float], late: list[int])
     assert not pace.late_ranks()  # another epoch
 
 
+def test_batches_that_come_in_bursts_hide_no_slow_rank() -> None:
+    """Four threads read for rank 1: it waits long for every fourth batch, and not for the rest."""
+    pace = Pace(THREE)
+    for step in range(50):
+        wait_s = 1.6 if step % 4 == 0 else 0.0
+        pace.add([0.0] * 3 + [0.1, 0.1 + wait_s, 0.1], 0.5 + wait_s)
+    ((rank, late_s, steps),) = pace.late_ranks()
+    assert rank == 1 and late_s == pytest.approx(0.4, abs=0.05) and steps == 50
+
+
 def test_steps_that_are_traced_are_not_timed(tiny: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[float | None] = []
     monkeypatch.setattr(Pace, "add", lambda self, times, step_s: timed.append(step_s))
@@ -89,7 +99,7 @@ def train_slowly(program: str, words: list[str]) -> None:
     if os.environ["RANK"] == "1":
         Loader.__next__ = watched  # type: ignore[method-assign]
         Reader.read_all = slow  # type: ignore[method-assign]
-        loader.READERS = 1  # a batch after another: of several, some would be there at once
+        loader.READERS = 1  # four of them would read as fast as it trains
     call_program(program, words)
 
 
