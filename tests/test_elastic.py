@@ -26,7 +26,7 @@ BOTH = "2 ranks on 2 nodes"  # a training with all of them begins with it
 def test_chaos_in_short(tmp_path: Path) -> None:
     """The command: every kind of spoiled input, and some of the trainings' faults, in any task."""
     task = random.choice(("baseline", "expression", "identity"))
-    kinds = ("images,packing,shards,configurations,checkpoints,resumes,servers,full_disks,"
+    kinds = ("images,packing,shards,configurations,checkpoints,resumes,servers,full_disks,states,"
              "sigkill_rank,sigkill_all,sigusr1,corrupt_checkpoint,truncate_shard")  # fmt: skip
     done = run(sys.executable, REPOSITORY / "tests" / "chaos.py", "--faults", "24", "--kinds",
                kinds, "--task", task, "--minutes", "2", cwd=tmp_path, timeout_s=500)  # fmt: skip
