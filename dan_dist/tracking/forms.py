@@ -19,7 +19,8 @@ _RECORDS: dict[str, dict[str, Any]] = {  # kind → key → type
     "model": {"path": str},
 }  # fmt: skip
 _DATASET = {"name": str, "fingerprint": str, "context": str, "source": str, "release": str,
-            "profile": dict}  # fmt: skip
+            "profile": dict, "digest": str | None}  # fmt: skip
+_MODEL = {"run_id": str | None, "step": int | None, "journal": str | None, "folder": str | None}
 _ENTRIES: dict[str, Any] = {"params": str, "changed": str, "tags": str, "values": int | float}
 
 
@@ -38,8 +39,10 @@ def parse_record(line: bytes) -> dict[str, Any]:
         check_form(record[name], dict.fromkeys(record[name], _ENTRIES[name]))
     if record["kind"] == "inputs":
         check_each("datasets", record["datasets"], _DATASET)
-        if record["model"] is not None and [type(v) for v in record["model"]] != [str, int]:
-            raise ValueError(f"'model' is {record['model']}, expected a run's id and a step")
+        if (model := record["model"]) is not None:
+            if not 2 <= len(model) <= len(_MODEL):  # a former version wrote the first two
+                raise ValueError(f"'model' is {model}, expected {', '.join(_MODEL)}")
+            check_form(dict(zip(_MODEL, model, strict=False)), _MODEL)
     return record
 
 
