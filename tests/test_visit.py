@@ -46,4 +46,8 @@ def test_the_most_important_come_first_and_fit_the_time(tmp_path: Path) -> None:
     chosen = visit.parts(tmp_path, ["demo", "data.shards=here"], visit.BATCHES)
     assert [p.name for p in chosen][:3] == ["checks", "step 256", "step 32"]
     assert sum(p.share for p in chosen) <= 1.0
-    assert all("data.shards=here" in p.command for p in chosen[1:])
+    assert all("data.shards=here" in p.command for p in chosen if p.writes)
+    (resumed,) = [p for p in chosen if p.name == "compiled and resumed"]
+    assert visit.COMPILED in resumed.command and f"not {visit.COMPILED}" in chosen[0].command
+    source = (Path(__file__).parent / "test_gpu.py").read_text()
+    assert source.count(f"def test_a_{visit.COMPILED}_") == 1
