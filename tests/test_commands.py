@@ -34,7 +34,7 @@ DATA, DRY = f"{OWN}test_lines_on_data_sets_run", f"{OWN}test_training_lines_pass
 NEEDS = f"{OWN}test_each_recipe_names_what_it_needs"
 OPTIONS = {"evaluate": EvaluateCommand, "explain": ExplainOptions, "export": ExportOptions,
            "predict": PredictOptions, "certify": CertifyOptions}  # fmt: skip
-STARTS = ("export DAN_", "python ", "torchrun ", "sbatch ", "deepspeed ", "mlflow ", "pip ",
+STARTS = ("DAN_", "export DAN_", "python ", "torchrun ", "sbatch ", "deepspeed ", "mlflow ", "pip ",
           "pytest", ".ci/run")  # fmt: skip
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))

@@ -66,14 +66,16 @@ def test_a_refused_input_keeps_no_other_from_its_run(
     refused: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["a/train", "b/val", "c/test"]
-    datasets = [DatasetInput(n, "f" * 64, "train", "s3://x", "r", {})._asdict() for n in names]
-    monkeypatch.setattr(inputs, "find_model", lambda *_: "m-1")
+    datasets = [
+        DatasetInput(n, "f" * 64, "train", "s3://x", "r", {"num_rows": 1})._asdict() for n in names
+    ]
+    monkeypatch.setattr(inputs, "find_model", lambda *_: (None, "m-1"))
     send: Any = refusing(*refused)
     run = SimpleNamespace(inputs=None)
     own = SimpleNamespace(log_inputs=send, get_run=lambda _: run)
     record = {"datasets": datasets, "model": ["r", 1]}
     with nullcontext() if not refused else pytest.raises(PartlyRefusedError) as raised:
-        inputs.log_inputs(own, "r", record)
+        inputs.log_inputs(own, "r", record, "http://x")
     assert send.arrived == [name for name in [*names, "m-1"] if name not in refused]
     if refused:
         found = [what.split()[-1] for what in raised.value.refused]

@@ -18,8 +18,12 @@ from dan_dist.data.pixels import is_whole
 from dan_dist.run.outcome import read_outcome, write_failure, write_outcome
 from dan_dist.tracking import tracker as tracking
 from dan_dist.tracking.figures import save
+<<<<<<< HEAD
 from dan_dist.tracking.journal import Journal
 from dan_dist.tracking.journal_files import read_records
+=======
+from dan_dist.tracking.journal import Journal, Sent, read_records, read_sent
+>>>>>>> i24b
 from shards.format import MANIFEST, ShardSet
 from shards.packing import writer
 from shards.packing.job import read_record
@@ -121,8 +125,11 @@ def test_what_was_sent_is_sent_again_and_kept_once(
     for content in [*FOREIGN.values(), *spoiled]:
         (run / "journal.sent").write_bytes(content)
         caplog.clear()
-        assert tracking.replay(run, store) == (arrived, [])
+        assert read_sent(run) == Sent({}, None, [])
         assert caplog.text.count("journal.sent is damaged") == 1
+    for content in (FOREIGN["zeros"], spoiled[0]):
+        (run / "journal.sent").write_bytes(content)
+        assert tracking.replay(run, store) == (arrived, [])
         assert history(store) == [(1, 0.5), (2, 0.5)]
         found = client.get_run(sent["run_id"])
         assert found.info.status == "FINISHED" and found.data.params == {"a": "1"}

@@ -39,6 +39,8 @@ def parse_record(line: bytes) -> dict[str, Any]:
         check_form(record[name], dict.fromkeys(record[name], _ENTRIES[name]))
     if record["kind"] == "inputs":
         check_each("datasets", record["datasets"], _DATASET)
+        for dataset in record["datasets"]:
+            check_form(dataset["profile"], {"num_rows": int})
         if (model := record["model"]) is not None:
             if not 2 <= len(model) <= len(_MODEL):  # a former version wrote the first two
                 raise ValueError(f"'model' is {model}, expected {', '.join(_MODEL)}")
