@@ -18,12 +18,8 @@ from dan_dist.data.pixels import is_whole
 from dan_dist.run.outcome import read_outcome, write_failure, write_outcome
 from dan_dist.tracking import tracker as tracking
 from dan_dist.tracking.figures import save
-<<<<<<< HEAD
 from dan_dist.tracking.journal import Journal
-from dan_dist.tracking.journal_files import read_records
-=======
-from dan_dist.tracking.journal import Journal, Sent, read_records, read_sent
->>>>>>> i24b
+from dan_dist.tracking.journal_files import Sent, read_records, read_sent
 from shards.format import MANIFEST, ShardSet
 from shards.packing import writer
 from shards.packing.job import read_record

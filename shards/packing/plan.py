@@ -83,13 +83,8 @@ def read_plan(path: Path) -> Plan:
 def _check_state(state: Mapping[str, Any]) -> None:
     """Checks what the plan's lists hold: it comes to names of files, and numbers of classes."""
     for key in ("class_names", "left_out_names"):
-<<<<<<< HEAD
-        names = {str(k): name for k, name in enumerate(state[key])}
-        check_form(names, dict.fromkeys(names, str))
-=======
         listed = {f"{key}.{number}": name for number, name in enumerate(state[key])}
         check_form(listed, dict.fromkeys(listed, str))
->>>>>>> i24b
     for key in ("listed", "left_out"):
         check_form(state[key], dict.fromkeys(state[key], int))
     shards, classes = state["shards"], len(state["class_names"])
