@@ -35,7 +35,7 @@ class ContiguousDDP(Engine):
 
 def build(
     world: World, stage: int | None, optimizer: str, *, clip_norm: float | None = 1.0,
-    may_skip: bool = False, extra: dict[str, Any] | None = None,
+    may_skip: bool = False, compiled: bool = False, extra: dict[str, Any] | None = None,
 ) -> Engine:  # fmt: skip
     """A fresh engine, always with the same weights; stage None: DDP."""
     torch.manual_seed(0)
@@ -43,7 +43,9 @@ def build(
     optim = Optim.model_validate(
         {"name": optimizer, "lr": LR[optimizer], "momentum": 0.9, "clip_norm": clip_norm}
     )
-    options = StepOptions(global_batch=GLOBAL_BATCH, micro_batch=4 // world.size, may_skip=may_skip)
+    options = StepOptions(
+        global_batch=GLOBAL_BATCH, micro_batch=4 // world.size, may_skip=may_skip, compile=compiled
+    )
     if stage is None:
         return ContiguousDDP(objective, world, optim, options)
     from dan_dist.engine.deepspeed import DeepSpeedEngine

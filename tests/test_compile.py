@@ -200,7 +200,7 @@ def no_compiler(*_: object) -> Any:
     raise RuntimeError("no compiler here\nand more")
 
 
-@pytest.mark.parametrize("part", ["all", "backward"])
+@pytest.mark.parametrize("part", ["all", pytest.param("backward", marks=pytest.mark.slow)])
 def test_where_it_cannot_be_compiled_one_line_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, part: str
 ) -> None:

@@ -23,6 +23,7 @@ from dan_dist import build as parts
 from dan_dist import train as story
 from dan_dist.config import load_config
 from dan_dist.distributed.world import init_world
+from dan_dist.engine import compile as compiling
 from dan_dist.run import checkpoint
 from dan_dist.run.checkpoint import to_cpu
 from dan_dist.run.folder import step_path
@@ -136,6 +137,30 @@ def skip_a_step(stage: int) -> None:
             assert torch.allclose(found.losses, expected.losses, rtol=1e-3)
             moved = engine.state()["objective"]["centers"] - before["centers"]
             assert moved.abs().max() > 0
+
+
+@pytest.mark.slow
+def test_it_goes_on_without_a_compiler_and_asks_no_norm_for_its_truth() -> None:
+    ranks(1, step_without_a_compiler)
+
+
+class Unread(float):
+    """Of a tensor on a GPU, its truth would be waited for."""
+
+    def __bool__(self) -> bool:
+        raise AssertionError("waited for")
+
+
+def step_without_a_compiler() -> None:
+    def missing(*_: object) -> Any:
+        raise RuntimeError("no compiler here")
+
+    compiling.BACKEND = missing  # type: ignore[assignment]
+    engine = build(ALONE, 1, "sgd", compiled=True)
+    engine.warm_up(32)
+    assert engine.compiled is None
+    engine.model.get_global_grad_norm = lambda: Unread(3.0)
+    assert float(step(engine, 0).grad_norm) == 3
 
 
 @pytest.mark.slow
