@@ -3,8 +3,6 @@
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +26,12 @@ from dan_dist.header import log_data, log_place
 from dan_dist.record import known_run
 from dan_dist.redaction import redact
 from dan_dist.room import check_room
-from dan_dist.run.folder import check_writable, checkpoint_to_resume, locked_run_folder
+from dan_dist.run.folder import (
+    check_writable,
+    checkpoint_to_resume,
+    locked_run_folder,
+    no_new_folders,
+)
 from dan_dist.run.plan import make_plan
 from dan_dist.run.state import TrainState
 from dan_dist.tracking.faults import ClosedError, reason_of
@@ -209,15 +212,3 @@ def check_store(uri: str, experiment: str, run_id: str | None) -> None:
         log.warning("%s; a training keeps a journal", redact(line))
     else:
         log.info("MLflow: %s", state)
-
-
-@contextmanager
-def no_new_folders(folder: Path) -> Iterator[None]:
-    """Removes what the block has made of a folder and of those that it lies in."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    finally:
-        for path in new:
-            with suppress(OSError):  # another process may have put something there meanwhile
-                path.rmdir()

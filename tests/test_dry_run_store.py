@@ -91,8 +91,10 @@ def test_the_run_that_a_training_goes_on_with_is_looked_for(
     assert known_run(load_config(tiny("run"), [*options, "tracking.parent=grid"]), None) is None
     (tmp_path / "run").mkdir()
     journal = tmp_path / "run" / "journal.jsonl"
-    begun = {"kind": "run", "adopted": "former"}
-    journal.write_text("".join(f"{json.dumps(r)}\n" for r in ({"kind": "journal"}, begun)))
+    begun = {"kind": "run", "experiment": "e", "name": "n", "uri": store, "time_ms": 1, "params": {},
+             "config": {}, "adopted": "former"}  # fmt: skip
+    records = {"kind": "journal", "id": "j"}, begun
+    journal.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     assert known_run(config, None) == known_run(config, "saved") == "former"
     sent = {"settled": {}, "run_id": "own"}
     journal.with_suffix(".sent").write_text(json.dumps(sent))

@@ -38,7 +38,7 @@ from dan_dist.model.classes import columns_of, join_names, meet
 from dan_dist.model.dan import Output, features, probabilities, probabilities_among
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import EvaluateOptions
-from dan_dist.run.results import check_result_folder, result_folder
+from dan_dist.run.results import check_result_folder, result_folder, try_result_folder
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.inputs import TRAINED_BY, dataset_inputs, model_of
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
@@ -78,7 +78,7 @@ def main(options: EvaluateOptions, *, timeout_s: float = 60.0) -> dict[str, Any]
         if not options.no_tracking:
             world.run_once(lambda: check_recorded(options.experiment or trained.experiment))
         if (given := options.output) is not None:  # before shards are copied
-            world.run_once(lambda: check_result_folder(given))
+            world.run_once(lambda: try_result_folder(given))
         shards = open_set(options, world)
         inputs = world.run_on_all(lambda: open_inputs(shards, trained, options))
         check_same(trained, shards, inputs, world)

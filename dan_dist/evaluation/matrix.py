@@ -20,7 +20,7 @@ from dan_dist.evaluation.figures import matrix_figure
 from dan_dist.evaluation.judge import WHOLE
 from dan_dist.model.weights import Trained
 from dan_dist.options import EvaluateCommand, EvaluateOptions, EvaluationChoices
-from dan_dist.run.results import check_result_folder, result_folder
+from dan_dist.run.results import check_result_folder, result_folder, try_result_folder
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.inputs import dataset_inputs
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
@@ -57,7 +57,7 @@ def main(command: EvaluateCommand) -> list[dict[str, Any]]:
             if not command.no_tracking:
                 world.run_once(partial(check_recorded, experiment))
         if (given := command.output) is not None:  # before shards are copied
-            world.run_once(lambda: check_result_folder(given))
+            world.run_once(lambda: try_result_folder(given))
         sets = [single.open_set(cell, world) for cell in cells[0]]
         opened = [
             [world.run_on_all(partial(single.open_inputs, shards, trained, cell))

@@ -21,7 +21,7 @@ from dan_dist.inference.inputs import Inputs, open_inputs
 from dan_dist.inference.metrics import project
 from dan_dist.model.weights import load_trained
 from dan_dist.options import ExplainOptions, Weights
-from dan_dist.run.results import check_result_folder, result_folder
+from dan_dist.run.results import check_result_folder, result_folder, try_result_folder
 from dan_dist.tracking.figures import save
 from dan_dist.tracking.inputs import TRAINED_BY, model_of
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
@@ -56,7 +56,7 @@ def main(options: ExplainOptions) -> dict[str, Any]:
         if not options.no_tracking:
             check_recorded(options.experiment or networks[0].experiment)
         if options.output is not None:  # before shards are copied and images packed
-            check_result_folder(options.output)
+            try_result_folder(options.output)
         inputs = open_inputs(options, networks, folder, world.cores)
         path = networks[0].path
         name = re.sub(r"[^\w.-]", "_", f"{path.stem}-explained-{inputs.where}")

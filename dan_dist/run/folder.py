@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +283,15 @@ def check_writable(folder: Path, name: str = "train.output") -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"{name} {folder} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def no_new_folders(folder: Path) -> Iterator[None]:
+    """Removes what the block has made of a folder and of those that it lies in."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in new:
+            with suppress(OSError):  # another process may have put something there meanwhile
+                path.rmdir()

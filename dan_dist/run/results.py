@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dan_dist.config import CONFIG_FILE
-from dan_dist.run.folder import check_writable, steps_saved
+from dan_dist.run.folder import check_writable, no_new_folders, steps_saved
 from shards.files import locked
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,12 @@ def check_result_folder(folder: Path) -> None:
     check_writable(folder, "--output")
     if _is_training(folder):
         raise ValueError(f"--output {folder} is the folder of a training; give one of its own")
+
+
+def try_result_folder(folder: Path) -> None:
+    """As `check_result_folder`, and leaves no new folder: what is to be computed may be refused."""
+    with no_new_folders(folder):
+        check_result_folder(folder)
 
 
 @contextmanager
