@@ -91,16 +91,18 @@ def test_the_run_that_a_training_goes_on_with_is_looked_for(
     assert known_run(load_config(tiny("run"), [*options, "tracking.parent=grid"]), None) is None
     (tmp_path / "run").mkdir()
     journal = tmp_path / "run" / "journal.jsonl"
-    begun = {"kind": "run", "experiment": "e", "name": "n", "uri": store, "time_ms": 1, "params": {},
-             "config": {}, "adopted": "former"}  # fmt: skip
+    begun = {"kind": "run", "experiment": "e", "name": "n", "uri": store, "time_ms": 1,
+             "params": {}, "config": {}, "adopted": "former"}  # fmt: skip
     records = {"kind": "journal", "id": "j"}, begun
     journal.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     assert known_run(config, None) == known_run(config, "saved") == "former"
-    sent = {"settled": {}, "run_id": "own"}
+    sent = {"settled": {"records": 1, "artifacts": 1, "models": 0}, "run_id": "own"}
     journal.with_suffix(".sent").write_text(json.dumps(sent))
     with pytest.raises(ValueError, match="MLflow has no run own"):
         dry_run.check(config, 1)
-    journal.with_suffix(".sent").write_text(json.dumps({**sent, "run_id": None}))
+    journal.with_suffix(".sent").write_text(
+        json.dumps({"settled": dict.fromkeys(sent["settled"], 0), "run_id": None})
+    )
     journal.write_text("")
     monkeypatch.delenv("MLFLOW_RUN_ID")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "-2")
