@@ -151,13 +151,13 @@ def test_the_objective_is_one_graph_under_ddp(
         return graph.forward
 
     monkeypatch.setattr(compiling, "BACKEND", backend)
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     shares = Shares(CPU, torch.float32)
     shares.announce((4, 4))
     model: Any = convert_batch_norm(objective(), shares)
-    compiling.CompiledModule(model)
-    parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    parallel(torch.randn(4, 3, 32, 32), torch.arange(4), 8)
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        compiling.CompiledModule(model)
+        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        parallel(torch.randn(4, 3, 32, 32), torch.arange(4), 8)
     assert len(graphs) == 1
 
 

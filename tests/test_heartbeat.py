@@ -127,7 +127,8 @@ def test_what_has_no_step_to_wait_for_ends_as_well(
     assert gone.wait(5)
     expected = "the store of the job" if fault == "store hangs" else "rank 1 on "
     assert ended[0].startswith(expected), ended
-    left = [path.read_text() for path in tmp_path.glob("stacks-rank*.txt")]
+    texts = [path.read_text() for path in tmp_path.glob("stacks-rank*.txt")]
+    left = [text for text in texts if text]  # the other rank may have just begun to write
     assert left and all("test_heartbeat.py" in text for text in left)
 
 
