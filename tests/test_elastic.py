@@ -4,6 +4,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -49,9 +50,10 @@ def test_an_elastic_job_goes_on_without_the_dead(
     """Two nodes of one rank each under torchrun's own restarts."""
     # Without it a node that joins a later round waits for an address that nobody writes.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    port = free_port()
     options = ["-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1",
                "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=job", "--local-addr",
-               "127.0.0.1", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-conf",
+               "127.0.0.1", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf",
                "last_call_timeout=5,join_timeout=60", SCRIPT, tiny("run"), "train.epochs=4",
                "train.checkpoint_every=3"]  # fmt: skip
     nodes, texts, readers = [], [], []
@@ -65,7 +67,7 @@ def test_an_elastic_job_goes_on_without_the_dead(
 
     try:
         join()
-        time.sleep(1)
+        until(lambda: listens(port), texts)  # the first node holds the rendezvous, and stays
         join()
         until(lambda: "step 8 " in "".join(texts), texts)
         family = psutil.Process(nodes[1].pid).children(recursive=victim != "worker")
@@ -88,12 +90,17 @@ def test_an_elastic_job_goes_on_without_the_dead(
                 os.killpg(node.pid, signal.SIGKILL)
 
 
-def until(said: Callable[[], bool], texts: list[str]) -> None:
-    """Waits for words of the nodes."""
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def until(is_there: Callable[[], bool], texts: list[str]) -> None:
+    """Waits for something of the nodes, whose words are shown if it does not come."""
     deadline_s = time.monotonic() + 90
-    while not said() and time.monotonic() < deadline_s:
+    while not is_there() and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    assert said(), "".join(texts)
+    assert is_there(), "".join(texts)
 
 
 def follow(process: subprocess.Popen[str], texts: list[str], number: int) -> None:

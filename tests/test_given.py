@@ -161,14 +161,14 @@ def peak_kib(run: Path, listed: Path, detector: Path, out: Path) -> int:
 def test_memory_does_not_grow_with_the_number_of_photographs(
     baseline_run: Path, tmp_path: Path
 ) -> None:
-    """Five times as many take a tenth more at most."""
+    """Two and a half times as many take a tenth more at most; the first have warmed all up."""
     pytest.importorskip("insightface", reason="pip install -e '.[align]' reads the detector")
     onnx_detector(tmp_path / "d.onnx", [(160, 160), (480, 320)], half=64, score=0.9)
     paths = [tmp_path / f"{k}.jpg" for k in range(128)]
     for k, path in enumerate(paths):
         picture(k, (160, 160)).save(path)
     found = []
-    for times in (1, 5):
+    for times in (2, 5):
         listed = tmp_path / f"{times}.txt"
         listed.write_text("\n".join(map(str, paths * times)))
         words = (baseline_run, listed, tmp_path / "d.onnx", tmp_path / f"{times}")
