@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +147,21 @@ def test_what_cannot_be_read_again_is_not_drawn_and_ends_nothing(
         writing(Files(None, None, None, tmp_path / "file"), ["sad", "happy"], faces=False) as write,
     ):
         write(rows[2:])
+
+
+def test_the_bar_is_not_drawn_anew_for_each_row(
+    baseline_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Where rows go into a file and the bar into a log."""
+    monkeypatch.setattr(prediction, "FEW", 0)
+    paths = [tmp_path / f"{k}.png" for k in range(40)]
+    for k, path in enumerate(paths):
+        picture(k).save(path)
+    given = PredictOptions(checkpoint=baseline_run, images=tuple(paths), device="cpu")
+    assert prediction.main(given) == 0
+    printed, logged = capfd.readouterr()
+    assert len(printed.splitlines()) == 41 and "predicting" in logged
+    assert logged.count("\r") < 20
 
 
 def peak_kib(run: Path, listed: Path, detector: Path, out: Path) -> int:

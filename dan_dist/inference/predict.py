@@ -222,6 +222,14 @@ def shown(show: Write, rows: Sequence[Row]) -> bool:
     return True
 
 
+def say(line: str) -> None:
+    """Prints a line of the result: above the progress bar where both are on a terminal."""
+    if sys.stdout.isatty():
+        tqdm.write(line)
+    else:  # the bar would be drawn anew for each line, into the log
+        print(line)
+
+
 def print_json(names: tuple[str, ...]) -> Write:
     """Prints a line of JSON a row: image, face and box, class, probabilities, or an error."""
 
@@ -236,7 +244,7 @@ def print_json(names: tuple[str, ...]) -> Write:
                 line["class"] = names[row.probabilities.argmax()]
                 values = row.probabilities.tolist()
                 line["probabilities"] = dict(zip(names, values, strict=True))
-            tqdm.write(json.dumps(line))
+            say(json.dumps(line))
 
     return show
 
@@ -260,16 +268,16 @@ def print_table(names: tuple[str, ...], paths: Sequence[Path], faces: bool) -> W
 
     def show(rows: Sequence[Row]) -> None:
         if rows and rows[0].number == 1:
-            tqdm.write(heading)
+            say(heading)
         for row in rows:
             if row.fault:
-                tqdm.write(f"{readable(row.path):{width}}  {place_of(row)}{readable(row.fault)}")
+                say(f"{readable(row.path):{width}}  {place_of(row)}{readable(row.fault)}")
                 continue
             values = zip(row.probabilities, names, strict=True)
             cells = "  ".join(f"{value:{max(6, len(n))}.1%}" for value, n in values)
             predicted_class = f"{names[row.probabilities.argmax()]:{classes}}"
             start = f"{readable(row.path):{width}}  {place_of(row)}{predicted_class}"
-            tqdm.write(f"{start}  {cells}")
+            say(f"{start}  {cells}")
 
     return show
 
