@@ -30,6 +30,7 @@ from dan_dist.distributed.heartbeat import session
 from dan_dist.engine.ddp import StepFlags
 from dan_dist.options import CertifyOptions
 from dan_dist.run.checkpoint import save
+from dan_dist.run.environment import variables
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
 from shards.files import scratch_folder, write_atomically
 
@@ -199,7 +200,7 @@ def launch(options: CertifyOptions, world: int) -> None:
     code = Path(__file__).resolve().parent.parent
     path = os.pathsep.join(filter(None, (str(code), os.environ.get("PYTHONPATH"))))
     # SAFEPATH: `python -m` would import another clone's code where that is the working folder.
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    environment = {**variables(), "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

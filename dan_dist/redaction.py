@@ -92,7 +92,8 @@ def redact_tracebacks() -> None:
 
 def _secrets() -> list[str]:
     """Those of the environment, also as an address would quote them; the longest first."""
-    found = [value for name, value in os.environ.items() if _VARIABLES.search(name)]
+    # A copy of the names: threads of MLflow's set and unset variables meanwhile
+    found = [os.environ.get(name, "") for name in list(os.environ) if _VARIABLES.search(name)]
     for name in _ADDRESSES:
         try:
             found.append(urlsplit(os.environ.get(name, "")).password or "")

@@ -1,13 +1,18 @@
 """What launchers leave in the environment, and what is wrong with it."""
 
+import os
+import threading
+
 import pytest
 
+from dan_dist.redaction import redact
 from dan_dist.run.environment import (
     Launch,
     has_launcher,
     is_deepspeed_launched,
     read_launch,
     take_local_rank,
+    variables,
 )
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK",
@@ -103,3 +108,23 @@ def test_a_launchers_option_that_contradicts_is_named(
     monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(ValueError, match=r"^--local.rank is .*, LOCAL_RANK is '3' in the env"):
         take_local_rank(words)
+
+
+def test_the_environment_is_read_while_a_thread_changes_it() -> None:
+    """As threads of MLflow's do."""
+    name, ended = "DAN_TEST_TOKEN", threading.Event()
+
+    def change() -> None:
+        while not ended.is_set():
+            os.environ[name] = "s3cr3t-value"
+            os.environ.pop(name)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(3000):
+            assert redact("nothing") == "nothing"
+            assert variables().get(name, "") in ("", "s3cr3t-value")
+    finally:
+        ended.set()
+        thread.join()

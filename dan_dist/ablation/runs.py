@@ -17,6 +17,7 @@ from dan_dist.data.holdout import HELD_OUT
 from dan_dist.data.splits import selected_on
 from dan_dist.evaluation.records import PREDICTIONS, Predictions, read_predictions
 from dan_dist.evaluation.result import read_result
+from dan_dist.run.environment import variables
 from dan_dist.run.folder import check_continues, newest_checkpoint
 from dan_dist.run.outcome import OUTCOME, read_outcome, write_outcome
 from dan_dist.run.signals import StopRequest, end_with_parent
@@ -137,7 +138,7 @@ def _run(command: Sequence[str], stop: StopRequest) -> int:
     """Runs a training, to which a stop signal is passed on; returns its exit code."""
     path = os.pathsep.join(filter(None, (str(CODE), os.environ.get("PYTHONPATH"))))
     # SAFEPATH: `python -m` would import another clone's code where that is the working folder.
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    environment = {**variables(), "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     # In a session of its own, so that Ctrl-C comes from here alone; killed along with this.
     process = subprocess.Popen(
         command, start_new_session=True, preexec_fn=end_with_parent, env=environment
