@@ -1,6 +1,6 @@
 """The shipped detector, YuNet, and the pictures that are drawn of what it finds.
 
-With known answers, and itself on drawn faces, and on real ones where ../shared/faces is there.
+With known answers, and itself on drawn faces, and on real ones where some lie beside the checkout.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def drawn_faces() -> list[Image.Image]:
 
 def real_faces() -> list[Image.Image]:
     if not REAL.is_dir():
-        pytest.skip("needs real faces in ../shared/faces")
+        pytest.skip("needs real faces in shared/faces beside the checkout")
     return [Image.open(path).convert("RGB") for path in sorted((REAL / "happy").iterdir())[:6]]
 
 
