@@ -122,7 +122,7 @@ def test_an_error_of_the_caches_disk_names_it_and_is_not_tried_again(
     with pytest.raises(LocalError, match=r"/nowhere/x\.partial"):
         cache._origin(str(faces.root)).fetch(MANIFEST, tmp_path / "nowhere" / "x.partial", 9)
     failed.clear()
-    monkeypatch.setattr(os, "fsync", lambda fd: fail(os.readlink(f"/proc/self/fd/{fd}")))
+    monkeypatch.setattr(os, "fsync", lambda fd: fail(Path(f"/proc/self/fd/{fd}").readlink()))
     monkeypatch.setattr(cache, "THREADS", 1)
     with pytest.raises(LocalError, match=rf"error: '{tmp_path}/cache/.*\.partial'"):
         localise(str(faces.root), str(tmp_path / "cache"))
