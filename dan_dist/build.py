@@ -226,9 +226,7 @@ def prevented_capture(config: Config, world: World) -> str:
         return "not under engine.name=deepspeed"
     if config.train.max_skipped_steps > 0:
         return "train.max_skipped_steps waits for each step's loss"
-    if (
-        world.size > 1 and config.train.compile is not True
-    ):  # nccl within it where that is asked for
+    if world.size > 1 and config.train.compile is not True:  # nccl within it if asked for
         return f"with {world.size} ranks by train.compile=true alone"
     return ""
 

@@ -30,8 +30,8 @@ from dan_dist.distributed.heartbeat import session
 from dan_dist.engine.ddp import StepFlags
 from dan_dist.options import CertifyOptions
 from dan_dist.run.checkpoint import save
-from dan_dist.run.environment import variables
 from dan_dist.tracking.tracker import RunRecord, check_recorded, record_run
+from dan_dist.values import variables
 from shards.files import scratch_folder, write_atomically
 
 log = logging.getLogger(__name__)

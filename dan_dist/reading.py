@@ -7,7 +7,6 @@ Nothing is executed: tags are refused.
 """
 
 import logging
-import os
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 from yaml.resolver import Resolver
 
-from dan_dist.values import Reads, Section
+from dan_dist.values import Reads, Section, variables
 
 log = logging.getLogger(__name__)
 
@@ -294,7 +293,7 @@ def expand(text: str, name: str) -> str:
     """
     end = "write $$ for a dollar sign"
     try:
-        known = {key: value for key, value in os.environ.items() if value}
+        known = {key: value for key, value in variables().items() if value}
         text, typed = Template(text).substitute(known), text
     except KeyError as error:
         line = f"{name} is {text!r}: ${error.args[0]} is not set in the environment"

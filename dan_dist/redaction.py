@@ -9,6 +9,8 @@ from types import TracebackType
 from typing import Any, TypeVar, cast
 from urllib.parse import quote, unquote, urlsplit
 
+from dan_dist.values import variables
+
 T = TypeVar("T")
 HIDDEN = "***"
 SHORTEST = 6  # characters: a shorter one stands by chance in texts that have nothing to do with it
@@ -92,8 +94,7 @@ def redact_tracebacks() -> None:
 
 def _secrets() -> list[str]:
     """Those of the environment, also as an address would quote them; the longest first."""
-    # A copy of the names: threads of MLflow's set and unset variables meanwhile
-    found = [os.environ.get(name, "") for name in list(os.environ) if _VARIABLES.search(name)]
+    found = [value for name, value in variables().items() if _VARIABLES.search(name)]
     for name in _ADDRESSES:
         try:
             found.append(urlsplit(os.environ.get(name, "")).password or "")

@@ -1,5 +1,6 @@
-"""The values that configuration keys take: bounds, checks, and the strict section of keys."""
+"""The values of configuration keys: bounds, checks, the strict section; and the environment."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,3 +102,8 @@ class Section(BaseModel):
     """Strict: no unknown keys, no silent conversions (an int is a valid float), no later change."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def variables() -> dict[str, str]:
+    """A copy of this process's environment, in which threads of MLflow's change some meanwhile."""
+    return {name: os.environ.get(name, "") for name in list(os.environ)}

@@ -12,8 +12,8 @@ from dan_dist.run.environment import (
     is_deepspeed_launched,
     read_launch,
     take_local_rank,
-    variables,
 )
+from dan_dist.values import variables
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK",
          "TORCHELASTIC_RUN_ID")  # fmt: skip

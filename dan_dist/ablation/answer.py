@@ -42,9 +42,7 @@ class Answer(NamedTuple):
     better_in: int  # of these seeds
     judged: str  # what the accuracies are of: "validation images", or the like
     tested: str  # what each p is of: these, or "test images"
-    tests: tuple[
-        float, ...
-    ] = ()  # per cent of the test images, where both have been judged by them
+    tests: tuple[float, ...] = ()  # per cent of the test images, where both were judged by them
 
     def words(self) -> str:
         """The answer in a sentence or two."""

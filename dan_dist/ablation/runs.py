@@ -17,12 +17,12 @@ from dan_dist.data.holdout import HELD_OUT
 from dan_dist.data.splits import selected_on
 from dan_dist.evaluation.records import PREDICTIONS, Predictions, read_predictions
 from dan_dist.evaluation.result import read_result
-from dan_dist.run.environment import variables
 from dan_dist.run.folder import check_continues, newest_checkpoint
 from dan_dist.run.outcome import OUTCOME, read_outcome, write_outcome
 from dan_dist.run.signals import StopRequest, end_with_parent
 from dan_dist.tracking.journal_files import read_records, read_sent
 from dan_dist.tracking.tracker import record_failure
+from dan_dist.values import variables
 
 log = logging.getLogger(__name__)
 

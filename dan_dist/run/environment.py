@@ -137,8 +137,3 @@ def _number(name: str, default: int) -> int:
         return int(text) if text else default
     except ValueError as error:
         raise ValueError(f"{name} is {text!r} in the environment, expected a number") from error
-
-
-def variables() -> dict[str, str]:
-    """A copy of this process's environment, in which threads of MLflow's change some meanwhile."""
-    return {name: os.environ.get(name, "") for name in list(os.environ)}
