@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from chaos_runs import CONFIG
+from interpreter import python
 from ranks import free_port
 
 from conftest import REPOSITORY
@@ -146,7 +146,7 @@ class Cluster:
         self.config = folder / "tiny.yaml"
         self.config.write_text(CONFIG.format(shards=shards, output=folder / "unused", epochs=6))
         self.environment = {
-            **os.environ, "DAN_REPOSITORY": str(REPOSITORY), "DAN_PYTHON": sys.executable,
+            **os.environ, "DAN_REPOSITORY": str(REPOSITORY), "DAN_PYTHON": python(),
             "DAN_CONFIG": str(self.config), "DAN_NPROC": "1", "DAN_DEVICE": "cpu",
             "DAN_DATA": str(shards), "PYTHONPATH": str(REPOSITORY),
             "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",

@@ -6,12 +6,16 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import interpreter
+import psutil
 import pytest
 import torch
+from interpreter import python
 from ranks import run_ranks
 from tracking_server import STORE, TrackingServer, serve
 from trees import packed, tree
@@ -55,6 +59,14 @@ IDENTITY = ["task=identity", "data.sampling=shuffle", "data.pairs=60"]
 # Two workers share two cores, and OpenMP's threads spin while they wait for each other: with two
 # threads in each worker a step took ten times as long.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One fork server for all workers' commands."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = Path(tempfile.mkdtemp(prefix="interpreter-"))
+        os.environ[interpreter.PROGRAM] = str(interpreter.stand_in(folder))
+        config.add_cleanup(lambda: (interpreter.stop(folder), shutil.rmtree(folder)))
 
 
 @pytest.fixture(autouse=True)
@@ -207,14 +219,23 @@ def damaged_scans(jpeg: bytes) -> dict[str, bytes]:
     }
 
 
+def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes that a command of `start` has started, as torchrun starts ranks."""
+    return psutil.Process(interpreter.forked(process.pid)).children()
+
+
 def run(
     *command: str | Path, cwd: Path, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command of the project in `cwd`, with a hard time limit and nothing left behind."""
+    """Runs a command of the project in `cwd`, with a hard time limit and nothing left behind.
+
+    `sys.executable` stands for `python()`.
+    """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [str(part) for part in command], cwd=cwd, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        [python() if part == sys.executable else str(part) for part in command], cwd=cwd,
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
     )  # fmt: skip
     try:
         out, err = process.communicate(timeout=timeout_s)
@@ -302,7 +323,7 @@ def history(uri: str, key: str = "train/loss") -> list[tuple[int, float]]:
 def start(*command: str | Path, cwd: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment, text=True,
+        [python(), *map(str, command)], cwd=cwd, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 

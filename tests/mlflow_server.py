@@ -4,12 +4,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from interpreter import REPOSITORY, python
 from ranks import free_port
 
 
@@ -23,10 +23,11 @@ class Server:
 
     def start(self) -> None:
         store = f"sqlite:///{self.folder / 'mlflow.db'}"
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store,
+        command = [python(), "-m", "mlflow", "server", "--backend-store-uri", store,
                    "--artifacts-destination", str(self.folder / "artifacts"), "--host",
                    "127.0.0.1", "--port", str(self.port), "--workers", "1"]  # fmt: skip
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                       "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}  # fmt: skip
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
             start_new_session=True,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interpreter import python
 from mlflow_server import Server
 
 from conftest import LAUNCH, REPOSITORY, run
@@ -106,7 +107,7 @@ def start(*words: str | Path, cwd: Path, uri: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
                    "MLFLOW_TRACKING_URI": uri}  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, words)], cwd=cwd, env=environment, text=True,
+        [python(), SCRIPT, *map(str, words)], cwd=cwd, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 

@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 from ranks import free_port
 
-from conftest import REPOSITORY, SCRIPT, outcome, run, start
+from conftest import REPOSITORY, SCRIPT, children, outcome, run, start
 
 Write = Callable[[str], Path]
 pytestmark = pytest.mark.slow
@@ -29,7 +28,7 @@ def test_chaos_in_short(tmp_path: Path) -> None:
     task = random.choice(("baseline", "expression", "identity"))
     kinds = ("images,packing,shards,configurations,checkpoints,resumes,servers,full_disks,states,"
              "sigkill_rank,sigkill_all,sigusr1,corrupt_checkpoint,truncate_shard")  # fmt: skip
-    done = run(sys.executable, REPOSITORY / "tests" / "chaos.py", "--faults", "24", "--kinds",
+    done = run(sys.executable, REPOSITORY / "tests" / "chaos.py", "--faults", "18", "--kinds",
                kinds, "--task", task, "--minutes", "2", cwd=tmp_path, timeout_s=500)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     tried, held = re.findall(r"\| all \| (\d+) \| (\d+) \|", done.stdout)[0]
@@ -70,8 +69,8 @@ def test_an_elastic_job_goes_on_without_the_dead(
         until(lambda: listens(port), texts)  # the first node holds the rendezvous, and stays
         join()
         until(lambda: "step 8 " in "".join(texts), texts)
-        family = psutil.Process(nodes[1].pid).children(recursive=victim != "worker")
-        for process in family[:1] if victim == "worker" else [nodes[1], *family]:
+        workers = children(nodes[1])
+        for process in workers[:1] if victim == "worker" else [nodes[1], *workers]:
             process.kill()
         if victim == "node that comes back":
             before = "".join(texts).count(BOTH)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from interpreter import forked
 
-from conftest import SCRIPT, call_program, errors, launch, outcome, start, torchrun, until
+from conftest import SCRIPT, call_program, children, errors, launch, outcome, start, torchrun, until
 from dan_dist.data.loader import Batch, Loader
 from dan_dist.data.reader import TooMuchDamageError
 
@@ -25,8 +26,8 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(tiny: Write, tmp_path: Path
     process = start(*torchrun(2)[1:], SCRIPT, *options, cwd=tmp_path)
     try:
         until(process, "step 3 ")
-        own = psutil.Process(process.pid).children(recursive=True)
-        victim = next(p for p in own if p.environ().get("RANK") == "1")
+        rank = next(p for p in children(process) if p.environ().get("RANK") == "1")
+        victim = psutil.Process(forked(rank.pid))
         victim.suspend()
         began = time.monotonic()
         printed = until(process, "error: ")
@@ -107,8 +108,8 @@ def test_a_signal_to_the_rank_that_works_for_all_ends_all(tiny: Write, tmp_path:
     process = start(*torchrun(2)[1:], SCRIPT, *options, cwd=tmp_path)
     try:
         until(process, "drawing 200008 faces")
-        own = psutil.Process(process.pid).children()
-        next(p for p in own if p.environ().get("RANK") == "0").send_signal(signal.SIGUSR1)
+        rank = next(p for p in children(process) if p.environ().get("RANK") == "0")
+        rank.send_signal(signal.SIGUSR1)
         began = time.monotonic()
         printed = process.communicate(timeout=60)[0]
         assert process.returncode == 0 and time.monotonic() - began < 30, printed

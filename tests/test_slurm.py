@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +101,7 @@ def test_cancelled_then_submitted_again_and_signalled_while_it_starts(
         return cluster.submit("msceleb.sh", *IDENTITY, "tracking.enabled=false",
                               sbatch=("--gpus-per-node=2",), DAN_NPROC="",
                               DAN_CACHE=str(tmp_path / "cache"),
+                              DAN_PYTHON=sys.executable,  # which takes its time to start
                               DAN_DATA=str(people.root))  # fmt: skip
 
     def restarts(job: str) -> str:
