@@ -5,6 +5,7 @@ for each rank. `stand_in` writes a program that takes `python`'s place: it hands
 environment, working folder and three streams to the server, passes signals on, and ends as the
 forked process ends. Where a fresh interpreter could differ from a forked one, it becomes the real
 Python: with `-c` and other options, another user, limit, namespace or PYTHONPATH, or open pipes.
+(Slurm signals a step's processes by their parents, among which forked ones are not.)
 """
 
 import atexit
@@ -103,9 +104,8 @@ def hand_over(folder: str, real: str, owner: int) -> NoReturn:
     if not answer:  # the surroundings are not the server's
         os.execv(real, [real, *words])
     pid = struct.unpack("i", answer)[0]
-    for number in PASSED_ON:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, _frame: os.kill(pid, number))
+    for number in PASSED_ON:  # ignored ones too: the process may come to listen to them
+        signal.signal(number, lambda number, _frame: os.kill(pid, number))
     if "RANK" in os.environ:  # as a rank itself asks for
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     code = struct.unpack("i", connection.recv(4) or struct.pack("i", -signal.SIGKILL))[0]

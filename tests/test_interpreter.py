@@ -59,8 +59,10 @@ def test_modules_and_real_pythons(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_a_signal_reaches_the_forked_process(script: Path, number: signal.Signals) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([python(), script, "sleep"], cwd=script.parent, env=environment,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [python(), script, "sleep"], cwd=script.parent, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
     until(process, "of the test")
     work = psutil.Process(forked(process.pid))
     assert work.pid != process.pid

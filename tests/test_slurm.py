@@ -42,7 +42,8 @@ def test_two_nodes_preempted_and_requeued_end_as_if_nothing_was(
 ) -> None:
     options = [*DAN, "optim.lr=1e-3", "train.max_steps=20", "tracking.enabled=false"]
     own = "train.output=runs/affectnet8-2"
-    job = cluster.submit("affectnet8.sh", *options, own, sbatch=("--nodes=2",))
+    job = cluster.submit("affectnet8.sh", *options, own, sbatch=("--nodes=2",),
+                         DAN_PYTHON=sys.executable)  # fmt: skip
     run = tmp_path / "runs" / "affectnet8-2"
     wait_for(lambda: "step 8 " in cluster.text(), 120)
     query("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
@@ -101,7 +102,7 @@ def test_cancelled_then_submitted_again_and_signalled_while_it_starts(
         return cluster.submit("msceleb.sh", *IDENTITY, "tracking.enabled=false",
                               sbatch=("--gpus-per-node=2",), DAN_NPROC="",
                               DAN_CACHE=str(tmp_path / "cache"),
-                              DAN_PYTHON=sys.executable,  # which takes its time to start
+                              DAN_PYTHON=sys.executable,
                               DAN_DATA=str(people.root))  # fmt: skip
 
     def restarts(job: str) -> str:
