@@ -8,10 +8,10 @@ from contextlib import suppress
 
 import psutil
 from chaos_disks import fill
-from chaos_runs import Attempt, Campaign
+from chaos_runs import Attempt, Campaign, Launched
 
 from dan_dist.run.folder import steps_saved
-from shards.command import PREEMPTED, USAGE
+from shards.command import FAILED, PREEMPTED, USAGE
 
 
 def sigkill_rank(campaign: Campaign, attempt: Attempt) -> None:
@@ -103,7 +103,8 @@ def full_disk(campaign: Campaign, attempt: Attempt) -> None:
         attempt.send(signal.SIGTERM)
     code = attempt.end()
     filler.unlink(missing_ok=True)
-    assert code in (0, USAGE, PREEMPTED), attempt.text
+    failed = FAILED if isinstance(attempt, Launched) else USAGE  # of torchrun, whatever failed
+    assert code in (0, failed, PREEMPTED), attempt.text
     assert code == 0 or "error: " in attempt.text or '"preempted"' in campaign.outcome()
 
 
