@@ -24,7 +24,6 @@ from chaos_disks import small_disk
 from chaos_faults import KINDS
 from chaos_runs import CONFIG, ELASTIC, EPOCH, EXACT, TASKS, Attempt, Campaign
 from mlflow_server import served
-from ranks import PRELOADED
 
 from dan_dist.run import checkpoint
 from dan_dist.run.folder import step_path
@@ -33,8 +32,6 @@ from shards.releases import synthetic
 
 METRICS = ("train/loss", "train/gradient_norm", "train/lr", "val/accuracy", "val/best_accuracy")
 DISK_BYTES = 2**31  # of DAN in float64 there are five checkpoints at once, 1.6 GB
-# Each rank 0 imports these, which takes longer than its steps
-TRACKING = ["mlflow", "mlflow.entities", "mlflow.store.tracking.sqlalchemy_store"]
 LAUNCHED = 0.1  # of the starts are torchrun's, which take twice as long
 
 
@@ -222,7 +219,6 @@ def run(folder: Path, plan: Plan, seed: int, tallies: dict[str, Tally]) -> None:
     Raises:
         AssertionError: a run that nobody disturbed did not end well.
     """
-    PRELOADED.extend(TRACKING)
     place, number, before = Field(folder, plan, random.Random(seed)), 0, count(tallies)
     with place.opened():
         while (left := plan.faults - count(tallies) + before) > 0 and (

@@ -1,9 +1,11 @@
 """A fork server for ranks: processes that begin with torch and the story imported already.
 
-`import dan_dist.train` takes seconds of every process that starts afresh. The server imports once,
-starts no thread, and forks each rank; what torchrun would say in the environment is set there.
+`import dan_dist.train` takes seconds of every process that starts afresh, MLflow as many. The
+server imports once, starts no thread, and forks each rank; what torchrun would say in the
+environment is set there.
 """
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -21,7 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PRELOADED = ["dan_dist.train", "torch._dynamo", "pytest"]
+PRELOADED = ["dan_dist.train", "torch._dynamo", "pytest", "mlflow.pyfunc",
+             "mlflow.store.tracking.sqlalchemy_store"]  # fmt: skip
 GRACE_S = 20.0  # from the first rank's failure, or the time limit, to SIGKILL
 
 _context = multiprocessing.get_context("forkserver")
@@ -122,6 +125,7 @@ def _work(
     function: Callable[..., Any], arguments: tuple[Any, ...],
 ) -> None:  # fmt: skip
     """One rank."""
+    gc.freeze()  # a collection would go through all that the server has imported, and copy it
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
