@@ -11,7 +11,7 @@ from chaos_disks import fill
 from chaos_runs import Attempt, Campaign, Launched
 
 from dan_dist.run.folder import steps_saved
-from shards.command import FAILED, PREEMPTED, USAGE
+from shards.command import FAILED, INTERRUPTED, PREEMPTED, USAGE
 
 
 def sigkill_rank(campaign: Campaign, attempt: Attempt) -> None:
@@ -37,7 +37,8 @@ def sigusr1(campaign: Campaign, attempt: Attempt) -> None:
     for worker in campaign.dice.sample(attempt.family, 1):  # to any rank
         with suppress(psutil.NoSuchProcess):
             worker.send_signal(signal.SIGUSR1)
-    assert attempt.end() in (0, PREEMPTED), attempt.text
+    stopped = (0, PREEMPTED, INTERRUPTED)  # the last before training and after it
+    assert attempt.end() in stopped, attempt.text
     assert '"preempted"' in campaign.outcome() or '"finished"' in campaign.outcome(), attempt.text
 
 
@@ -104,8 +105,9 @@ def full_disk(campaign: Campaign, attempt: Attempt) -> None:
     code = attempt.end()
     filler.unlink(missing_ok=True)
     failed = FAILED if isinstance(attempt, Launched) else USAGE  # of torchrun, whatever failed
-    assert code in (0, failed, PREEMPTED), attempt.text
-    assert code == 0 or "error: " in attempt.text or '"preempted"' in campaign.outcome()
+    assert code in (0, failed, PREEMPTED, INTERRUPTED), attempt.text
+    said = '"preempted"' in campaign.outcome() or '"finished"' in campaign.outcome()
+    assert code == 0 or "error: " in attempt.text or said, attempt.text
 
 
 def resize(campaign: Campaign, attempt: Attempt) -> None:
