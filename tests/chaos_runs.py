@@ -14,7 +14,7 @@ import psutil
 from mlflow_server import Server
 from ranks import start_ranks
 
-from conftest import call_program
+from conftest import SCRIPT, call_program
 from dan_dist.run.outcome import OUTCOME
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -113,13 +113,12 @@ class Launched(Attempt):
     def __init__(self, config: Path, ranks: int, options: list[str], uri: str) -> None:
         super().__init__(ranks)
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        script = str(REPOSITORY / "launch" / "train.py")
         self.log = config.with_suffix(f".{time.time_ns()}.log")
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "MLFLOW_TRACKING_URI": uri,
                        "OMP_NUM_THREADS": "1"}  # fmt: skip
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
-                [*torchrun, f"--nproc-per-node={ranks}", script, str(config), *options],
+                [*torchrun, f"--nproc-per-node={ranks}", SCRIPT, str(config), *options],
                 stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=config.parent,
                 start_new_session=True,
             )  # fmt: skip
@@ -136,8 +135,9 @@ class Launched(Attempt):
 
     def look(self) -> None:
         if len(self.family) < self.ranks:
-            with suppress(psutil.NoSuchProcess):
-                self.family = psutil.Process(self.process.pid).children()
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                children = psutil.Process(self.process.pid).children()
+                self.family = [child for child in children if SCRIPT in child.cmdline()]
 
 
 class Forked(Attempt):
