@@ -320,10 +320,11 @@ def history(uri: str, key: str = "train/loss") -> list[tuple[int, float]]:
     return [(p.step, p.value) for p in client.get_metric_history(found.info.run_id, key)]
 
 
-def start(*command: str | Path, cwd: Path) -> subprocess.Popen[str]:
+def start(*command: str | Path, cwd: Path, interpreter: str | None = None) -> subprocess.Popen[str]:
+    """Starts Python with these words; interpreter: in place of `python()`."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [python(), *map(str, command)], cwd=cwd, env=environment, text=True,
+        [interpreter or python(), *map(str, command)], cwd=cwd, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 

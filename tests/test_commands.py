@@ -96,7 +96,7 @@ EXECUTED = {
     "python launch/certify.py runs/*": "test_certificate.py::test_the_command_runs_each_world",
     "python launch/ablate.py *":
         "test_ablate.py::test_stopped_and_killed_it_ends_with_each_run_once",
-    **dict.fromkeys((f"python launch/bench.py {p}" for p in ("loader", "step *", "train")),
+    **dict.fromkeys((f"python launch/bench.py {p}" for p in ("loader*", "step *", "train")),
                     "test_bench.py::test_it_measures_and_writes_what_it_measured"),
     "python launch/bench.py scaling *":
         "test_bench.py::test_it_starts_trainings_and_projects_beyond_this_machine",

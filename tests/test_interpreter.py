@@ -62,6 +62,7 @@ def test_a_signal_reaches_the_forked_process(script: Path, number: signal.Signal
     process = subprocess.Popen(
         [python(), script, "sleep"], cwd=script.parent, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's & ignores it
     )  # fmt: skip
     until(process, "of the test")
     work = psutil.Process(forked(process.pid))

@@ -1,6 +1,7 @@
 """A run that is asked to stop: before training, in it, twice."""
 
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_a_run_without_a_launcher_ends_with_its_own_exit_code(tiny: Write, tmp_p
 
 
 def test_a_signal_before_training_ends_it_at_once(tiny: Write, tmp_path: Path) -> None:
-    process = start(SCRIPT, tiny("run"), cwd=tmp_path)
+    process = start(SCRIPT, tiny("run"), cwd=tmp_path, interpreter=sys.executable)
     time.sleep(1.0)  # torch is being imported
     process.send_signal(signal.SIGUSR1)
     assert process.wait(30) == 130
