@@ -116,8 +116,9 @@ class Browser:
                       button="left", clickCount=1)  # fmt: skip
 
     def leave(self) -> None:
-        """Takes the mouse off the page's charts, which show a toolbar beneath it."""
+        """Takes away the mouse and the charts' toolbars, which stay without one too."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=0, y=0)
+        self.evaluate("document.querySelectorAll('.modebar').forEach(e => e.remove())")
 
     def close(self) -> None:
         self._process.terminate()
