@@ -77,6 +77,7 @@ def test_a_comparison_by_hand(tmp_path: Path) -> None:
         ((0.01, 0.02), 2, "is more than chance on these images, with each seed"),
         ((0.01, 0.02), 1, "may be chance, not every seed shows it with p below 0.05"),
         ((0.01, 0.2), 2, "may be chance, not every seed shows it with p below 0.05"),
+        ((0.3, 0.2), 2, "may be chance, no seed shows it with p below 0.05"),
         ((0.01,), 1, "is more than chance on these images; other seeds may differ"),
         ((0.3,), 1, "may be chance"),
     ],

@@ -71,7 +71,8 @@ class Answer(NamedTuple):
         if self.better_in == count and max(self.ps) < CHANCE:
             found = "is more than chance on these images"
             return f"{found}, with each seed" if count > 1 else f"{found}; other seeds may differ"
-        return "may be chance" + (f", not every seed shows it with p below {CHANCE}" * (count > 1))
+        which = "no seed" if min(self.ps) >= CHANCE else "not every seed"
+        return "may be chance" + (f", {which} shows it with p below {CHANCE}" * (count > 1))
 
     def metrics(self) -> dict[str, float]:
         """The answer as metrics of the run that holds the others."""
