@@ -37,8 +37,7 @@ def sigusr1(campaign: Campaign, attempt: Attempt) -> None:
     for worker in campaign.dice.sample(attempt.family, 1):  # to any rank
         with suppress(psutil.NoSuchProcess):
             worker.send_signal(signal.SIGUSR1)
-    stopped = (0, PREEMPTED, INTERRUPTED)  # the last before training and after it
-    assert attempt.end() in stopped, attempt.text
+    assert attempt.end() in (0, PREEMPTED, *_after_training(campaign)), attempt.text
     assert '"preempted"' in campaign.outcome() or '"finished"' in campaign.outcome(), attempt.text
 
 
@@ -105,9 +104,14 @@ def full_disk(campaign: Campaign, attempt: Attempt) -> None:
     code = attempt.end()
     filler.unlink(missing_ok=True)
     failed = FAILED if isinstance(attempt, Launched) else USAGE  # of torchrun, whatever failed
-    assert code in (0, failed, PREEMPTED, INTERRUPTED), attempt.text
+    assert code in (0, failed, PREEMPTED, *_after_training(campaign)), attempt.text
     said = '"preempted"' in campaign.outcome() or '"finished"' in campaign.outcome()
     assert code == 0 or "error: " in attempt.text or said, attempt.text
+
+
+def _after_training(campaign: Campaign) -> tuple[int, ...]:
+    """The code of a signal that comes when the run has finished."""
+    return (INTERRUPTED,) if '"finished"' in campaign.outcome() else ()
 
 
 def resize(campaign: Campaign, attempt: Attempt) -> None:

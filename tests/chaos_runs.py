@@ -135,7 +135,7 @@ class Launched(Attempt):
 
     def look(self) -> None:
         if len(self.family) < self.ranks:
-            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            with suppress(psutil.NoSuchProcess):
                 children = psutil.Process(self.process.pid).children()
                 self.family = [child for child in children if SCRIPT in child.cmdline()]
 

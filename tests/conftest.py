@@ -225,16 +225,16 @@ def children(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def run(
-    *command: str | Path, cwd: Path, timeout_s: float = 300
+    *command: str | Path, cwd: Path, timeout_s: float = 300, interpreter: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command of the project in `cwd`, with a hard time limit and nothing left behind.
 
-    `sys.executable` stands for `python()`.
+    interpreter: in place of `sys.executable`; by default `python()`.
     """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [python() if part == sys.executable else str(part) for part in command], cwd=cwd,
-        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [interpreter or python() if part == sys.executable else str(part) for part in command],
+        cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip
     try:

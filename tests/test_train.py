@@ -58,6 +58,7 @@ both_tasks = pytest.mark.parametrize(
     ("case", "ranks", "steps", "task"),
     [
         ("partition", 3, 15, "expression"),
+        pytest.param("partition", 3, 50, "expression", marks=pytest.mark.slow),
         pytest.param("partition_release", 2, 15, "expression", marks=pytest.mark.slow),
         pytest.param("arcface", 3, 15, "identity", marks=pytest.mark.slow),
     ],
@@ -66,7 +67,7 @@ both_tasks = pytest.mark.parametrize(
 def test_two_and_three_ranks_equal_one(
     tiny: Write, tmp_path: Path, case: str, ranks: int, steps: int, task: list[str]
 ) -> None:
-    """In float64, DAN over 15 steps; three ranks do not divide the global batch of 8."""
+    """In float64, DAN over 15 and 50 steps; three ranks do not divide the global batch of 8."""
     options = [*task, *EQUAL[case], "train.precision=float64", f"train.max_steps={steps}"]
     options += ["train.epochs=5"]
     single(tiny("one"), *options, "train.max_steps=1")
