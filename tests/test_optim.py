@@ -67,7 +67,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_optimisers_are_torchs_to_the_bit(case: str) -> None:
     optim, torchs = CASES[case]
-    ours, plain = engine(optim), objective().to(memory_format=torch.channels_last)
+    ours, plain = engine(optim), objective()
     other = torchs(plain.parameters())
     for number in range(3):
         ours.train_step(batch(number), lr=optim.lr, flags=FLAGS)
@@ -157,6 +157,21 @@ def test_a_checkpoint_changes_machines() -> None:
     assert (group["fused"], group["capturable"], group["lr"]) == (None, False, 1e-3)
     moments = fresh.state_dict()["state"]
     assert torch.equal(moments[0]["exp_avg"], state["state"][0]["exp_avg"])
+
+
+def test_moments_lie_in_memory_as_their_weights() -> None:
+    """A GPU's fused kernels want that; few images on a CPU leave them contiguous."""
+    ours = engine(Optim(lr=1e-3))
+    ours.train_step(batch(0), lr=1e-3, flags=FLAGS)
+    assert ours.objective.network.backbone.conv1.weight.is_contiguous()
+    other = objective().to(memory_format=torch.channels_last)
+    groups = parameter_groups(other, Optim())
+    fresh = make_optimizer(groups, Optim(lr=1e-3), fused=True, capturable=False)
+    load_optimizer(fresh, ours.state()["optimizer"])
+    for parameter, own in zip(groups[0].parameters, ours.groups[0].parameters, strict=True):
+        moment = fresh.state[parameter]["exp_avg"]
+        assert moment.stride() == parameter.stride()
+        assert torch.equal(moment, ours.optimizer.state[own]["exp_avg"])
 
 
 LARGE = [

@@ -33,7 +33,7 @@ from dan_dist.engine.optimizer import (
     parameter_groups,
     set_lr,
 )
-from dan_dist.engine.passes import micro_steps, pass_images
+from dan_dist.engine.passes import micro_steps, pass_images, pass_layout
 from dan_dist.engine.precision import Precision, autocast, weight_dtype
 from dan_dist.engine.rehearsal import put_back, random_batch, tried_on_all
 from dan_dist.engine.rows import evaluate
@@ -88,6 +88,7 @@ class Engine:
         self.options, self.clip_norm, self.world = options, optim.clip_norm, world
         self.micro_steps = micro_steps(options.global_batch, options.micro_batch, world.size)
         self.pass_images = pass_images(options.global_batch, self.micro_steps, world.size)
+        self.layout = pass_layout(world.device, self.pass_images)
         self.dtype = weight_dtype(options.precision)
         choose_arithmetic(options.precision, deterministic=options.deterministic)
         objective.to(world.device, self.dtype)
@@ -115,8 +116,7 @@ class Engine:
             ValueError: the GPU's memory does not suffice; names train.micro_batch.
         """
         set_lr(self.optimizer, self.groups, lr)
-        own, began_s = self._slots(flags), time.perf_counter()
-        self._reached_s = None
+        own, began_s, self._reached_s = self._slots(flags), time.perf_counter(), None
         with self._memory_named():
             if self.graph is None:
                 own = own.to(self.world.device, non_blocking=True)
@@ -172,7 +172,7 @@ class Engine:
         def compile_passes() -> bool:
             for x, y in self._passes(images, labels):
                 with self._autocast():
-                    compiled.rehearse(x.to(self.dtype), y, self.options.global_batch)
+                    compiled.rehearse(x, y, self.options.global_batch)
             return True
 
         if not tried_on_all(self.world, compile_passes, "not possible here"):
@@ -231,7 +231,7 @@ class Engine:
 
     def _wrap(self) -> nn.Module:
         """The objective, made data-parallel."""
-        self.objective.to(memory_format=torch.channels_last)
+        self.objective.to(memory_format=self.layout)
         if self.world.size == 1:
             return self.objective
         return DistributedDataParallel(
@@ -270,7 +270,7 @@ class Engine:
         for x, y, shares in zip(*parts, self.pass_images, strict=True):
             if self.shares is not None:
                 self.shares.announce(shares)
-            yield x, y
+            yield x.to(self.dtype, memory_format=self.layout), y
 
     def _zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -326,7 +326,7 @@ class Engine:
         if self.shares is not None:
             self.shares.reached_s = None
         with self._autocast():
-            loss: Loss = self.model(images.to(self.dtype), labels, self.options.global_batch)
+            loss: Loss = self.model(images, labels, self.options.global_batch)
         if self._reached_s is None:
             met_s = self.shares.reached_s if self.shares is not None else None
             self._reached_s = met_s or time.perf_counter()
