@@ -177,7 +177,7 @@ def random_objective(config: Config, classes: int) -> Objective:
     model, loss = config.model, config.loss
     is_cosine = loss.classification == "arcface"
     return Objective(
-        DAN(classes, model.heads, cosine=is_cosine, fusion=model.fusion),
+        DAN(classes, model.heads, width=model.width, cosine=is_cosine, fusion=model.fusion),
         classes,
         fcn=loss.fcn,
         afn=loss.afn,

@@ -118,7 +118,9 @@ class PredictOptions:
     csv: Path | None = option("file for path, face, box, class, error and probabilities", None)
     parquet: Path | None = option("file for the same", None)
     features: Path | None = option(
-        "file .npy or .parquet for the pooled features: 512 values a row, of L2 norm 1", None
+        "file .npy or .parquet for the pooled features: 512 values a row (8 · model.width), of L2 "
+        "norm 1",
+        None,
     )
     draw: Path | None = option("folder for the pictures with boxes, class and probability", None)
     device: Device = option("where the network computes", "auto")

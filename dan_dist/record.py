@@ -40,7 +40,7 @@ def open_tracker(
     check_written(tracking.experiment, tracking.tags, tracking.run_name)
     folder = Path(config.train.output)
     is_cosine = config.loss.classification == "arcface"
-    heads, size = config.model.heads, config.model.image_size
+    model = config.model
     return MlflowTracker(
         folder,
         RunRecord(
@@ -66,7 +66,7 @@ def open_tracker(
                 ),
                 "output": config.train.output,
                 "selected_on": selected_on(config.data.model_dump()),
-                **cost(classes, heads, size, cosine=is_cosine),
+                **cost(classes, model.heads, model.image_size, width=model.width, cosine=is_cosine),
             },
             datasets=dataset_inputs(shards, splits, config.data.paths[0]),
         ),

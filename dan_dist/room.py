@@ -10,7 +10,7 @@ from dan_dist.config import Config
 from dan_dist.distributed.world import World
 from dan_dist.engine.passes import micro_steps
 from dan_dist.engine.precision import resolve_precision
-from dan_dist.model.dan import DAN
+from dan_dist.model.dan import DAN, WIDTH
 from shards.limits import memory_bytes
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def check_room(config: Config, world: World, classes: int, *, is_here: bool = Tr
         ValueError: a step needs more memory than this rank can have.
     """
     with torch.device("meta"):  # shapes alone
-        network = DAN(classes, config.model.heads)
+        network = DAN(classes, config.model.heads, width=config.model.width)
     weights = sum(weight.numel() for weight in network.parameters())
     check_memory(config, world, weights, is_here=is_here)
     if world.is_main:
@@ -53,7 +53,8 @@ def check_memory(config: Config, world: World, weights: int, *, is_here: bool = 
     images = -(-share // micro_steps(train.global_batch, train.micro_batch, world.size))
     is_double = 2 if precision == "float64" else 1
     state = weights * 4 * is_double * (2 + MOMENTS[config.optim.name])
-    image = NUMBERS_A_PIXEL * NUMBER_BYTES.get(precision, 4) * size**2
+    numbers = NUMBERS_A_PIXEL * config.model.width // WIDTH
+    image = numbers * NUMBER_BYTES.get(precision, 4) * size**2
     needed = state + images * image + share * 3 * size**2
     what = f"{images} images of {size} px at once need more than {_size(needed)} of memory"
     if not is_here:

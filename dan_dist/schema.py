@@ -19,6 +19,7 @@ from dan_dist.values import (
 )
 
 MOST_PIXELS, MOST_HEADS = 1024, 64  # beyond them memory ends, not learning
+LEAST_WIDTH, MOST_WIDTH = 8, 128
 
 
 class Model(Section):
@@ -33,6 +34,14 @@ class Model(Section):
     )
     heads: int = Field(
         default=4, ge=0, le=MOST_HEADS, description="attention heads; 0 is the baseline ResNet-18"
+    )
+    width: int = Field(
+        default=64,
+        ge=LEAST_WIDTH,
+        le=MOST_WIDTH,
+        multiple_of=2,
+        description="channels of ResNet-18's first stage, an eighth of its last one's; files of "
+        "weights have 64, fewer are for tries on a CPU",
     )
     fusion: Literal["log_softmax", "mean"] = Field(
         default="log_softmax",
@@ -288,6 +297,8 @@ class Config(Section):
                 raise ValueError(f"data.augment.{name}: [{low}, {high}] is not [low, high]")
         if self.data.decoded == "host" and self.data.cache is None:
             raise ValueError("data.decoded: host takes a folder on each node, set data.cache")
+        if self.model.backbone == "imagenet" and self.model.width != 64:
+            raise ValueError("model.width: imagenet's weights have 64")
         if self.model.weights_classes and not self.model.weights:
             raise ValueError("model.weights_classes: only model.weights takes it")
         if self.task == "identity":

@@ -81,11 +81,16 @@ class Attempt:
         """Keeps the ranks' processes in `family`, as far as they are there."""
 
     def workers(self) -> list[psutil.Process]:
-        """The ranks that are alive."""
+        """The ranks that are alive, by a thread at least.
+
+        A killed process is a zombie as soon as its first thread has ended; it holds its locks until
+        the last one has, which may be in the middle of a write.
+        """
         alive = []
         for process in self.family:
             with suppress(psutil.NoSuchProcess):
-                if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                dead = process.status() == psutil.STATUS_ZOMBIE and process.num_threads() == 1
+                if process.is_running() and not dead:
                     alive.append(process)
         return alive
 

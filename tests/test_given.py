@@ -132,7 +132,7 @@ def test_what_cannot_be_read_again_is_not_drawn_and_ends_nothing(
     paths[1].write_bytes(encoded(picture(2), "PNG")[:90])
     picture(3).save(paths[2])
     rows = [Row(k, path, None, None, "", *values) for k, path in enumerate(paths, start=1)]
-    with writing(Files(None, None, None, tmp_path), ["sad", "happy"], faces=False) as write:
+    with writing(Files(None, None, None, tmp_path), ["sad", "happy"], 512, faces=False) as write:
         write(rows)
     assert [path.name for path in tmp_path.glob("0*")] == ["000003-whole.jpg"]
     assert len(caplog.messages) == 2
@@ -144,7 +144,9 @@ def test_what_cannot_be_read_again_is_not_drawn_and_ends_nothing(
     (tmp_path / "file").touch()
     with (
         pytest.raises(OSError, match="file"),
-        writing(Files(None, None, None, tmp_path / "file"), ["sad", "happy"], faces=False) as write,
+        writing(
+            Files(None, None, None, tmp_path / "file"), ["sad", "happy"], 512, faces=False
+        ) as write,
     ):
         write(rows[2:])
 

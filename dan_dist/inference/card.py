@@ -14,6 +14,7 @@ from dan_dist.evaluation.judge import WHOLE
 from dan_dist.evaluation.metrics import confusion
 from dan_dist.evaluation.records import PREDICTIONS, read_predictions
 from dan_dist.evaluation.result import read_result
+from dan_dist.model.dan import WIDTH
 from dan_dist.model.weights import Trained
 from dan_dist.run.checkpoint import BEST
 from shards.command import escape, words
@@ -119,7 +120,8 @@ def write_card(trained: Trained, stem: str, opset: int) -> str:
     fusion = {"mean": "the mean", "log_softmax": "the sum of the log-softmax"}[
         trained.network.fusion
     ]
-    network = "ResNet-18" + (f" and {heads} attention heads, fused by {fusion}" if heads else "")
+    narrow = "" if trained.network.width == WIDTH else f" of width {trained.network.width}"
+    ending = f" and {heads} attention heads, fused by {fusion}" if heads else ""
     return CARD.format(
         name=trained.name,
         stem=stem,
@@ -127,7 +129,7 @@ def write_card(trained: Trained, stem: str, opset: int) -> str:
         size=trained.image_size,
         count=len(trained.class_names),
         classes=", ".join(trained.class_names),
-        network=network,
+        network=f"ResNet-18{narrow}{ending}",
         cut=describe_cut(trained.face_cut),
         checkpoint=trained.path.name,
         length=f"{trained.step} {'optimiser steps' if config else 'epochs'}",

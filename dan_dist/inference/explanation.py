@@ -44,7 +44,7 @@ class Explanation(NamedTuple):
     faces: list[Face]  # the first ones
     overlaps: NDArray[np.float64]  # of the heads, of each image where two have a map
     empty: dict[str, int]  # panel → its maps that are the same everywhere
-    features: NDArray[np.float32] | None  # (labelled images, 512)
+    features: NDArray[np.float32] | None  # (labelled images, C)
     separation: float  # of the classes; NaN where it is not defined
 
     @property
@@ -180,7 +180,7 @@ def batches(trained: Trained, split: Split, world: World) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def pooled(trained: Trained, split: Split, world: World) -> NDArray[np.float32]:
-    """(images, 512) float32: the pooled backbone features, which the FCN losses cluster."""
+    """(images, C) float32: the pooled backbone features, which the FCN losses cluster."""
     found = [trained.network(x).features.cpu() for x in batches(trained, split, world)]
     features: NDArray[np.float32] = torch.cat(found).numpy()
     return features

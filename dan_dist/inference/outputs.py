@@ -24,7 +24,6 @@ from shards.images import MAX_BYTES, decode
 from shards.releases.boxes import Box
 from shards.releases.source import plain_name, safe_key
 
-FEATURES = 512
 PLACE = ("face", "left", "top", "width", "height")  # columns of a photograph's face
 
 log = logging.getLogger(__name__)
@@ -39,7 +38,7 @@ class Row(NamedTuple):
     box: Box | None  # of that face
     fault: str  # why there is no prediction; "": there is one
     probabilities: NDArray[np.float32]  # (classes,); NaN where there is no prediction
-    features: NDArray[np.float32]  # (512,), likewise
+    features: NDArray[np.float32]  # (C,), likewise
     changed: tuple[int, int] | None = None  # width and height of a crop that was made square
 
     @property
@@ -84,10 +83,12 @@ class Files(NamedTuple):
 
 
 @contextmanager
-def writing(files: Files, class_names: Sequence[str], *, faces: bool) -> Iterator[Write]:
+def writing(
+    files: Files, class_names: Sequence[str], features: int, *, faces: bool
+) -> Iterator[Write]:
     """What takes all rows, in their order, and hands them to each file that is wanted.
 
-    Rows of an image come together. faces: of photographs, which have places.
+    Rows of an image come together. features: of a row. faces: of photographs, which have places.
     """
     names = [plain_name(name) for name in class_names]
     with ExitStack() as stack:
@@ -97,7 +98,7 @@ def writing(files: Files, class_names: Sequence[str], *, faces: bool) -> Iterato
         if files.parquet:
             writers.append(stack.enter_context(_parquet(files.parquet, names, faces)))
         if files.features and files.features.suffix == ".npy":
-            writers.append(stack.enter_context(_feature_array(files.features)))
+            writers.append(stack.enter_context(_feature_array(files.features, features)))
         elif files.features:
             writers.append(stack.enter_context(_feature_table(files.features, faces)))
         if files.draw:
@@ -192,7 +193,7 @@ def _table(
 
 
 @contextmanager
-def _feature_array(path: Path) -> Iterator[Write]:
+def _feature_array(path: Path, features: int) -> Iterator[Write]:
     count = 0
 
     def write(rows: Sequence[Row]) -> None:
@@ -201,19 +202,19 @@ def _feature_array(path: Path) -> Iterator[Write]:
         file.write(normalised(rows)[0].astype("<f4").tobytes())
 
     with replacing(path) as file:
-        _write_header(file, 0)
+        _write_header(file, 0, features)
         yield write
-        file.seek(0)
-        _write_header(file, count)  # as long as the first: NumPy leaves room for the number
+        file.seek(0)  # the header is as long as the first: NumPy leaves room for the number
+        _write_header(file, count, features)
 
 
-def _write_header(file: BinaryIO, rows: int) -> None:
-    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, FEATURES)}
+def _write_header(file: BinaryIO, rows: int, features: int) -> None:
+    header = {"descr": "<f4", "fortran_order": False, "shape": (rows, features)}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def normalised(rows: Sequence[Row]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """(rows, 512) features of L2 norm 1, and the (rows,) norms that the network gave them."""
+    """(rows, C) features of L2 norm 1, and the (rows,) norms that the network gave them."""
     features = np.stack([row.features for row in rows])
     norms: NDArray[np.float32] = np.linalg.norm(features, axis=1).astype(np.float32)
     divisors = np.where(norms > 0, norms, 1)[:, None]

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ from dan_dist.data.photographs import THRESHOLD, FindFaces, choose_cut, face_fin
 from dan_dist.distributed.heartbeat import Heartbeat, session
 from dan_dist.distributed.world import World
 from dan_dist.evaluation.predictions import predict
-from dan_dist.inference.outputs import FEATURES, Files, Row, Write, writing
+from dan_dist.inference.outputs import Files, Row, Write, writing
 from dan_dist.model.dan import Output, features, probabilities
 from dan_dist.model.weights import Trained, load_trained
 from dan_dist.options import PredictOptions
@@ -76,7 +75,7 @@ def main(options: PredictOptions) -> int:
         bar = tqdm(desc="predicting", total=len(paths), unit="img",
                    disable=len(paths) <= FEW or not world.is_main)  # fmt: skip
         tally = Tally()
-        with bar, open_files(files, names, world, faces=options.faces) as write:
+        with bar, open_files(files, trained, world, faces=options.faces) as write:
 
             def predict_part(own: Sequence[Path], start: int) -> list[Row]:
                 def progress() -> None:
@@ -114,10 +113,12 @@ def shared_paths(given: Sequence[Path], world: World) -> list[Path]:
 
 
 def open_files(
-    files: Files, names: tuple[str, ...], world: World, *, faces: bool
+    files: Files, trained: Trained, world: World, *, faces: bool
 ) -> AbstractContextManager[Write]:
     """Writes rows into files on rank 0; elsewhere, nothing."""
-    return writing(files, names, faces=faces) if world.is_main else nullcontext(lambda rows: None)
+    if not world.is_main:
+        return nullcontext(lambda rows: None)
+    return writing(files, trained.class_names, trained.network.channels, faces=faces)
 
 
 def in_turn(
@@ -187,28 +188,24 @@ def predicted(
     start: the number of images before the part.
     """
     alone = replace(world, rank=0, size=1, store=None)
-    nothing = np.full(len(trained.class_names) + FEATURES, np.nan, np.float32)
+    classes = len(trained.class_names)
+    nothing = np.full(classes + trained.network.channels, np.nan, np.float32)
     values = np.empty((0, len(nothing)), np.float32)
     if packed.paths:
         values = predict(trained, packed.split, alone, heart, precision, both)
     found = iter(values)
-    return [
-        Row(
-            start + own.position + 1, own.path, own.face, own.box, own.fault,
-            *split_row(nothing if own.fault else next(found)), own.changed,
-        )
-        for own in packed.given
-    ]  # fmt: skip
+    rows = []
+    for own in packed.given:
+        row = nothing if own.fault else next(found)
+        number = start + own.position + 1
+        rows.append(Row(number, own.path, own.face, own.box, own.fault, row[:classes],
+                        row[classes:], own.changed))  # fmt: skip
+    return rows
 
 
 def both(output: Output) -> Tensor:
-    """(B, classes + 512): probabilities and features."""
+    """(B, classes + C): probabilities and features."""
     return torch.cat([probabilities(output), features(output)], dim=1)
-
-
-def split_row(values: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The two parts of a row of `both`."""
-    return values[:-FEATURES], values[-FEATURES:]
 
 
 def shown(show: Write, rows: Sequence[Row]) -> bool:

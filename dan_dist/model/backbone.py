@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dan_dist.model.authors import STAGES
 from dan_dist.model.classes import join_names
-from dan_dist.model.dan import CHANNELS, DAN
+from dan_dist.model.dan import DAN
 from dan_dist.model.state_dict import Place, find_places, match
 from dan_dist.run.checkpoint import NETWORK, check, is_ours, learned, load, read, save
 from dan_dist.run.plain import refuse_not_finite
@@ -126,7 +126,10 @@ def write_backbone(best: Path, *, run_id: str | None) -> Path:
     content = load(best)
     own = _own_backbone(learned(content))
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in own.items()}
-    tensors |= {"fc.weight": torch.zeros(1000, CHANNELS), "fc.bias": torch.zeros(1000)}
+    tensors |= {
+        "fc.weight": torch.zeros(1000, len(own["layer4.1.bn2.weight"])),
+        "fc.bias": torch.zeros(1000),
+    }
     provenance = {
         "run_id": run_id or content.get("run_id"),
         "fingerprint": content["fingerprint"],

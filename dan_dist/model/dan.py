@@ -6,11 +6,12 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.resnet import BasicBlock, conv1x1
 
-CHANNELS = 512  # of ResNet-18's last stage
+WIDTH = 64  # channels of ResNet-18's first stage
+LAST = 8  # times as many has its last one
 
 # How the heads' vectors become the one that is classified: the sum of their log-softmax over the
 # heads, as the paper has it, or their mean.
@@ -18,11 +19,11 @@ Fusion = Literal["log_softmax", "mean"]
 
 
 class Output(NamedTuple):
-    """What the network gives for B images."""
+    """What the network gives for B images; C, its last stage's channels, is 512 as in the paper."""
 
     logits: Tensor  # (B, classes); cosines where the classifier gives those
-    features: Tensor  # (B, 512) pooled backbone features, which the FCN losses cluster
-    heads: Tensor | None  # (B, k, 512) attended vectors, log-softmax over k; None for the baseline
+    features: Tensor  # (B, C) pooled backbone features, which the FCN losses cluster
+    heads: Tensor | None  # (B, k, C) attended vectors, log-softmax over k; None for the baseline
 
 
 def probabilities(output: Output) -> Tensor:
@@ -36,19 +37,20 @@ def probabilities_among(columns: Sequence[int], output: Output) -> Tensor:
 
 
 def features(output: Output) -> Tensor:
-    """(B, 512) float32, pooled from the backbone."""
+    """(B, C) float32, pooled from the backbone."""
     return output.features.float()
 
 
 class SpatialAttention(nn.Module):
-    """Equation 3: (B,512,h,w) scaled by one map (B,1,h,w) from three parallel convolutions."""
+    """Equation 3: (B,C,h,w) scaled by one map (B,1,h,w) from three parallel convolutions."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.reduce = _conv(CHANNELS, 256, 1)
-        self.square = _conv(256, CHANNELS, 3)
-        self.wide = _conv(256, CHANNELS, (1, 3))
-        self.tall = _conv(256, CHANNELS, (3, 1))
+        half = channels // 2
+        self.reduce = _conv(channels, half, 1)
+        self.square = _conv(half, channels, 3)
+        self.wide = _conv(half, channels, (1, 3))
+        self.tall = _conv(half, channels, (3, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.reduce(x)
@@ -57,15 +59,16 @@ class SpatialAttention(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Equation 4: pooled maps (B,512) times a gate in (0, 1) per channel."""
+    """Equation 4: pooled maps (B,C) times a gate in (0, 1) per channel."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
+        few = channels // 16
         self.gate = nn.Sequential(
-            nn.Linear(CHANNELS, 32),
-            nn.BatchNorm1d(32),
+            nn.Linear(channels, few),
+            nn.BatchNorm1d(few),
             nn.ReLU(inplace=True),
-            nn.Linear(32, CHANNELS),
+            nn.Linear(few, channels),
             nn.Sigmoid(),
         )
 
@@ -94,24 +97,21 @@ class DAN(nn.Module):
     """Distract-your-attention network with `heads` cross-attention heads.
 
     `heads=0` is the paper's baseline: ResNet-18, pooling, one linear layer; with `cosine` that
-    gives cosines, as ArcFace wants them.
+    gives cosines, as ArcFace wants them. `width`: channels of ResNet-18's first stage; the paper's,
+    and all files of weights, have 64.
     Input (B,3,S,S), S divisible by 32, normalised by MEAN and STD.
     """
 
     def __init__(
-        self, classes: int, heads: int = 4, *, cosine: bool = False, fusion: Fusion = "log_softmax"
-    ) -> None:
+        self, classes: int, heads: int = 4, *, width: int = WIDTH, cosine: bool = False,
+        fusion: Fusion = "log_softmax",
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.fusion = fusion
-        resnet = torchvision.models.resnet18(weights=None)
-        trunk = [(n, m) for n, m in resnet.named_children() if n not in ("avgpool", "fc")]
-        self.backbone = nn.Sequential(OrderedDict(trunk))  # keeps torchvision's parameter names
-        self.heads = nn.ModuleList(
-            nn.Sequential(OrderedDict(spatial=SpatialAttention(), channel=ChannelAttention()))
-            for _ in range(heads)
-        )
+        self.fusion, self.width, self.channels = fusion, width, LAST * width
+        self.backbone = _resnet18(width)
+        self.heads = nn.ModuleList(_head(self.channels) for _ in range(heads))
         self.heads.apply(_initialise)
-        self.classifier = (CosineClassifier if cosine else nn.Linear)(CHANNELS, classes)
+        self.classifier = (CosineClassifier if cosine else nn.Linear)(self.channels, classes)
         # The authors' release normalises the logits; the paper's text does not mention it.
         self.logit_norm = nn.BatchNorm1d(classes) if heads else nn.Identity()
 
@@ -126,6 +126,36 @@ class DAN(nn.Module):
         fused = attended.mean(dim=1) if self.fusion == "mean" else spread.sum(dim=1)
         logits = self.logit_norm(self.classifier(fused))
         return Output(logits, features, spread)
+
+
+def _resnet18(width: int) -> nn.Sequential:
+    """ResNet-18 (arXiv 1512.03385) without pooling and classifier, as torchvision makes it.
+
+    By its names, and where the width is 64 with the numbers that it draws from torch's generator.
+    """
+    stages = OrderedDict[str, nn.Module](
+        conv1=nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False),
+        bn1=nn.BatchNorm2d(width),
+        relu=nn.ReLU(inplace=True),
+        maxpool=nn.MaxPool2d(3, stride=2, padding=1),
+        layer1=nn.Sequential(BasicBlock(width, width), BasicBlock(width, width)),
+    )
+    for number in range(2, 5):
+        inputs, outputs = width * 2 ** (number - 2), width * 2 ** (number - 1)
+        shortcut = nn.Sequential(conv1x1(inputs, outputs, 2), nn.BatchNorm2d(outputs))
+        blocks = BasicBlock(inputs, outputs, 2, shortcut), BasicBlock(outputs, outputs)
+        stages[f"layer{number}"] = nn.Sequential(*blocks)
+    nn.Linear(LAST * width, 1000)  # torchvision's classifier, which draws numbers too
+    backbone = nn.Sequential(stages)
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return backbone
+
+
+def _head(channels: int) -> nn.Sequential:
+    parts = {"spatial": SpatialAttention(channels), "channel": ChannelAttention(channels)}
+    return nn.Sequential(OrderedDict(parts))
 
 
 def _pool(x: Tensor) -> Tensor:
@@ -153,13 +183,15 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def cost(classes: int, heads: int, image_size: int, *, cosine: bool = False) -> dict[str, str]:
+def cost(
+    classes: int, heads: int, image_size: int, *, width: int = WIDTH, cosine: bool = False
+) -> dict[str, str]:
     """The network's parameters, and the GFLOPs of one image's forward pass (2 a multiply-add).
 
     As tags of a run: they are no metrics of a step, and follow from its parameters.
     """
     with torch.device("meta"):  # shapes alone, no memory; and no autocast, which cosines ask for
-        network = DAN(classes, heads).eval()
+        network = DAN(classes, heads, width=width).eval()
         image = torch.empty(1, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(image)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dan_dist.distributed.collectives import all_reduce_sum
-from dan_dist.model.dan import CHANNELS, DAN
+from dan_dist.model.dan import DAN
 
 FcnLoss = Literal["affinity", "center", "none"]
 AfnLoss = Literal["partition", "partition_release", "none"]
@@ -120,7 +120,7 @@ class Objective(nn.Module):
         self.fcn, self.afn = fcn, afn if len(network.heads) > 1 else "none"  # 0 at k = 1 (§3.3)
         self.lambda_fcn, self.lambda_afn = lambda_fcn, lambda_afn
         if fcn != "none":
-            self.centers = nn.Parameter(torch.randn(classes, CHANNELS))
+            self.centers = nn.Parameter(torch.randn(classes, network.channels))
 
     def forward(self, images: Tensor, labels: Tensor, global_batch: int) -> Loss:
         """images (n,3,S,S), labels (n,) int64: n of the `global_batch` images of one step.

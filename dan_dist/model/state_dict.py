@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dan_dist.model.classes import join_names
-from dan_dist.model.dan import DAN, Fusion
+from dan_dist.model.dan import DAN, WIDTH, Fusion
 from dan_dist.run.plain import entries_of, refuse_not_finite, refuse_odd
 from shards.command import escape
 
@@ -127,15 +127,15 @@ def match(
 
 
 def fill_network(
-    classes: int, heads: int, tensors: dict[str, Tensor], path: Path, *, cosine: bool = False,
-    fusion: Fusion = "log_softmax",
+    classes: int, heads: int, tensors: dict[str, Tensor], path: Path, *, width: int = WIDTH,
+    cosine: bool = False, fusion: Fusion = "log_softmax",
 ) -> DAN:  # fmt: skip
     """A network of all these tensors, by our names, in evaluation mode.
 
     Tensors that are missing, of another shape or kind, too many, or not finite, and a network that
     gives for a gray image what is not finite, are a ValueError that names them.
     """
-    network = empty_network(classes, heads, cosine=cosine, fusion=fusion)
+    network = empty_network(classes, heads, width=width, cosine=cosine, fusion=fusion)
     own = network.state_dict()
     found = match(Place("", "", tensors), own, str, ())
     if found.missing or found.left:
@@ -158,11 +158,12 @@ def fill_network(
 
 
 def empty_network(
-    classes: int, heads: int, *, cosine: bool = False, fusion: Fusion = "log_softmax"
-) -> DAN:
+    classes: int, heads: int, *, width: int = WIDTH, cosine: bool = False,
+    fusion: Fusion = "log_softmax",
+) -> DAN:  # fmt: skip
     """A network without memory, whose tensors a file is to give."""
     with torch.device("meta"):
-        return DAN(classes, heads, cosine=cosine, fusion=fusion)
+        return DAN(classes, heads, width=width, cosine=cosine, fusion=fusion)
 
 
 def _fits(tensor: Tensor, wanted: Tensor) -> bool:

@@ -10,11 +10,11 @@ from dan_dist.data.photographs import cut_of_shards
 from dan_dist.data.splits import selected_on
 from dan_dist.model.authors import AUTHORS_SIZE, read_authors
 from dan_dist.model.classes import check_names, class_order, columns_of, join_names
-from dan_dist.model.dan import DAN, Fusion
+from dan_dist.model.dan import DAN, WIDTH, Fusion
 from dan_dist.model.state_dict import fill_network
 from dan_dist.options import Precision
 from dan_dist.run.checkpoint import BEST, NETWORK, check, is_ours, learned, read
-from dan_dist.schema import MOST_HEADS, MOST_PIXELS
+from dan_dist.schema import LEAST_WIDTH, MOST_HEADS, MOST_PIXELS, MOST_WIDTH
 from shards.command import escape
 from shards.files import is_address, read_regular
 from shards.kinds import HEAD_BYTES, ONNX, ZIP, begins_as_picture, describe
@@ -31,6 +31,7 @@ class _Known(BaseModel):
 class _Model(_Known):
     image_size: Annotated[int, Field(ge=32, le=MOST_PIXELS, multiple_of=32)]
     heads: Annotated[int, Field(ge=0, le=MOST_HEADS)]
+    width: Annotated[int, Field(ge=LEAST_WIDTH, le=MOST_WIDTH, multiple_of=2)] = WIDTH
     fusion: Fusion = "log_softmax"
 
 
@@ -202,7 +203,7 @@ def _ours(path: Path, content: dict[str, Any], weights: Which) -> Trained:
     if weights == "trained" and "average" in content:
         facts["other_weights"] = True
     network = fill_network(
-        len(names), known.model.heads, own, path,
+        len(names), known.model.heads, own, path, width=known.model.width,
         cosine=known.loss.classification == "arcface", fusion=known.model.fusion,
     )  # fmt: skip
     return Trained(
@@ -216,7 +217,7 @@ def load_weights(network: DAN, class_names: tuple[str, ...], source: str,
     """Starts the whole network from a file that `load_trained` reads; returns a line on it.
 
     The classifier follows the classes by name, wherever they stand; where the file knows other
-    classes, it stays as it is. Another number of heads is a ValueError.
+    classes, it stays as it is. Another number of heads, or another width, is a ValueError.
     """
     try:
         trained = load_trained(Path(source), classes)
@@ -226,6 +227,11 @@ def load_weights(network: DAN, class_names: tuple[str, ...], source: str,
         raise ValueError(
             f"model.weights {source} has {len(trained.network.heads)} heads, model.heads is "
             f"{len(network.heads)}"
+        )
+    if trained.network.width != network.width:
+        raise ValueError(
+            f"model.weights {source} has width {trained.network.width}, model.width is "
+            f"{network.width}"
         )
     fused = ""
     if trained.network.fusion != network.fusion:
