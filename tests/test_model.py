@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 
+from dan_dist.model import dan
 from dan_dist.model.backbone import load_backbone
 from dan_dist.model.dan import DAN
 from dan_dist.model.losses import Objective
@@ -34,6 +35,40 @@ def test_baseline_is_torchvisions_resnet18() -> None:
     network.load_state_dict(load)
     images = torch.randn(2, 3, 64, 64)
     assert torch.allclose(network(images).logits, reference(images), atol=1e-5)
+
+
+def test_a_random_start_is_torchvisions() -> None:
+    """To the bit, and torch's generator goes on from the same place: seeds mean what they meant."""
+    torch.manual_seed(5)
+    reference, following = torchvision.models.resnet18(weights=None).state_dict(), torch.rand(4)
+    torch.manual_seed(5)
+    network = DAN(8, 0)
+    torch.manual_seed(5)
+    backbone, own = dan._resnet18(64).state_dict(), torch.rand(4)
+    assert torch.equal(own, following)
+    for found in (backbone, network.backbone.state_dict()):
+        assert [*found] == [name for name in reference if not name.startswith("fc.")]
+        assert all(torch.equal(tensor, reference[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("width", [8, 32, 64, 128])
+def test_a_networks_width(width: int) -> None:
+    """All stages follow it, and the heads; of 64, torchvision's 11,176,512 parameters."""
+    network = DAN(8, 2, width=width).eval()
+    first, stages, norms = 3 * 7 * 7 * width, 2724 * width**2, 2 * 75 * width
+    assert sum(p.numel() for p in network.backbone.parameters()) == first + stages + norms
+    output = network(torch.randn(2, 3, 32, 32))
+    assert output.features.shape == (2, 8 * width) and output.logits.shape == (2, 8)
+    assert output.heads is not None and output.heads.shape == (2, 2, 8 * width)
+    assert Objective(network, 8).centers.shape == (8, 8 * width)
+
+
+def test_backbone_of_another_width_is_refused(tmp_path: Path) -> None:
+    objective = Objective(DAN(8, 0, width=16), 8)
+    checkpoint.save(tmp_path / "best.pt", {"objective": objective.state_dict(), "step": 3})
+    assert "100 tensors" in load_backbone(DAN(7, 1, width=16), str(tmp_path / "best.pt"))
+    with pytest.raises(ValueError, match=r"or of another shape: network\.backbone\.conv1\.weight"):
+        load_backbone(DAN(7, 1), str(tmp_path / "best.pt"))
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

@@ -94,6 +94,7 @@ def test_where_a_run_is_ended_early_changes_no_rate() -> None:
         ("schedule", {"floor": 0.1}, "schedule.floor: only"),
         ("schedule", {"warmup_steps": 3, "warmup_epochs": 1.0}, "warmup_steps is given already"),
         ("optim", {"nesterov": True}, "optim.nesterov: only optim.name=sgd"),
+        ("model", {"backbone": "imagenet", "width": 32}, "model.width: imagenet's weights have 64"),
     ],
 )
 def test_settings_that_do_not_go_together(section: str, values: Any, line: str) -> None:

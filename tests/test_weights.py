@@ -224,6 +224,8 @@ def test_the_classifier_follows_the_names(authors: Path) -> None:
     assert torch.equal(square, state["cat_head3.sa.conv_3x3.0.weight"].float())
     with pytest.raises(ValueError, match=r"has 4 heads, model\.heads is 2"):
         load_weights(DAN(8, 2), affectnet.CLASSES, str(authors))
+    with pytest.raises(ValueError, match=r"has width 64, model\.width is 32"):
+        load_weights(DAN(8, 4, width=32), affectnet.CLASSES, str(authors))
 
 
 @pytest.mark.slow
