@@ -71,7 +71,7 @@ def moment(key: str, value: Any) -> Change:
 
 STATES: dict[str, tuple[Change, str]] = {
     "shape": (moment("exp_avg", torch.ones(3)), r"state\.3\.exp_avg is of shape"),
-    "NaN": (moment("exp_avg_sq", torch.full((64,), torch.nan)), "3.exp_avg_sq holds what"),
+    "NaN": (moment("exp_avg_sq", torch.full((16,), torch.nan)), "3.exp_avg_sq holds what"),
     "foreign": (moment("momentum_buffer", torch.ones(3)), r"state\.3 is not of adam"),
     "no state": (put("optimizer", value={}), "expected its state and its param_groups"),
     "groups": (put("optimizer", "param_groups", value=[{"params": [0]}]), "param_groups are not"),

@@ -193,7 +193,7 @@ def test_features_are_of_every_image_once_and_in_order(runs: Path, faces: ShardS
     split = faces.split("train")
     world = World(0, 0, 1, 1, torch.device("cpu"))
     features = pooled(trained, split, world)
-    assert features.shape == (80, 512)
+    assert features.shape == (80, 128)
     for k in (0, 63, 64, 79):
         alone = replace(split, index=split.index[k : k + 1])
         (expected,) = pooled(trained, alone, world)

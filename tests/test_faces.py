@@ -146,7 +146,7 @@ def test_every_output_has_a_row_a_face_and_one_for_none(
         assert line[1:6] == ["" if value is None else str(value) for value in place]
         assert [column[name] for name in table[0][1:6]] == place
     features = np.load(files["features"])
-    assert features.shape == (5, 512) and np.isnan(features[0]).all()
+    assert features.shape == (5, 128) and np.isnan(features[0]).all()
     assert np.linalg.norm(features[1:], axis=1) == pytest.approx(1, abs=1e-5)
     assert [path.name for path in files["draw"].iterdir()] == ["000002-collage.jpg"]
     drawn = np.asarray(Image.open(files["draw"] / "000002-collage.jpg"), float)

@@ -267,7 +267,7 @@ def test_one_unreadable_file_ends_nothing_and_every_output_has_its_row(
     assert again == 5 and [r.get("class") for r in same] == [r.get("class") for r in rows]
     features = np.load(files["features"])
     kept = parquet.read_table(out / "f.parquet").to_pylist()
-    assert features.shape == (10, 512) and features.dtype == np.float32
+    assert features.shape == (10, 128) and features.dtype == np.float32
     for row, values, line in zip(rows, features, kept, strict=True):
         if "error" in row:
             assert np.isnan(values).all() and line["features"] is line["l2_norm"] is None

@@ -26,9 +26,10 @@ from shards.format import ShardSet
 LAYOUT = Path(__file__).parent / "data" / "65e315c.json"
 STOPPED, END = 14, 20
 OPTIONS = {
-    "dan": [*DAN, "optim.name=adam", "optim.lr=1e-3"],
+    "dan": [*DAN, "optim.name=adam", "optim.lr=1e-3", "model.width=64"],
     "identity": [
         *IDENTITY,
+        "model.width=64",
         "loss.classification=arcface",
         "data.synthetic={train: 80, val: 60, "
         "size: 32, seed: 7, by: identity, identities: 16, held_out: 20}",

@@ -160,7 +160,8 @@ def test_a_training_states_its_disk_use_and_takes_no_more(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = ["train.max_steps=6", "train.checkpoint_every=1", "optim.name=adam"]
+    options = ["train.max_steps=6", "train.checkpoint_every=1", "optim.name=adam",
+               "model.width=64"]  # fmt: skip
     with caplog.at_level(logging.INFO, "dan_dist"):
         single(tiny("run"), *options)
     line = next(text for text in caplog.messages if text.startswith("disk: "))
@@ -171,6 +172,6 @@ def test_a_training_states_its_disk_use_and_takes_no_more(
     )
     monkeypatch.setattr(room.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     caplog.clear()
-    room.check_room(load_config(tiny("run")), ALONE, 8)
+    room.check_room(load_config(tiny("run"), options), ALONE, 8)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert caplog.messages[0].endswith("; 1 MB are free")

@@ -286,7 +286,8 @@ def test_a_resumed_run_holds_out_the_same_and_ends_by_patience(
     tested: ShardSet, tiny: Write, tmp_path: Path
 ) -> None:
     """At a learning rate of nothing no epoch is better: the second ends the run."""
-    words = [f"data.shards={tested.root}", "data.fold=2/2", "train.epochs=5", "optim.lr=1e-30"]
+    words = [f"data.shards={tested.root}", "data.fold=2/2", "train.epochs=5", "optim.lr=1e-30",
+             "model.width=64"]  # fmt: skip
     single(tiny("one"), *words, "train.patience=2")
     assert outcome(tmp_path / "one")["reason"] == "no better epoch in 2 epochs"
     assert outcome(tmp_path / "one")["result"]["selected_on"] == "holdout"

@@ -47,7 +47,7 @@ EQUAL = {
         "optim.lr=1e-7",
         "optim.momentum=0.0",
     ],
-    "arcface": ["loss.classification=arcface", "optim.lr=1e-4"],
+    "arcface": ["loss.classification=arcface", "optim.lr=1e-4", "model.width=64"],
 }
 both_tasks = pytest.mark.parametrize(
     "task", ["expression", pytest.param("identity", marks=pytest.mark.slow)], indirect=True

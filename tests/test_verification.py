@@ -206,7 +206,7 @@ def test_a_backbone_from_training_to_dan(
     assert "auc" in out and "chance is 50.00 %" in out and "model.backbone=" in out
     best = checkpoint.load(tmp_path / "run" / checkpoint.BEST)
     assert len(best["class_names"]) == 16
-    assert best["objective"]["network.classifier.weight"].shape == (16, 512)
+    assert best["objective"]["network.classifier.weight"].shape == (16, 128)
 
     content = torch.load(tmp_path / "run" / BACKBONE, weights_only=True)
     torchvision.models.resnet18().load_state_dict(content["state_dict"], strict=True)

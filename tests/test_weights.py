@@ -236,7 +236,7 @@ def test_a_training_starts_from_it(
     state = torch.load(authors, weights_only=True)
     torch.save(state, start := tmp_path / "start.pth")
     options = [f"model.weights={start}", "model.heads=4", *OPTIONS[1:], "optim.lr=1e-30",
-               "train.precision=float64"]  # fmt: skip
+               "train.precision=float64", "model.width=64"]  # fmt: skip
     caplog.set_level("INFO")
     single(tiny("run"), *options, "train.max_steps=1")
     assert f"network: from {start}, classifier and all" in caplog.text
