@@ -31,7 +31,7 @@ ELASTIC = ["optim.lr=1e-7", "optim.momentum=0.0", "train.precision=float64"]  # 
 CONFIG = """
 data: {{shards: {shards}, max_bad_images: 0, augment: {{affine_p: 0.7, degrees: 20,
   scale: [0.8, 1.0], translate: 0.2, erase_p: 0.5}}}}
-model: {{image_size: 32}}
+model: {{image_size: 32, width: 16}}
 train: {{epochs: {epochs}, global_batch: 8, device: cpu, log_every: 1, checkpoint_every: 7,
   keep_checkpoints: 3, timeout_s: 20, output: {output}}}
 tracking: {{experiment: chaos}}

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from interpreter import python
+from parts import in_parts
 from ranks import run_ranks
 from tracking_server import STORE, TrackingServer, serve
 from trees import packed, tree
@@ -68,6 +69,10 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = Path(tempfile.mkdtemp(prefix="interpreter-"))
         os.environ[interpreter.PROGRAM] = str(interpreter.stand_in(folder))
         config.add_cleanup(lambda: (interpreter.stop(folder), shutil.rmtree(folder)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = in_parts(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ def build(
 ) -> Engine:  # fmt: skip
     """A fresh engine, always with the same weights; stage None: DDP."""
     torch.manual_seed(0)
-    objective = Objective(DAN(CLASSES, 2), CLASSES, fcn="affinity", afn="partition")
+    objective = Objective(DAN(CLASSES, 2, width=16), CLASSES, fcn="affinity", afn="partition")
     optim = Optim.model_validate(
         {"name": optimizer, "lr": LR[optimizer], "momentum": 0.9, "clip_norm": clip_norm}
     )

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from fake_group import fake_group
 from ranks import ranks
 from torch import Tensor, nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dan_dist.distributed.batch_norm import BatchNorm, Shares, convert_batch_norm
 from dan_dist.distributed.world import close_world, init_world
@@ -111,15 +110,14 @@ def test_two_ranks_of_unequal_shares_equal_one(
 @pytest.fixture
 def two_ranks() -> Any:
     """A process group of two, of whom the other one does nothing."""
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield
-    dist.destroy_process_group()
+    with fake_group(2):
+        yield
     torch._dynamo.reset()
 
 
 def objective(afn: AfnLoss = "partition") -> Objective:
     torch.manual_seed(0)
-    return Objective(DAN(7, 2), 7, afn=afn)
+    return Objective(DAN(7, 2, width=16), 7, afn=afn)
 
 
 def graph_breaks(model: Objective) -> tuple[int, list[Any]]:

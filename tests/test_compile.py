@@ -47,7 +47,7 @@ def rehearsed(monkeypatch: pytest.MonkeyPatch) -> Any:
 def engine(world: World = ALONE, heads: int = 0, **options: Any) -> Engine:
     torch.manual_seed(0)
     values = {"global_batch": 7, "precision": "float64", **options}
-    objective = Objective(DAN(7, heads), 7, fcn="affinity" if heads else "none")
+    objective = Objective(DAN(7, heads, width=16), 7, fcn="affinity" if heads else "none")
     return Engine(objective, world, Optim(name="sgd", ema=0.9), StepOptions(**values))
 
 

@@ -24,7 +24,7 @@ OPTIM = Optim(
 def build(stage: int | None) -> Engine:
     """stage None: DDP."""
     torch.manual_seed(0)
-    objective = Objective(DAN(7, 0), 7, fcn="affinity")
+    objective = Objective(DAN(7, 0, width=16), 7, fcn="affinity")
     options = StepOptions(global_batch=8)
     if stage is None:
         return ContiguousDDP(objective, ALONE, OPTIM, options)

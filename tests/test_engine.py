@@ -21,7 +21,7 @@ BATCH = 16
 
 def objective() -> Objective:
     torch.manual_seed(0)
-    return Objective(DAN(8, 2), 8)
+    return Objective(DAN(8, 2, width=16), 8)
 
 
 def batch() -> Batch:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fake_group import fake_group
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import Library
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -102,11 +102,8 @@ class FakeEngine(Engine):
 
 @pytest.fixture
 def many_ranks() -> Iterator[None]:
-    if dist.is_initialized():  # DeepSpeed holds on to the group of one rank
-        dist.destroy_process_group()
-    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
-    yield
-    dist.destroy_process_group()
+    with fake_group(RANKS):
+        yield
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ BATCH = 8
 def objective(heads: int = 0, **options: Any) -> Objective:
     torch.manual_seed(0)
     fcn = "affinity" if heads else "none"
-    return Objective(DAN(7, heads), 7, fcn=fcn, **options)
+    return Objective(DAN(7, heads, width=16), 7, fcn=fcn, **options)
 
 
 def engine(optim: Optim, heads: int = 0, **options: Any) -> Engine:

@@ -201,12 +201,13 @@ def test_a_backbone_from_training_to_dan(
 ) -> None:  # fmt: skip
     """On two ranks under DeepSpeed, with ArcFace; judged by pairs, in MLflow, and started from."""
     options = [*task, "loss.classification=arcface", "engine.name=deepspeed", "engine.zero_stage=3",
-               "optim.lr=1e-4", "train.max_steps=4", "tracking.enabled=true"]  # fmt: skip
+               "optim.lr=1e-4", "train.max_steps=4", "tracking.enabled=true",
+               "model.width=64"]  # fmt: skip
     out = train(2, tiny("run"), *options, cwd=tmp_path)
     assert "auc" in out and "chance is 50.00 %" in out and "model.backbone=" in out
     best = checkpoint.load(tmp_path / "run" / checkpoint.BEST)
     assert len(best["class_names"]) == 16
-    assert best["objective"]["network.classifier.weight"].shape == (16, 128)
+    assert best["objective"]["network.classifier.weight"].shape == (16, 512)
 
     content = torch.load(tmp_path / "run" / BACKBONE, weights_only=True)
     torchvision.models.resnet18().load_state_dict(content["state_dict"], strict=True)
@@ -230,7 +231,7 @@ def test_a_backbone_from_training_to_dan(
 
     caplog.set_level("INFO")
     start = f"model.backbone={tmp_path / 'run' / BACKBONE}"
-    assert single(tiny("dan"), start, "train.max_steps=2").status == "finished"
+    assert single(tiny("dan"), start, "train.max_steps=2", "model.width=64").status == "finished"
     assert f"provenance: run_id {facts['run_id']}, accuracy 0." in caplog.text
 
     # Judged once more by itself, on any number of ranks
