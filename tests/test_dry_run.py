@@ -186,7 +186,7 @@ def test_an_imagenet_start_is_not_downloaded(
     tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    check(load_config(tiny("run"), ["model.backbone=imagenet"]), 1)
+    check(load_config(tiny("run"), ["model.backbone=imagenet", "model.width=64"]), 1)
     assert f"the training downloads it to {tmp_path}/torch/hub/checkpoints/resnet18-" in caplog.text
     assert not (tmp_path / "torch").exists()
 
@@ -241,13 +241,14 @@ def test_on_a_machine_without_gpus_other_machines_are_not_judged(
     """A login node of 100 MB: with --ranks and train.device=auto what is needed is stated."""
     monkeypatch.setattr(room, "memory_bytes", lambda: 10**8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config = load_config(tiny("run"), ["train.device=auto", "train.global_batch=64"])
+    wide = ["model.width=64"]
+    config = load_config(tiny("run"), [*wide, "train.device=auto", "train.global_batch=64"])
     check(config, 4, is_here=False)
     device, memory = (next(x for x in caplog.messages if x.startswith(f"{name}: "))
                       for name in ("device", "memory"))  # fmt: skip
     assert device.endswith("; 4 ranks, precision auto") and "node" not in device
     assert re.fullmatch(r"memory: 16 images of 32 px at once need more than \d+ MB .*", memory)
-    for same, is_here in ((config, True), (load_config(tiny("run")), False)):
+    for same, is_here in ((config, True), (load_config(tiny("run"), wide), False)):
         with pytest.raises(ValueError, match="cpu has 25 MB for a rank"):
             check(same, 4, is_here=is_here)
 
