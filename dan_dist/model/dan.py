@@ -97,8 +97,8 @@ class DAN(nn.Module):
     """Distract-your-attention network with `heads` cross-attention heads.
 
     `heads=0` is the paper's baseline: ResNet-18, pooling, one linear layer; with `cosine` that
-    gives cosines, as ArcFace wants them. `width`: channels of ResNet-18's first stage; the paper's,
-    and all files of weights, have 64.
+    gives cosines, as ArcFace wants them. `width`: channels of ResNet-18's first stage; 64 in the
+    paper, and in all pre-trained files.
     Input (B,3,S,S), S divisible by 32, normalised by MEAN and STD.
     """
 
