@@ -10,6 +10,7 @@ from conftest import ALONE
 from dan_dist.config import Optim
 from dan_dist.data.loader import Batch
 from dan_dist.engine.ddp import Engine, StepFlags, StepOptions
+from dan_dist.engine.passes import micro_steps, pass_images, pass_layout
 from dan_dist.engine.precision import Precision, resolve_precision
 from dan_dist.model.dan import DAN
 from dan_dist.model.losses import Objective
@@ -106,3 +107,20 @@ def test_auto_takes_bfloat16_where_a_cpu_multiplies_it(monkeypatch: pytest.Monke
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
         assert resolve_precision("auto", CPU) == expected
         assert resolve_precision("float64", CPU) == "float64"
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "micro_batch", "ranks", "layout"),
+    [
+        ("cpu", 8, None, 1, torch.contiguous_format),
+        ("cpu", 9, None, 1, torch.channels_last),
+        ("cpu", 32, 8, 1, torch.contiguous_format),
+        ("cpu", 17, None, 2, torch.channels_last),  # 9 images on one rank, 8 on the other
+        ("cuda", 8, None, 1, torch.channels_last),
+    ],
+)
+def test_a_passs_images_decide_the_layout_for_all_ranks(
+    device: str, batch: int, micro_batch: int | None, ranks: int, layout: torch.memory_format
+) -> None:
+    images = pass_images(batch, micro_steps(batch, micro_batch, ranks), ranks)
+    assert pass_layout(torch.device(device), images) == layout

@@ -31,6 +31,7 @@ from dan_dist.options import EvaluateOptions
 from dan_dist.run import checkpoint
 from shards.format import ShardSet
 
+WIDE = "model.width=64"  # as torchvision's ResNet-18, which takes the backbone
 Write = Callable[[str], Path]
 
 
@@ -201,8 +202,7 @@ def test_a_backbone_from_training_to_dan(
 ) -> None:  # fmt: skip
     """On two ranks under DeepSpeed, with ArcFace; judged by pairs, in MLflow, and started from."""
     options = [*task, "loss.classification=arcface", "engine.name=deepspeed", "engine.zero_stage=3",
-               "optim.lr=1e-4", "train.max_steps=4", "tracking.enabled=true",
-               "model.width=64"]  # fmt: skip
+               "optim.lr=1e-4", "train.max_steps=4", "tracking.enabled=true", WIDE]  # fmt: skip
     out = train(2, tiny("run"), *options, cwd=tmp_path)
     assert "auc" in out and "chance is 50.00 %" in out and "model.backbone=" in out
     best = checkpoint.load(tmp_path / "run" / checkpoint.BEST)
@@ -231,7 +231,7 @@ def test_a_backbone_from_training_to_dan(
 
     caplog.set_level("INFO")
     start = f"model.backbone={tmp_path / 'run' / BACKBONE}"
-    assert single(tiny("dan"), start, "train.max_steps=2", "model.width=64").status == "finished"
+    assert single(tiny("dan"), start, "train.max_steps=2", WIDE).status == "finished"
     assert f"provenance: run_id {facts['run_id']}, accuracy 0." in caplog.text
 
     # Judged once more by itself, on any number of ranks
