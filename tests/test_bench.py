@@ -58,6 +58,7 @@ def test_it_starts_trainings_and_projects_beyond_this_machine(tiny: Write, tmp_p
     figures = json.loads(found.read_text())
     start, scaling = figures["start"], figures["scaling"]
     assert 0 < start["of that: import torch"][0]["s"] < start["torchrun launch/train.py"][0]["s"]
+    assert all(row["s"] > 0 for (row,) in start.values())
     (launch,) = start["python launch/train.py"]
     lines = [launch[name] for name in
              ("device found, s", "data opened, s", "start evaluated, s", "step 1, s")]  # fmt: skip
