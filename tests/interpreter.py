@@ -4,7 +4,8 @@ A test that runs a command pays seconds of CPU for its imports, and a launcher's
 for each rank. `stand_in` writes a program that takes `python`'s place: it hands its command line,
 environment, working folder and three streams to the server, passes signals on, and ends as the
 forked process ends. Where a fresh interpreter could differ from a forked one, it becomes the real
-Python: with `-c` and other options, another user, limit, namespace or PYTHONPATH, or open pipes.
+Python: with `-c` and other options, another user, limit, namespace (but for mounts, which the
+forked process enters) or PYTHONPATH, or open pipes.
 (Slurm signals a step's processes by their parents, among which forked ones are not.)
 """
 
@@ -30,11 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PRELOADED = ["dan_dist.train", "torch._dynamo", "torch.distributed.run", "mlflow.pyfunc",
-             "mlflow.store.tracking.sqlalchemy_store", "flask_cors", "graphene",
-             "dan_dist.ablation.ablate", "dan_dist.inference.predict", "dan_dist.inference.explain",
-             "dan_dist.inference.export", "dan_dist.certificate", "dan_dist.dry_run"]  # fmt: skip
-# What the preloaded modules read from the environment as they are imported.
+# What `preloaded`'s modules read from the environment as they are imported.
 # (OpenCV and scikit-learn set LD_LIBRARY_PATH and KMP_* in whatever imports them.)
 READ_AT_IMPORT = ("HOME", "LANG", "LC_", "LD_PRELOAD", "MALLOC", "MKL", "MPL", "OMP", "OPENBLAS",
                   "PYTHON", "TORCHINDUCTOR", "TORCH_LOGS", "TZ")  # fmt: skip
@@ -42,10 +39,11 @@ HARMLESS = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONDONTWRITEBYTECODE",
             "TORCHINDUCTOR_CACHE_DIR")  # minded, of no effect, or read later  # fmt: skip
 PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1,
              signal.SIGUSR2)  # fmt: skip
-NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
+NAMESPACES = ("cgroup", "ipc", "net", "pid", "user", "uts")
 START_S = 120.0
 PROGRAM = "DAN_TESTS_PYTHON"  # the program's path, in the environment
 _PR_SET_PDEATHSIG = 1
+_CLONE_NEWNS = 0x20000
 
 
 def stand_in(folder: Path) -> Path:
@@ -96,6 +94,7 @@ def hand_over(folder: str, real: str, owner: int) -> NoReturn:
         "environment": dict(os.environ),
         "cwd": str(Path.cwd()),
         "surroundings": _surroundings(),
+        "pid": os.getpid(),
         "executable": sys.argv[0],
         "ignored": [n for n in PASSED_ON if signal.getsignal(n) == signal.SIG_IGN],
     }
@@ -250,6 +249,7 @@ class Server:
 
 def become(request: dict[str, Any]) -> None:
     """Makes this process the one that was asked for, up to the command itself."""
+    enter_mounts(request["pid"])
     os.setsid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives the server
     for number in PASSED_ON:
@@ -267,6 +267,17 @@ def become(request: dict[str, Any]) -> None:
     sys.stdout.reconfigure(line_buffering=unbuffered, write_through=unbuffered)  # type: ignore
     sys.executable = request["executable"]
     tempfile.tempdir = None  # by this environment, not the server's
+
+
+def enter_mounts(pid: int) -> None:
+    """Sees the disks that a process sees, which `unshare -m` may have given disks of its own."""
+    theirs = Path(f"/proc/{pid}/ns/mnt")
+    if not theirs.samefile("/proc/self/ns/mnt"):
+        file = os.open(theirs, os.O_RDONLY)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(file, _CLONE_NEWNS):
+            raise OSError(ctypes.get_errno(), f"setns to the mounts of {pid}")
+        os.close(file)
 
 
 def run(words: list[str]) -> None:
@@ -307,8 +318,8 @@ def end(words: list[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    for name in PRELOADED:
-        __import__(name)
+    import preloaded  # noqa: F401
+
     gc.freeze()  # a collection in a forked process would copy all that the server holds
     asked = Server(Path(sys.argv[1]), int(sys.argv[2])).run()
     become(asked)

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PRELOADED = ["dan_dist.train", "torch._dynamo", "pytest", "mlflow.pyfunc",
-             "mlflow.store.tracking.sqlalchemy_store"]  # fmt: skip
+PRELOADED = ["preloaded"]
 GRACE_S = 20.0  # from the first rank's failure, or the time limit, to SIGKILL
 
 _context = multiprocessing.get_context("forkserver")

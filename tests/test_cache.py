@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from interpreter import python
 
 from conftest import SCRIPT, run, train
 from dan_dist.data import cache
@@ -224,7 +225,7 @@ def test_a_full_disk_says_how_much_is_needed(faces: ShardSet, tmp_path: Path, si
               "try: localise(*sys.argv[1:])\nexcept OSError as error: print(error)")  # fmt: skip
     (tmp_path / "fill.py").write_text(script)
     command = (f"mount -t tmpfs -o size={size_kb}k tmpfs {disk}; "
-               f"{sys.executable} fill.py {faces.root} {disk}/cache")  # fmt: skip
+               f"{python()} fill.py {faces.root} {disk}/cache")  # fmt: skip
     done = run("unshare", "-m", "sh", "-c", command, cwd=tmp_path)
     free = f"{size_kb * 1024 / 1e6:.1f} MB are free"
     assert f"disk/cache: 0.4 MB are needed, {free}" in done.stdout, done.stderr

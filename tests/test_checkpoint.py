@@ -4,13 +4,13 @@ import errno
 import os
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter import python
 
 from conftest import SCRIPT, copied, history, outcome, run, single
 from dan_dist import train as story
@@ -228,13 +228,13 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
         f"train.output={disk}/run train.checkpoint_every=4 train.checkpoint_errors={policy} "
         f"tracking.enabled={policy == 'continue'}"
     )
+    train = f"{python()} {SCRIPT} {tiny('run')}"
     # Room for the first checkpoint and the best one; then a file takes what is left.
     command = (
-        f"mount -t tmpfs -o size=700m tmpfs {disk}; {sys.executable} {SCRIPT} {tiny('run')} "
-        f"{options} train.max_steps=4; head -c 1G /dev/zero > {disk}/filler; "
-        f"{sys.executable} {SCRIPT} {tiny('run')} {options} train.max_steps=14; echo code $?; "
-        f"ls {disk}/run; cat {disk}/run/outcome.json; rm {disk}/filler; "
-        f"{sys.executable} {SCRIPT} {tiny('run')} {options}"
+        f"mount -t tmpfs -o size=64m tmpfs {disk}; {train} {options} train.max_steps=4; "
+        f"head -c 1G /dev/zero > {disk}/filler; "
+        f"{train} {options} train.max_steps=14; echo code $?; "
+        f"ls {disk}/run; cat {disk}/run/outcome.json; rm {disk}/filler; {train} {options}"
     )
     done = run("unshare", "-m", "sh", "-c", command, cwd=tmp_path, timeout_s=200)
     between = done.stdout.split("code ")[1].split("resumed")[0]

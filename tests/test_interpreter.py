@@ -74,3 +74,15 @@ def test_a_signal_reaches_the_forked_process(script: Path, number: signal.Signal
     while work.is_running() and work.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount")
+def test_it_sees_the_disks_of_the_program(script: Path) -> None:
+    disk = script.parent / "disk"
+    disk.mkdir()
+    script.write_text("import pathlib, sys; print(pathlib.Path('disk/word').read_text(), "
+                      "'torch' in sys.modules)")  # fmt: skip
+    command = f"mount -t tmpfs tmpfs disk && echo there >disk/word && {python()} {script}"
+    done = run("unshare", "-m", "sh", "-c", command, cwd=script.parent)
+    assert done.stdout == "there\n True\n", done.stderr
+    assert not list(disk.iterdir())

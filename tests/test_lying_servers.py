@@ -5,12 +5,12 @@ import io
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
 import pytest
+from interpreter import python
 from trees import edit_manifest
 from web import Server
 
@@ -137,8 +137,9 @@ def test_a_whole_cache_needs_no_lock(faces: ShardSet, tmp_path: Path) -> None:
     copy = localise(str(faces.root), str(tmp_path / "cache"))
     for path in (tmp_path / "cache").glob("*.lock"):
         path.unlink()
-    code = "from dan_dist.data.cache import localise; import sys; print(localise(*sys.argv[1:]))"
-    again = f"{sys.executable} -c '{code}' {faces.root} {tmp_path / 'cache'}"
+    script = "from dan_dist.data.cache import localise; import sys; print(localise(*sys.argv[1:]))"
+    (tmp_path / "again.py").write_text(script)
+    again = f"{python()} {tmp_path / 'again.py'} {faces.root} {tmp_path / 'cache'}"
     mounted = f"mount --bind {tmp_path / 'cache'} {tmp_path / 'cache'} && mount -o remount,ro,bind "
     done = run("unshare", "-m", "sh", "-c", f"{mounted} {tmp_path / 'cache'} && {again}",
                cwd=REPOSITORY)  # fmt: skip

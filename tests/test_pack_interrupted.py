@@ -13,6 +13,7 @@ from pathlib import Path
 
 import layouts
 import pytest
+from interpreter import python
 from packs import pack_here
 from trees import digests, packed, tree
 
@@ -187,11 +188,11 @@ def test_a_full_disk_is_one_clear_error_and_packing_goes_on(tmp_path: Path) -> N
     layouts.write_affectnet_reduced(reduced, 48, 24, size=64, seed=0)
     disk.mkdir()
     command = (
-        f"mount -t tmpfs -o size=300k tmpfs {disk} && {sys.executable} -m shards.pack affectnet "
+        f"mount -t tmpfs -o size=300k tmpfs {disk} && {python()} -m shards.pack affectnet "
         f"--source {reduced} --out {disk}/out --size 224 --shard-size 4 --workers 2; echo code $?; "
-        f"ls {disk}/out; mount -o remount,size=50m {disk}; {sys.executable} -m shards.pack "
+        f"ls {disk}/out; mount -o remount,size=50m {disk}; {python()} -m shards.pack "
         f"affectnet --source {reduced} --out {disk}/out --size 224 --shard-size 4 --workers 2; "
-        f"{sys.executable} -m shards.verify {disk}/out"
+        f"{python()} -m shards.verify {disk}/out"
     )
     probe = subprocess.run(["unshare", "-m", "true"], capture_output=True)
     if probe.returncode:

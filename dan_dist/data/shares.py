@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Shares:
     last: Weights
     epochs: int = 1
 
-    @property
+    @cached_property
     def parts(self) -> int:
         """What the weights of any epoch sum up to."""
         return self.epochs * int(self.last.sum())
