@@ -5,6 +5,7 @@ The compiler is rehearsed up to the operations that it would generate code for.
 
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,11 +187,17 @@ def test_where_one_rank_cannot_compile_none_does() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_runs_resume_in_mid_epoch(rehearsed: None, tiny: Write, tmp_path: Path) -> None:
-    options = ["train.compile=true", "train.max_steps=9"]
+def test_compiled_runs_resume_in_mid_epoch(
+    rehearsed: None, tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    options = ["train.compile=true", "train.max_steps=9", "train.checkpoint_every=4",
+               "train.keep_checkpoints=3"]  # fmt: skip
     single(tiny("whole"), *options)
-    single(tiny("parts"), *options, "train.max_steps=4")
+    (tmp_path / "parts").mkdir()
+    shutil.copy(step_path(tmp_path / "whole", 4), tmp_path / "parts")
     single(tiny("parts"), *options)
+    assert "resumed after step 4" in caplog.text
     whole, parts = (checkpoint.load(step_path(tmp_path / n, 9)) for n in ("whole", "parts"))
     for name, tensor in whole["objective"].items():
         assert torch.equal(tensor, parts["objective"][name]), name

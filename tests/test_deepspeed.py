@@ -166,7 +166,7 @@ def step_without_a_compiler() -> None:
 @pytest.mark.slow
 def test_both_launchers_lead_to_the_same_training(two: Path, tiny: Write, tmp_path: Path) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
-    done = run(launcher, "--no_local_rank", "--num_accelerators", "2",
+    done = run(sys.executable, launcher, "--no_local_rank", "--num_accelerators", "2",
                "--master_port", str(free_port()),  # its default is taken now and then
                SCRIPT, tiny("run"), *OPTIONS, "train.max_steps=3", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -34,7 +34,7 @@ SIDE = 64  # pixels
 def settled(heads: int, **options: Any) -> DAN:
     """A network whose BatchNorms all do something."""
     torch.manual_seed(heads)
-    network = DAN(8, heads, **options)
+    network = DAN(8, heads, width=16, **options)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -7,6 +7,7 @@ the test.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,9 @@ def describe(value: Any) -> Any:
     return (tuple(value.shape), value.dtype) if torch.is_tensor(value) else type(value)
 
 
-def rebuild(name: str, data: ShardSet, folder: Path) -> Path:
+def rebuild(name: str, data: ShardSet, folder: Path, empty_store: Path) -> Path:
     """The folder of a run of that commit, and MLflow's store with its records, in `folder`."""
+    shutil.copy(empty_store, folder)
     text = json.dumps(json.loads(LAYOUT.read_text())[name])
     for placeholder, value in {"{folder}": str(folder), "{shards}": str(data.root),
                                "{fingerprint}": data.fingerprint}.items():  # fmt: skip
@@ -92,12 +94,12 @@ def rebuild(name: str, data: ShardSet, folder: Path) -> Path:
 @pytest.fixture(params=["dan", "identity"])
 def former(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    faces: ShardSet, people: ShardSet,
+    faces: ShardSet, people: ShardSet, empty_store: Path,
 ) -> tuple[str, Path, ShardSet]:  # fmt: skip
     """Name, folder and data of a run of that commit."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     data = faces if request.param == "dan" else people
-    return request.param, rebuild(request.param, data, tmp_path), data
+    return request.param, rebuild(request.param, data, tmp_path, empty_store), data
 
 
 @pytest.mark.slow
@@ -165,10 +167,11 @@ def test_its_best_checkpoint_is_evaluated(former: tuple[str, Path, ShardSet]) ->
     ],
 )
 def test_another_configuration_is_refused(
-    faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, line: str
-) -> None:
+    faces: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, line: str,
+    empty_store: Path,
+) -> None:  # fmt: skip
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    run = rebuild("dan", faces, tmp_path)
+    run = rebuild("dan", faces, tmp_path, empty_store)
     config = tmp_path / "again.yaml"
     config.write_text(TINY.format(shards=faces.root, output=run))
     with pytest.raises(ValueError, match=line):

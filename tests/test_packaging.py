@@ -19,8 +19,8 @@ from conftest import REPOSITORY
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 TRAIN = [
     "data.synthetic.train=64", "data.synthetic.val=8", "data.synthetic.size=32", "model.heads=2",
-    "model.image_size=32", "train.global_batch=16", "train.epochs=1", "train.max_steps=2",
-    "train.device=cpu", "train.log_every=1",
+    "model.image_size=32", "model.width=16", "train.global_batch=16", "train.epochs=1",
+    "train.max_steps=2", "train.device=cpu", "train.log_every=1",
 ]  # fmt: skip
 
 
