@@ -98,8 +98,7 @@ EXECUTED = {
         "test_ablate.py::test_stopped_and_killed_it_ends_with_each_run_once",
     **dict.fromkeys((f"python launch/bench.py {p}" for p in ("loader*", "step *", "train")),
                     "test_bench.py::test_it_measures_and_writes_what_it_measured"),
-    "python launch/bench.py scaling *":
-        "test_bench.py::test_it_starts_trainings_and_projects_beyond_this_machine",
+    "python launch/bench.py scaling *": "test_bench.py::test_it_projects_beyond_this_machine",
     "python launch/bench.py --visit *":
         "test_bench.py::test_a_visit_without_time_names_what_it_left_out",
     "python -m shards.align *": "test_align.py::test_align_writes_what_the_detector_finds",

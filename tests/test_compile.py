@@ -5,7 +5,6 @@ The compiler is rehearsed up to the operations that it would generate code for.
 
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from ranks import ranks
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
-from conftest import ALONE, single
+from conftest import ALONE, copied, single
 from dan_dist import build as parts
 from dan_dist import train as story
 from dan_dist.build import build_engine
@@ -90,8 +89,7 @@ def test_the_device_and_the_length_of_the_run_decide(
 
 
 def test_the_choice_is_one_line() -> None:
-    chosen = choose_compilation("auto", CUDA, steps=900)
-    assert describe(chosen) == (
+    assert describe(choose_compilation("auto", CUDA, steps=900)) == (
         "step: not compiled, one CUDA graph (train.compile is auto, 900 steps, fewer than the "
         "10000 that pay for compiling)"
     )
@@ -191,13 +189,11 @@ def test_compiled_runs_resume_in_mid_epoch(
     rehearsed: None, tiny: Write, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    options = ["train.compile=true", "train.max_steps=9", "train.checkpoint_every=4",
-               "train.keep_checkpoints=3"]  # fmt: skip
+    options = ["train.compile=true", "train.max_steps=9", "train.checkpoint_every=5"]
     single(tiny("whole"), *options)
-    (tmp_path / "parts").mkdir()
-    shutil.copy(step_path(tmp_path / "whole", 4), tmp_path / "parts")
+    step_path(copied(tmp_path / "whole", tmp_path / "parts"), 9).unlink()
     single(tiny("parts"), *options)
-    assert "resumed after step 4" in caplog.text
+    assert "resumed after step 5" in caplog.text
     whole, parts = (checkpoint.load(step_path(tmp_path / n, 9)) for n in ("whole", "parts"))
     for name, tensor in whole["objective"].items():
         assert torch.equal(tensor, parts["objective"][name]), name

@@ -29,7 +29,8 @@ def test_chaos_in_short(tmp_path: Path) -> None:
     kinds = ("images,packing,shards,configurations,checkpoints,resumes,servers,full_disks,states,"
              "sigkill_rank,sigkill_all,sigusr1,corrupt_checkpoint,truncate_shard")  # fmt: skip
     done = run(sys.executable, REPOSITORY / "tests" / "chaos.py", "--faults", "18", "--kinds",
-               kinds, "--task", task, "--minutes", "2", cwd=tmp_path, timeout_s=500)  # fmt: skip
+               kinds, "--task", task, "--minutes", "2", cwd=tmp_path, timeout_s=500,
+               interpreter=sys.executable)  # it kills torchrun and ranks  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     tried, held = re.findall(r"\| all \| (\d+) \| (\d+) \|", done.stdout)[0]
     assert tried == held and int(tried) > 10, done.stdout
