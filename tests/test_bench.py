@@ -111,7 +111,8 @@ def bare(tmp_path: Path) -> Path:
 def test_it_needs_no_optional_package_and_no_rotation(bare: Path, tmp_path: Path) -> None:
     done = run(
         "env", f"PYTHONPATH={bare}:{REPOSITORY}", sys.executable, BENCH, "--images", "64",
-        "loader", "step", "configs/demo.yaml", "model.image_size=32", "tracking.enabled=false",
+        "loader", "step", "configs/demo.yaml", "model.image_size=32", "model.width=16",
+        "tracking.enabled=false",
         "--batch", "8", "--repeats", "1", "--steps", "1", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -86,11 +86,11 @@ def test_damage_under_and_over_the_limit(tiny: Write, tmp_path: Path, faces: Sha
     shards = tmp_path / "shards"
     shutil.copytree(faces.root, shards)
     split = open_shardset(shards).split("train")
-    options = [f"data.shards={shards}", "data.max_bad_images=3", "train.keep_checkpoints=9",
-               "tracking.enabled=true"]  # fmt: skip
-    whole = single(tiny("whole"), *options).metrics
-    for name in ("reference", "run", "over"):
-        single(tiny(name), *options, "train.max_steps=7")
+    options = [f"data.shards={shards}", "data.max_bad_images=3", "train.keep_checkpoints=9"]
+    tracked = [*options, "tracking.enabled=true"]
+    whole = single(tiny("whole"), *tracked).metrics
+    for name, own in (("reference", options), ("run", options), ("over", tracked)):
+        single(tiny(name), *own, "train.max_steps=7")
     order = TrainOrder(split, slice(0, 8), global_batch=8, seed=0, balanced=True)
     originals = {path: path.read_bytes() for path in shards.glob("*.tar")}
 
@@ -109,14 +109,14 @@ def test_damage_under_and_over_the_limit(tiny: Write, tmp_path: Path, faces: Sha
     assert ended[0]["replaced"] == ended[1]["replaced"] > 0
     weights = [e["objective"] for e in ended]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    single(tiny("over"), *options, "train.max_steps=13", "train.checkpoint_every=2")
+    single(tiny("over"), *tracked, "train.max_steps=13", "train.checkpoint_every=2")
     damage(16, 8)
     with pytest.raises(TooMuchDamageError, match=r"train-\d+-\d+\.tar/face_\d+: its checksum"):
-        single(tiny("over"), *options)
+        single(tiny("over"), *tracked)
     assert outcome(tmp_path / "over")["status"] == "failed"
     for path, content in originals.items():
         path.write_bytes(content)
-    assert single(tiny("over"), *options).metrics == whole
+    assert single(tiny("over"), *tracked).metrics == whole
     assert (tmp_path / "over" / "step-00000010.pt.damaged").exists()  # 8 is from before the damage
 
     def losses(name: str) -> dict[int, float]:

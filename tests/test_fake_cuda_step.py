@@ -194,7 +194,8 @@ def test_the_traced_backward_never_waits(many_ranks: None) -> None:
     """Of the whole objective, as a compiler gets it."""
     shares = Shares(torch.device("cpu"), torch.float32)
     shares.announce([IMAGES] * RANKS)
-    objective: Any = convert_batch_norm(Objective(DAN(CLASSES, 2), CLASSES), shares)
+    network = DAN(CLASSES, 2, width=16)
+    objective: Any = convert_batch_norm(Objective(network, CLASSES), shares)
     traced: dict[str, Counter[str]] = {}
     masked: list[str] = []
 
