@@ -227,7 +227,8 @@ class Server:
         else:
             process = Process(pid, os.pidfd_open(pid), program)
             peer = program.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            (self.folder / f"of {struct.unpack('3i', peer)[0]}").write_text(str(pid))
+            (new := self.folder / "of").write_text(str(pid))
+            new.rename(self.folder / f"of {struct.unpack('3i', peer)[0]}")
             self.selector.register(program, selectors.EVENT_READ, process)
             self.selector.register(process.end, selectors.EVENT_READ, process)
             program.send(struct.pack("i", pid))
