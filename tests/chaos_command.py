@@ -8,9 +8,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import interpreter
 import torch
 from chaos_checkpoints import checkpoints, resumes
 from chaos_disks import full_disks, servers
@@ -97,6 +99,20 @@ def own_namespace() -> bool:
     os.execvpe("unshare", command, {**os.environ, NAMESPACE: "1"})
 
 
+@contextmanager
+def forking(folder: Path) -> Iterator[None]:
+    """Ranks are forked by pytest's server, or else by one of our own."""
+    if interpreter.PROGRAM in os.environ:
+        yield
+        return
+    (own := folder / "interpreter").mkdir()
+    os.environ[interpreter.PROGRAM] = str(interpreter.stand_in(own))
+    try:
+        yield
+    finally:
+        interpreter.stop(own)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python tests/chaos.py", description=__doc__)
     every = [*INPUTS, *TRAININGS]
@@ -119,7 +135,7 @@ def main() -> int:
     shared_memory = set(Path("/dev/shm").iterdir())
     tallies: dict[str, Tally] = collections.defaultdict(Tally)
     (parts, rest), undisturbed = shares(kinds, options.faults), ""
-    with tempfile.TemporaryDirectory(prefix="chaos-") as name:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name, forking(Path(name)):
         folder = Path(name)
         if parts:
             os.chdir(folder)

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from interpreter import forked
 from mlflow_server import Server
 from ranks import start_ranks
 
@@ -75,6 +77,7 @@ class Attempt:
             self.look()
             assert time.monotonic() < deadline_s, f"stuck before step {step}:\n{self.text}"
             time.sleep(0.02)
+        self.look()
         return True
 
     def look(self) -> None:
@@ -146,7 +149,7 @@ class Launched(Attempt):
 
 
 class Forked(Attempt):
-    """Ranks of the fork server, which spares each the imports of the command; see `ranks.py`."""
+    """Ranks that are forked, which spares each the imports of the command; see `ranks.py`."""
 
     def __init__(self, config: Path, ranks: int, options: list[str], uri: str) -> None:
         super().__init__(ranks)
@@ -156,9 +159,6 @@ class Forked(Attempt):
         self.started = start_ranks(
             ranks, call_program, "train", [str(config), *options], cwd=config.parent, folder=folder
         )
-        for rank in self.started:
-            with suppress(psutil.NoSuchProcess):
-                self.family.append(psutil.Process(rank.process.pid))
 
     @property
     def text(self) -> str:
@@ -166,11 +166,10 @@ class Forked(Attempt):
         return "".join(path.read_text() for path in logs if path.is_file())
 
     def code(self) -> int | None:
-        codes = [rank.process.exitcode for rank in self.started]
+        codes = [rank.process.poll() for rank in self.started]
         if any(codes):  # as torchrun, and Slurm, do it
             for rank in self.started:
-                if rank.process.exitcode is None:
-                    rank.process.terminate()
+                rank.send(signal.SIGTERM)
         if None in codes:
             return None
         return max(code or 0 for code in codes) or min(code or 0 for code in codes)
@@ -179,6 +178,13 @@ class Forked(Attempt):
         for worker in self.workers():
             with suppress(psutil.NoSuchProcess):
                 worker.send_signal(number)
+
+    def look(self) -> None:
+        for rank in self.started[len(self.family) :]:
+            if (pid := forked(rank.process.pid)) == rank.process.pid:
+                return  # it is not forked yet
+            with suppress(psutil.NoSuchProcess):
+                self.family.append(psutil.Process(pid))
 
 
 @dataclass

@@ -73,7 +73,7 @@ def python() -> str:
 
 def forked(pid: int) -> int:
     """The process that the program of this number stands for, or the number itself: it is real."""
-    found = Path(os.environ[PROGRAM]).parent / f"of {pid}"
+    found = Path(python()).parent / f"of {pid}"
     return int(found.read_text()) if found.is_file() else pid
 
 
@@ -171,6 +171,7 @@ class Process(NamedTuple):
     """A forked process and the program that stands for it."""
 
     pid: int
+    note: Path  # its number, under the program's
     end: int  # a pidfd, which is readable once the process has ended
     program: socket.socket
 
@@ -225,10 +226,11 @@ class Server:
                 socket_.close()
             return {**request, "streams": streams}
         else:
-            process = Process(pid, os.pidfd_open(pid), program)
             peer = program.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            note = self.folder / f"of {struct.unpack('3i', peer)[0]}"
+            process = Process(pid, note, os.pidfd_open(pid), program)
             (new := self.folder / "of").write_text(str(pid))
-            new.rename(self.folder / f"of {struct.unpack('3i', peer)[0]}")
+            new.rename(note)
             self.selector.register(program, selectors.EVENT_READ, process)
             self.selector.register(process.end, selectors.EVENT_READ, process)
             program.send(struct.pack("i", pid))
@@ -239,6 +241,7 @@ class Server:
     def _ended(self, process: Process) -> None:
         """Tells the program how its process has ended."""
         code = os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1])
+        process.note.unlink(missing_ok=True)
         with suppress(OSError):
             process.program.send(struct.pack("i", code))
         for file in (process.end, process.program):

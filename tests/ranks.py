@@ -1,32 +1,25 @@
-"""A fork server for ranks: processes that begin with torch and the story imported already.
+"""Ranks: processes that begin with torch and the story imported, as `interpreter.py` forks them.
 
-`import dan_dist.train` takes seconds of every process that starts afresh, MLflow as many. The
-server imports once, starts no thread, and forks each rank; what torchrun would say in the
-environment is set there.
+What torchrun would say in the environment is set there.
 """
 
-import gc
-import multiprocessing
 import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import forkserver
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PRELOADED = ["preloaded"]
-GRACE_S = 20.0  # from the first rank's failure, or the time limit, to SIGKILL
+from interpreter import REPOSITORY, forked, python
 
-_context = multiprocessing.get_context("forkserver")
+GRACE_S = 20.0  # from the first rank's failure, or the time limit, to SIGKILL
 
 
 class Ended(NamedTuple):
@@ -76,19 +69,21 @@ def start_ranks(
     n: int, function: Callable[..., Any], *arguments: Any, cwd: Path | None = None, folder: Path
 ) -> "list[Rank]":
     """Starts n ranks, which are the caller's to wait for; their output goes into `folder`."""
-    _start_server()
-    common = {**os.environ, "OMP_NUM_THREADS": "1"}
+    common = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     if n > 1:
         common |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
+    (job := folder / "job").write_bytes(pickle.dumps((function, arguments)))
     started = list[Rank]()
     for rank in range(n):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if n > 1 else {}
         logs = folder / f"{rank}.out", folder / f"{rank}.err"
         result = folder / f"{rank}.result"  # a pipe would hold 64 KiB of it
-        job = (logs, cwd or Path.cwd(), {**common, **own}, result, function, arguments)
-        process = _context.Process(target=_work, args=job)
-        process.start()
+        with logs[0].open("wb") as out, logs[1].open("wb") as err:
+            process = subprocess.Popen(
+                [python(), "-u", __file__, job, result], cwd=cwd, env={**common, **own},
+                stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            )  # fmt: skip
         started.append(Rank(process, result, logs))
     return started
 
@@ -101,42 +96,9 @@ def free_port() -> int:
     return port
 
 
-def _start_server() -> None:
-    """Starts the server, once; in place of one that packing has started, as a process has one.
-
-    Its imports follow PYTHONPATH, its threads OMP_NUM_THREADS.
-    """
-    server = forkserver._forkserver
-    if server._forkserver_pid is not None and server._preload_modules != PRELOADED:
-        server._stop()
-    kept = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    os.environ |= {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
-    _context.set_forkserver_preload(PRELOADED)
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name, value in kept.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def _work(
-    logs: tuple[Path, Path], folder: Path, environment: dict[str, str], result: Path,
-    function: Callable[..., Any], arguments: tuple[Any, ...],
-) -> None:  # fmt: skip
+def work(job: Path, result: Path) -> None:
     """One rank."""
-    gc.freeze()  # a collection would go through all that the server has imported, and copy it
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    for number, path in enumerate(logs, start=1):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(file, number)
-        os.close(file)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    # A rank's own default, not its server's, under which whoever is killed leaves named semaphores.
-    multiprocessing.set_start_method(None, force=True)
+    function, arguments = pickle.loads(job.read_bytes())
     try:
         result.write_bytes(pickle.dumps((function(*arguments), None)))
     except SystemExit:
@@ -152,9 +114,14 @@ def _work(
 
 
 class Rank(NamedTuple):
-    process: BaseProcess
+    process: subprocess.Popen[bytes]
     result: Path
     logs: tuple[Path, Path]
+
+    def send(self, number: int) -> None:
+        """Sends a signal to the rank itself, with which the program that stands for it ends."""
+        with suppress(ProcessLookupError):
+            os.kill(forked(self.process.pid), number)
 
     def ended(self) -> Ended:
         """What became of it; it has ended."""
@@ -162,30 +129,36 @@ class Rank(NamedTuple):
         with suppress(FileNotFoundError, EOFError):
             value, error = pickle.loads(self.result.read_bytes())
         out, err = (path.read_text() if path.is_file() else "" for path in self.logs)
-        return Ended(value, error, self.process.exitcode or 0, out, err)
+        return Ended(value, error, self.process.returncode or 0, out, err)
 
 
 def _wait(started: list[Rank], timeout_s: float) -> list[int]:
     """Waits until all have ended, by themselves or killed; returns those that took too long."""
-    deadline_s, is_failed = time.monotonic() + timeout_s, False
-    running = [rank.process for rank in started]
+    deadline_s, is_failed, running = time.monotonic() + timeout_s, False, started
+    ends = {rank.process.pid: os.pidfd_open(rank.process.pid) for rank in started}
     try:
         while running and time.monotonic() < deadline_s:
-            wait([process.sentinel for process in running], deadline_s - time.monotonic())
-            ended = [process for process in running if process.exitcode is not None]
-            running = [process for process in running if process not in ended]
-            if any(process.exitcode for process in ended):
-                for process in running:
-                    process.terminate()
+            wait([ends[rank.process.pid] for rank in running], deadline_s - time.monotonic())
+            ended = [rank for rank in running if rank.process.poll() is not None]
+            running = [rank for rank in running if rank not in ended]
+            if any(rank.process.returncode for rank in ended):
+                for rank in running:
+                    rank.send(signal.SIGTERM)
                 deadline_s = min(deadline_s, time.monotonic() + GRACE_S)
                 is_failed = True
-        return [] if is_failed else [rank for rank, r in enumerate(started) if r.process in running]
+        return [] if is_failed else [n for n, rank in enumerate(started) if rank in running]
     finally:
-        for process in running:
-            process.kill()
+        for rank in running:
+            rank.send(signal.SIGKILL)
         for rank in started:
-            rank.process.join(10)
+            rank.process.wait(10)
+        for end in ends.values():
+            os.close(end)
 
 
 def _texts(found: list[Ended]) -> str:
     return "".join(f"{ended.stdout}{ended.stderr}" for ended in found)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), Path(sys.argv[2]))

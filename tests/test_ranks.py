@@ -1,15 +1,15 @@
-"""The fork server itself: ranks that find each other, fail, hang and leave nothing behind."""
+"""Forked ranks find each other, fail, hang and leave nothing behind."""
 
 import os
-import sys
 import threading
 import time
-from multiprocessing import forkserver, get_context, get_start_method
+from multiprocessing import get_start_method
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from interpreter import python
 from ranks import ranks, run_ranks
 
 from dan_dist.distributed.world import close_world, init_world
@@ -67,19 +67,9 @@ def test_the_server_runs_one_thread() -> None:
     jemalloc, which pyarrow brings, takes care of its own.
     """
     ranks(1, look_around)
-    pid = forkserver._forkserver._forkserver_pid
+    pid = Path(python()).with_name("pid").read_text()
     names = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/comm")]
     assert len([name for name in names if name != "jemalloc_bg_thd\n"]) == 1
-
-
-@pytest.mark.slow
-def test_another_server_of_this_process_is_replaced() -> None:
-    """As packing starts one, which has imported nothing."""
-    forkserver._forkserver._stop()
-    get_context("forkserver").set_forkserver_preload(["__main__"])
-    forkserver.ensure_running()
-    (modules,) = ranks(1, imported)
-    assert "torch" in modules and "dan_dist.train" in modules
 
 
 def start_method() -> str | None:
@@ -89,7 +79,3 @@ def start_method() -> str | None:
 def test_a_rank_starts_processes_as_by_default() -> None:
     """As its server does, tqdm's lock would be a named semaphore, left by a rank that is killed."""
     assert ranks(1, start_method) == [None]
-
-
-def imported() -> list[str]:
-    return list(sys.modules)
