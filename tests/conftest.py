@@ -64,7 +64,7 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One fork server for all workers' commands."""
+    """One fork server for all workers' commands and ranks."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = Path(tempfile.mkdtemp(prefix="interpreter-"))
         os.environ[interpreter.PROGRAM] = str(interpreter.stand_in(folder))
