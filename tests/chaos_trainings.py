@@ -2,7 +2,7 @@
 
 When one gets to its end, its weights and its MLflow run are compared with those of a run that
 nobody disturbed: bit for bit at the same ranks; where ranks come and go (`resize`), to 1e-9 in
-float64. Most start by the fork server of `ranks.py`, some by torchrun.
+float64. Most start by the fork server, some by torchrun.
 """
 
 import collections
