@@ -15,7 +15,7 @@ from pathlib import Path
 import interpreter
 import torch
 from chaos_checkpoints import checkpoints, resumes
-from chaos_disks import full_disks, servers
+from chaos_disks import full_disks, mount, servers
 from chaos_faults import KINDS as TRAININGS
 from chaos_inputs import FILES, configurations, images, packing, shards
 from chaos_runs import TASKS
@@ -91,6 +91,7 @@ def table(tallies: dict[str, Tally]) -> str:
 def own_namespace() -> bool:
     """Whether this process may mount disks, which go with it; if it may, it starts anew there."""
     if os.environ.get(NAMESPACE):
+        mount(Path("/dev/shm"), "size=50%")  # what is left there is then nobody else's
         return True
     if os.geteuid() or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         print("full disks are left out: mounting needs root", flush=True)
