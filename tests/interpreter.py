@@ -73,8 +73,10 @@ def python() -> str:
 
 def forked(pid: int) -> int:
     """The process that the program of this number stands for, or the number itself: it is real."""
-    found = Path(python()).parent / f"of {pid}"
-    return int(found.read_text()) if found.is_file() else pid
+    try:
+        return int(Path(python()).with_name(f"of {pid}").read_text())
+    except FileNotFoundError:  # not forked yet, or not any more
+        return pid
 
 
 def hand_over(folder: str, real: str, owner: int) -> NoReturn:
@@ -253,7 +255,6 @@ class Server:
 
 def become(request: dict[str, Any]) -> None:
     """Makes this process the one that was asked for, up to the command itself."""
-    enter_mounts(request["pid"])
     os.setsid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives the server
     for number in PASSED_ON:
@@ -266,6 +267,7 @@ def become(request: dict[str, Any]) -> None:
         os.close(stream)
     os.environ.clear()
     os.environ.update(request["environment"])
+    enter_mounts(request["pid"])
     os.chdir(request["cwd"])
     unbuffered = request["unbuffered"]
     sys.stdout.reconfigure(line_buffering=unbuffered, write_through=unbuffered)  # type: ignore

@@ -120,8 +120,9 @@ class Rank(NamedTuple):
 
     def send(self, number: int) -> None:
         """Sends a signal to the rank itself, with which the program that stands for it ends."""
-        with suppress(ProcessLookupError):
-            os.kill(forked(self.process.pid), number)
+        if self.process.poll() is None:  # else its number may be another's by now
+            with suppress(ProcessLookupError):
+                os.kill(forked(self.process.pid), number)
 
     def ended(self) -> Ended:
         """What became of it; it has ended."""

@@ -258,7 +258,7 @@ def test_memory_does_not_grow_over_ten_thousand_steps(faces: ShardSet) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize() / 2**20
 
-    with training(faces.split("train"), global_batch=2) as loader:
+    with training(faces.split("train"), global_batch=8) as loader:
         for _ in range(1000):
             next(loader)
         before = resident_mib()

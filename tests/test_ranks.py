@@ -35,14 +35,14 @@ def hang(folder: Path) -> None:
     time.sleep(60)
 
 
-def look_around() -> tuple[Path, str, bool]:
-    return Path.cwd(), os.environ.get("WORLD_SIZE", ""), dist.is_initialized()
+def look_around() -> tuple[Path, str, bool, int]:
+    return Path.cwd(), os.environ.get("WORLD_SIZE", ""), dist.is_initialized(), os.getppid()
 
 
 def test_ranks_join_and_add_up() -> None:
     found = ranks(3, add_up, 10)
     assert [(rank, total) for rank, total, _ in found] == [(0, 33), (1, 33), (2, 33)]
-    assert [tuple(r) for r in ranks(1, look_around)] == [(Path.cwd(), "", False)]
+    assert [tuple(r)[:3] for r in ranks(1, look_around)] == [(Path.cwd(), "", False)]
 
 
 def test_the_first_failure_ends_all(tmp_path: Path) -> None:
@@ -61,13 +61,14 @@ def test_ranks_that_hang_are_killed(tmp_path: Path) -> None:
     assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_the_server_runs_one_thread() -> None:
+def test_the_server_forks_and_runs_one_thread() -> None:
     """A fork copies the thread that forks, and no other: locks of others would stay locked.
 
     jemalloc, which pyarrow brings, takes care of its own.
     """
-    ranks(1, look_around)
+    ((*_, parent),) = ranks(1, look_around)
     pid = Path(python()).with_name("pid").read_text()
+    assert parent == int(pid)
     names = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/comm")]
     assert len([name for name in names if name != "jemalloc_bg_thd\n"]) == 1
 

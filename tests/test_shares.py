@@ -84,7 +84,7 @@ def due(own: Shares, batch: int, steps: int) -> list[list[int]]:
 
 
 @pytest.mark.slow
-@random(500)
+@random(800)
 @given(mixtures())
 def test_totals_differ_from_their_shares_by_less_than_one_at_every_step(
     mixture: tuple[np.ndarray, int, Shares],
@@ -122,7 +122,7 @@ def test_cycles_are_permutations_and_no_batch_holds_an_image_twice(
 
 
 @pytest.mark.slow
-@random(250)
+@random(500)
 @given(mixtures(), st.integers(1, 6))
 def test_an_epoch_found_alone_is_that_of_a_run_from_step_0(
     mixture: tuple[np.ndarray, int, Shares], chunk: int
