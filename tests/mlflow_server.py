@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +15,19 @@ from ranks import free_port
 
 
 class Server:
-    """The server and its store, in `folder`."""
+    """The server and its store, in `folder`.
 
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
+    interpreter: the real Python where signals to the group must reach all of its processes.
+    """
+
+    def __init__(self, folder: Path, interpreter: str | None = None) -> None:
+        self.port, self.interpreter = free_port(), interpreter or python()
         self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
         self.start()
 
     def start(self) -> None:
         store = f"sqlite:///{self.folder / 'mlflow.db'}"
-        command = [python(), "-m", "mlflow", "server", "--backend-store-uri", store,
+        command = [self.interpreter, "-m", "mlflow", "server", "--backend-store-uri", store,
                    "--artifacts-destination", str(self.folder / "artifacts"), "--host",
                    "127.0.0.1", "--port", str(self.port), "--workers", "1"]  # fmt: skip
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -51,7 +55,7 @@ def served(folder: Path, *, needed: bool) -> Iterator[tuple[str, Server | None]]
     if not needed:
         yield f"sqlite:///{folder / 'mlflow.db'}", None
         return
-    server = Server(folder)
+    server = Server(folder, sys.executable)
     try:
         yield server.uri, server
     finally:
