@@ -35,7 +35,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # (OpenCV and scikit-learn set LD_LIBRARY_PATH and KMP_* in whatever imports them.)
 READ_AT_IMPORT = ("HOME", "LANG", "LC_", "LD_PRELOAD", "MALLOC", "MKL", "MPL", "OMP", "OPENBLAS",
                   "PYTHON", "TORCHINDUCTOR", "TORCH_LOGS", "TZ")  # fmt: skip
-HARMLESS = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONDONTWRITEBYTECODE",
+HARMLESS = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONDONTWRITEBYTECODE", "PYTHON_EXEC",
             "TORCHINDUCTOR_CACHE_DIR")  # minded, of no effect, or read later  # fmt: skip
 PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1,
              signal.SIGUSR2)  # fmt: skip
@@ -324,6 +324,8 @@ def end(words: list[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
+    if os.fork():  # the server is nobody's child: Slurm kills all that is below a step
+        os._exit(0)
     import preloaded  # noqa: F401
 
     gc.freeze()  # a collection in a forked process would copy all that the server holds

@@ -4,10 +4,8 @@ import functools
 import http.server
 import json
 import logging
-import os
 import shutil
 import socketserver
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import torch
 
-from conftest import REPOSITORY, run
+from conftest import run
 from dan_dist.data import cache
 from dan_dist.data.cache import localise
 from dan_dist.redaction import RedactingFormatter, redact, redact_tree
@@ -149,22 +147,18 @@ def test_a_refused_signature_is_not_told(
 
 
 @pytest.mark.slow
-def test_a_training_gives_no_secret_away(signed: str, tiny: Write, tmp_path: Path) -> None:
+def test_a_training_gives_no_secret_away(
+    signed: str, tiny: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the screen, in any file of it, in its checkpoint, or in MLflow's store."""
     database = tmp_path / "mlflow.db"
-    environment = {
-        **os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1",
-        "MLFLOW_TRACKING_URI": f"sqlite:///{database}?timeout=7531902",
-        "MLFLOW_TRACKING_PASSWORD": "an0ther-one",
-    }  # fmt: skip
-    command = [
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}?timeout=7531902")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "an0ther-one")
+    done = run(
         sys.executable, "-m", "dan_dist", "train", tiny("run"), "tracking.enabled=true",
         "train.max_steps=2", f"data.shards={signed}?sig={QUOTED}", "data.cache=cache",
-        "tracking.tags.note=an0ther-one",
-    ]  # fmt: skip
-    done = subprocess.run(
-        list(map(str, command)), cwd=tmp_path, env=environment, text=True, capture_output=True
-    )
+        "tracking.tags.note=an0ther-one", cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sig=***" in done.stdout and json.loads((tmp_path / "run/outcome.json").read_text())
     content = torch.load(tmp_path / "run" / "best.pt", weights_only=True)

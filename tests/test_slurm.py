@@ -11,6 +11,7 @@ import layouts
 import pytest
 from chaos_runs import DAN, IDENTITY
 from cluster import MISSING, Cluster, query, slurm, wait_for
+from interpreter import python
 
 from conftest import REPOSITORY, largest_difference, outcome, train, weights
 from dan_dist.model.backbone import BACKBONE
@@ -24,6 +25,10 @@ pytestmark = [
         reason=f"needs root and Slurm (apt-get install slurm-wlm munge); missing: {MISSING}",
     ),
 ]
+
+# Slurm signals all processes below a step's first: the ranks' programs are there where torchrun
+# itself is not forked.
+REAL_AGENTS = {"DAN_PYTHON": sys.executable, "PYTHON_EXEC": python()}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def test_two_nodes_preempted_and_requeued_end_as_if_nothing_was(
     options = [*DAN, "optim.lr=1e-3", "train.max_steps=20", "tracking.enabled=false"]
     own = "train.output=runs/affectnet8-2"
     job = cluster.submit("affectnet8.sh", *options, own, sbatch=("--nodes=2",),
-                         DAN_PYTHON=sys.executable)  # fmt: skip
+                         **REAL_AGENTS)  # fmt: skip
     run = tmp_path / "runs" / "affectnet8-2"
     wait_for(lambda: "step 8 " in cluster.text(), 120)
     query("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the time limit
@@ -98,18 +103,17 @@ def test_cancelled_then_submitted_again_and_signalled_while_it_starts(
 ) -> None:
     """A backbone on two ranks, as Slurm gives two GPUs; shards by way of the node's storage."""
 
-    def submit() -> str:
+    def submit(**programs: str) -> str:
         return cluster.submit("msceleb.sh", *IDENTITY, "tracking.enabled=false",
                               sbatch=("--gpus-per-node=2",), DAN_NPROC="",
                               DAN_CACHE=str(tmp_path / "cache"),
-                              DAN_PYTHON=sys.executable,
-                              DAN_DATA=str(people.root))  # fmt: skip
+                              DAN_DATA=str(people.root), **programs)  # fmt: skip
 
     def restarts(job: str) -> str:
         return query("scontrol", "show", "job", "-o", job).split("Restarts=")[1].split()[0]
 
     run = tmp_path / "runs" / "msceleb"
-    job = submit()
+    job = submit(**REAL_AGENTS)
     wait_for(lambda: "step 5 " in cluster.text(), 120)
     query("scancel", job)
     assert "2 ranks on 1 node" in cluster.text()
@@ -120,7 +124,7 @@ def test_cancelled_then_submitted_again_and_signalled_while_it_starts(
     assert saved == step_path(run, found["step"])
     assert (tmp_path / "cache").is_dir() and "back into the queue" not in cluster.text()
 
-    again = submit()
+    again = submit(DAN_PYTHON=sys.executable)  # whose ranks import, and are deaf, for seconds
     logs = run / "logs" / f"msceleb-{again}-node0"
     wait_for(lambda: bool([*logs.rglob("1/stdout.log")]), 120)  # workers start, and are deaf yet
     query("scancel", "--batch", "--signal=USR1", again)

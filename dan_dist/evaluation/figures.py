@@ -38,7 +38,8 @@ def confusion_figure(matrix: NDArray[np.int64], class_names: tuple[str, ...], ti
         if totals[row]:
             share, color = shares[row, column], "white" if shares[row, column] > 0.5 else "black"
             text = f"{count:,}\n{share:.1%}" if count else "0"
-            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8,
+                      in_layout=False)  # which is inside the axes  # fmt: skip
     for row in np.flatnonzero(totals == 0).tolist():
         axes.add_patch(Rectangle((-0.5, row - 0.5), len(class_names), 1, facecolor="0.9",
                                  edgecolor="0.7", hatch="///"))  # fmt: skip
@@ -83,20 +84,35 @@ def verification_figure(
 
 def images_figure(images: Tensor, labels: Tensor, class_names: tuple[str, ...]) -> Figure:
     """Up to 32 training images (n, 3, S, S) as the network sees them, under their class names."""
-    count = min(len(images), 32)
-    columns = min(count, 8)
-    rows = -(-count // columns)
-    pixels = images[:count].permute(0, 2, 3, 1).float().cpu().numpy() * STD + MEAN
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.4 * columns, 1.6 * rows + 0.4), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for k, axis in enumerate(axes.flat):
-        axis.axis("off")
-        if k < count:
-            axis.imshow(pixels[k].clip(0, 1))
-            axis.set_title(class_names[int(labels[k])], fontsize=9)
-    figure.suptitle("Training images, augmented")
+    shown = images[:32].permute(0, 2, 3, 1).float().cpu().numpy() * STD + MEAN
+    captions = [class_names[int(label)] for label in labels[:32]]
+    return _gallery(list(shown.clip(0, 1)), captions, "Training images, augmented", 8, 1.4)
+
+
+def _gallery(
+    images: Sequence[Any], captions: Sequence[str], title: str, columns: int, side: float
+) -> Figure:
+    """Images in rows of `columns`, each under its caption; side: of an image's place, in inches.
+
+    One pair of axes, in inches, holds them all: axes for each image take a second to lay out.
+    """
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    captions = ["\n".join(textwrap.fill(line, int(12 * side)) for line in own.split("\n"))
+                for own in captions]  # fmt: skip
+    words = 0.16 * max(own.count("\n") + 1 for own in captions) + 0.08  # a caption's height
+    width, top = max(side * columns, 5.0), 0.22 * (title.count("\n") + 1) + 0.15
+    height = top + rows * (side + words)
+    left, gap = (width - side * columns) / 2, 0.05
+    figure = plt.figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    for k, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = left + k % columns * side, top + words + k // columns * (side + words)
+        axes.imshow(image, extent=(x + gap, x + side - gap, y + side - gap, y + gap))
+        axes.text(x + side / 2, y, caption, ha="center", va="bottom", fontsize=9)
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.text(width / 2, 0.08, title, ha="center", va="top", fontsize=11)
     return figure
 
 
@@ -130,22 +146,11 @@ def mistakes_figure(images: Sequence[Image.Image], mistakes: Sequence[Any], titl
 
     images: at least one; mistakes: as `judge.Mistake`, one an image.
     """
-    columns = min(6, len(images))
-    rows = -(-len(images) // columns)
-    width = max(1.9 * columns, 5)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width, 2.3 * rows + 0.8), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, mistake in zip(axes.flat, images, mistakes, strict=False):
-        axis.imshow(image)
-        axis.set_title(
-            f"{mistake.true}\ntaken for {mistake.predicted}\n{mistake.confidence:.1%} sure",
-            fontsize=9,
-        )
-    figure.suptitle(f"{_fit(title, width)}\nthe surest mistakes", fontsize=11)
-    return figure
+    captions = [
+        f"{own.true}\ntaken for {own.predicted}\n{own.confidence:.1%} sure" for own in mistakes
+    ]
+    width = max(1.9 * min(6, len(images)), 5)
+    return _gallery(images, captions, f"{_fit(title, width)}\nthe surest mistakes", 6, 1.9)
 
 
 def groups_figure(columns: Mapping[str, Any], title: str) -> Figure:
