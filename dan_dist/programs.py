@@ -175,7 +175,8 @@ def _train_or_check(arguments: list[str], stop: StopRequest) -> int:
     if command.dry_run:
         return _dry_run(config, command.ranks)
     stop.wait_for_step = has_launcher()  # until this rank can tell the others
-    from dan_dist.train import main
+    with cli.imports():
+        from dan_dist.train import main
 
     status = main(config, stop).status
     return PREEMPTED if status == "preempted" and not has_launcher() else 0
@@ -186,8 +187,9 @@ def _dry_run(config: "Config", ranks: int | None) -> int:
     launch = read_launch()
     if launch.rank:
         return 0
-    from dan_dist.config import to_yaml
-    from dan_dist.dry_run import check
+    with cli.imports():
+        from dan_dist.config import to_yaml
+        from dan_dist.dry_run import check
 
     check(config, ranks or launch.world_size, is_here=ranks is None)
     print(to_yaml(config), end="")
@@ -198,7 +200,8 @@ def _evaluate(arguments: list[str], stop: StopRequest) -> int:
     from dan_dist.options import EvaluateCommand
 
     options = cli.parse(EvaluateCommand, arguments)
-    from dan_dist.evaluation.matrix import main
+    with cli.imports():
+        from dan_dist.evaluation.matrix import main
 
     stop.where = "while evaluating"
     main(options)
@@ -212,7 +215,8 @@ def _certify(arguments: list[str], stop: StopRequest) -> int:
     options = cli.parse(CertifyOptions, arguments)
     if not any(word.endswith(".json") for word in options.words):
         load_config(options.words[0], options.words[1:])
-    from dan_dist.certificate import main
+    with cli.imports():
+        from dan_dist.certificate import main
 
     stop.where = "while certifying"
     return FAILED if main(options) else 0
@@ -223,7 +227,8 @@ def _predict(arguments: list[str], stop: StopRequest) -> int:
 
     options = cli.parse(PredictOptions, arguments)
     cli.set_log_lines(stream=sys.stderr)  # predictions alone go to the standard output
-    from dan_dist.inference.predict import main
+    with cli.imports():
+        from dan_dist.inference.predict import main
 
     stop.where = "while predicting"
     return FAILED if main(options) else 0
@@ -233,7 +238,8 @@ def _explain(arguments: list[str], stop: StopRequest) -> int:
     from dan_dist.options import ExplainOptions
 
     options = cli.parse(ExplainOptions, arguments)
-    from dan_dist.inference.explain import main
+    with cli.imports():
+        from dan_dist.inference.explain import main
 
     stop.where = "while explaining"
     return FAILED if main(options)["unread"] else 0
@@ -243,7 +249,8 @@ def _export(arguments: list[str], stop: StopRequest) -> int:
     from dan_dist.options import ExportOptions
 
     options = cli.parse(ExportOptions, arguments)
-    from dan_dist.inference.export import main
+    with cli.imports():
+        from dan_dist.inference.export import main
 
     stop.where = "while exporting"
     main(options)
@@ -261,7 +268,8 @@ def _ablate(arguments: list[str], stop: StopRequest) -> int:
     from dan_dist.ablation import grid
 
     load_config(options.config, grid.parse(options.words)[2])
-    from dan_dist.ablation.ablate import main
+    with cli.imports():
+        from dan_dist.ablation.ablate import main
 
     stop.where = "while comparing; the same command resumes"
     return main(options, stop)

@@ -8,10 +8,13 @@ Exit codes: 0 done; 1 done, with faults that its lines name, or a rank lost; 2 a
 128 + N another signal N, or a second one.
 """
 
+import atexit
+import ctypes
 import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -148,18 +151,27 @@ def guarded(work: Callable[[], int]) -> int:
 def end(code: int) -> NoReturn:
     """Ends the process with this code; where lines of its output found no room, not with 0.
 
-    A signal that comes while the interpreter takes itself apart changes nothing any more.
+    Threads end and exit handlers run as at any end, and no signal changes anything any more; but
+    the interpreter does not take a thousand modules apart, which takes a second.
     """
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+    _flush()
     if lost := [raw.lost for raw in _streams if raw.lost is not None]:
         with suppress(OSError):
             print(f"error: the output cannot be written: {lost[0].strerror}", file=sys.stderr)
         code = code or USAGE
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))
-    sys.exit(code)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    _flush()
+    ctypes.CDLL(None).fflush(None)  # what libraries of C have printed
+    os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
 
 
 def listen() -> None:

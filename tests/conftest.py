@@ -1,5 +1,6 @@
 """Small real shards and small real trainings that several tests share."""
 
+import gc
 import json
 import os
 import random
@@ -14,24 +15,28 @@ from pathlib import Path
 import interpreter
 import psutil
 import pytest
-import torch
 from interpreter import python
 from parts import in_parts
 from ranks import run_ranks
-from tracking_server import STORE, TrackingServer, serve
-from trees import packed, tree
 
-from dan_dist import programs
-from dan_dist import train as story
-from dan_dist.config import layered, load_config
-from dan_dist.distributed.world import World
-from dan_dist.run.folder import newest_checkpoint
-from dan_dist.tracking import tracker as tracking
-from dan_dist.tracking.store import connect
-from shards.files import locked
-from shards.format import ShardSet, open_shardset
-from shards.packing.writer import pack
-from shards.releases import synthetic
+from dan_dist.run.cli import imports
+
+with imports():
+    import torch
+    from tracking_server import STORE, TrackingServer, serve
+    from trees import packed, tree
+
+    from dan_dist import programs
+    from dan_dist import train as story
+    from dan_dist.config import layered, load_config
+    from dan_dist.distributed.world import World
+    from dan_dist.run.folder import newest_checkpoint
+    from dan_dist.tracking import tracker as tracking
+    from dan_dist.tracking.store import connect
+    from shards.files import locked
+    from shards.format import ShardSet, open_shardset
+    from shards.packing.writer import pack
+    from shards.releases import synthetic
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCH = REPOSITORY / "launch"
@@ -65,6 +70,7 @@ torch.set_num_threads(1)
 
 def pytest_configure(config: pytest.Config) -> None:
     """One fork server for all workers' commands and ranks."""
+    config.add_cleanup(gc.unfreeze)  # else libraries report as leaked what `imports` has frozen
     if "PYTEST_XDIST_WORKER" not in os.environ:
         folder = Path(tempfile.mkdtemp(prefix="interpreter-"))
         os.environ[interpreter.PROGRAM] = str(interpreter.stand_in(folder))
@@ -73,6 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = in_parts(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    gc.freeze()  # the tests' own imports stay, too
 
 
 @pytest.fixture(autouse=True)

@@ -326,9 +326,11 @@ def end(words: list[str]) -> NoReturn:
 if __name__ == "__main__":
     if os.fork():  # the server is nobody's child: Slurm kills all that is below a step
         os._exit(0)
+    gc.disable()
     import preloaded  # noqa: F401
 
     gc.freeze()  # a collection in a forked process would copy all that the server holds
+    gc.enable()
     asked = Server(Path(sys.argv[1]), int(sys.argv[2])).run()
     become(asked)
     end(asked["words"])

@@ -249,12 +249,10 @@ def test_a_clone_s_scripts_run_its_own_code(script: str, tmp_path: Path) -> None
         (tmp_path / package / "__init__.py").write_text("raise SystemExit('another one')\n")
     path = str(REPOSITORY / "launch" / f"{script}.py")
     code = f"""
-import runpy, site, sys
+import atexit, runpy, site, sys
 site.addsitedir({str(tmp_path)!r})
-try:
-    runpy.run_path({path!r}, run_name="__main__")
-finally:
-    print(sys.modules["dan_dist"].__file__)
+atexit.register(lambda: print(sys.modules["dan_dist"].__file__))
+runpy.run_path({path!r}, run_name="__main__")
 """
     for command in ([path, "--help"], ["-c", code, "--help"]):
         done = subprocess.run(

@@ -5,6 +5,7 @@ heavy, as the stop signals' handlers are in place before torch is imported.
 """
 
 import argparse
+import gc
 import inspect
 import logging
 import os
@@ -12,7 +13,8 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import Any, Literal, NoReturn, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
@@ -47,7 +49,12 @@ def run(main: Callable[[list[str], StopRequest], int]) -> NoReturn:
         end_with_parent()  # instead of working on unwatched, in a folder that a successor wants
     redact_tracebacks()
     give_home()
-    end(_exit_code(main, stop))
+    try:
+        code = _exit_code(main, stop)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = FAILED
+    end(code)
 
 
 def _exit_code(main: Callable[[list[str], StopRequest], int], stop: StopRequest) -> int:
@@ -111,6 +118,21 @@ def _run_logged(
 
     with logging_redirect_tqdm():
         return main(arguments, stop)
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Around a program's imports, which the collector of cycles leaves alone, now and later.
+
+    It would look through the million objects of torch and its like again and again, for a quarter
+    of the start, and find nothing: what is imported stays.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def set_log_lines(*, prefix: str = "", stream: TextIO | None = None) -> None:
