@@ -13,10 +13,9 @@ import numpy as np
 from chaos_trial import Trial, predicted, set_copy
 from packs import pack_here
 from PIL import Image
-from spoiled import damage, odd_value
+from spoiled import damage, damaged_scans, odd_value
 from trees import edit_manifest, encoded, picture
 
-from conftest import damaged_scans
 from dan_dist.config import load_config, shipped_folder, to_yaml
 from dan_dist.data.reader import Reader
 from dan_dist.dry_run import check

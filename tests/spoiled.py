@@ -177,3 +177,18 @@ def _other(dice: random.Random, tensor: torch.Tensor) -> torch.Tensor:
     else:
         found = found.transpose(0, -1) if found.ndim else found.expand(2)
     return found
+
+
+def damaged_scans(jpeg: bytes) -> dict[str, bytes]:
+    """A JPEG with its image data spoilt in ways that most decoders pass over in silence."""
+    half = jpeg[: len(jpeg) // 2]
+    noise = random.Random(0).randbytes(len(half)).replace(b"\xff", b"\xfe")
+    table = jpeg.index(b"\xff\xdb")
+    end = table + 2 + int.from_bytes(jpeg[table + 2 : table + 4], "big")
+    return {
+        "cut": half + b"\xff\xd9",
+        "zeros": half + bytes(len(half)) + b"\xff\xd9",
+        "noise": half + noise + b"\xff\xd9",
+        "no scan": jpeg[: jpeg.index(b"\xff\xda") + 14] + b"\xff\xd9",
+        "no table": jpeg[:table] + jpeg[end:],
+    }

@@ -1,8 +1,10 @@
 """Whether programs end, again and again, on a machine that has more to do than it can.
 
     python tests/standing.py [--times 200] [--load 4] [--programs predict,evaluate,deepspeed]
+                             [--minutes 180]
 
-Starts each program so often, in turn, beside `--load` processes that never wait. One that has not
+Starts each program so often, in turn, beside `--load` processes that never wait, as far as the
+minutes reach. One that has not
 ended after 100 s stands still: its processes print the stacks of all threads and end. Prints a
 table, and ends with code 1 where a program stood still or failed.
 """
@@ -18,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 
 from chaos_trial import Material, make_material
@@ -109,22 +112,24 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=200)
     parser.add_argument("--load", type=int, default=4)
     parser.add_argument("--programs", default=",".join(PROGRAMS))
+    parser.add_argument("--minutes", type=float, default=180, help="after which none begins")
     options = parser.parse_args()
-    names, bad = options.programs.split(","), 0
+    until_s, bad = time.monotonic() + 60 * options.minutes, 0
     times_s = defaultdict[str, list[float]](list)
     with tempfile.TemporaryDirectory(prefix="standing-") as home:
         material = make_material(Path(home))
         with loaded(options.load):
-            for number in range(options.times):
-                for name in names:
-                    folder = Path(home) / f"{name}-{number}"
-                    folder.mkdir()
-                    began_s = time.monotonic()
-                    became, printed = attempt(PROGRAMS[name](material, folder), folder)
-                    times_s[name].append(time.monotonic() - began_s)
-                    if became:
-                        bad += 1
-                        print(f"{name} {number} {became}:\n{printed}", flush=True)
+            for number, name in product(range(options.times), options.programs.split(",")):
+                if time.monotonic() > until_s:
+                    break
+                folder = Path(home) / f"{name}-{number}"
+                folder.mkdir()
+                began_s = time.monotonic()
+                became, printed = attempt(PROGRAMS[name](material, folder), folder)
+                times_s[name].append(time.monotonic() - began_s)
+                if became:
+                    bad += 1
+                    print(f"{name} {number} {became}:\n{printed}", flush=True)
     print("| program | tried | median s | longest s |\n|---|---|---|---|")
     for name, found_s in times_s.items():
         middle_s = sorted(found_s)[len(found_s) // 2]

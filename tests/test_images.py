@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from PIL import Image
+from spoiled import damaged_scans
 from trees import encoded, picture
 
-from conftest import damaged_scans
 from shards.images import decode, to_jpeg
 from shards.jpeg import plain_jpeg_size
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
+from spoiled import damaged_scans
 from trees import encoded, packed, picture, tree
 
-from conftest import damaged_scans
 from shards import kinds
 from shards.images import decode, holds_one_value, to_jpeg
 from shards.jpeg import MAX_SCANS, plain_jpeg_size

@@ -17,7 +17,9 @@ from dan_dist.data.sampler import (
     evaluation_order,
     group_samples,
     rank_columns,
+    take_turns,
 )
+from dan_dist.data.shares import power
 
 SIZES = [(1, 3, 40, 9), (7, 7, 7), (5, 200, 31, 64, 12, 2, 90, 3), (130,)]
 BATCHES = [1, 3, 8, 13, 64, 100]
@@ -31,8 +33,10 @@ def labels_of(sizes: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 def orders(labels: np.ndarray, batch: int, seed: int, *, balanced: bool = True) -> np.ndarray:
-    groups = group_samples(labels, balanced=balanced)
-    epochs = [epoch_order(groups, global_batch=batch, seed=seed, epoch=e) for e in range(EPOCHS)]
+    """The steps of all epochs, as a training orders them."""
+    groups, kept = group_samples(labels, balanced=balanced), sampler.Kept()
+    epochs = [epoch_order(groups, global_batch=batch, seed=seed, epoch=e, kept=kept)
+              for e in range(EPOCHS)]  # fmt: skip
     return np.concatenate(epochs)
 
 
@@ -119,6 +123,24 @@ def test_an_epoch_does_not_need_the_ones_before() -> None:
     steps = len(alone)
     assert (orders(labels_of((40, 300, 5)), 13, seed=1)[2 * steps :] == alone).all()
     assert alone.dtype == np.int32
+
+
+@pytest.mark.parametrize("exponent", [0, 0.5])
+@pytest.mark.parametrize("cycle", [1 << 16, 100, 10])
+def test_what_is_kept_of_an_epoch_changes_no_other(
+    exponent: float, cycle: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever order they come: next, again, far ahead, back."""
+    monkeypatch.setattr(sampler, "SMALL_CYCLE", cycle)
+    groups = group_samples(labels_of((40, 300, 5, 1)), balanced=True)
+    shares = power([len(g) for g in groups], exponent)
+    own = {"global_batch": 13, "seed": 1,
+           "turns": take_turns(groups, global_batch=13, shares=shares)}  # fmt: skip
+    kept: sampler.Kept = {}
+    for epoch in (0, 1, 1, 2, 30, 29, 31, 2, 0):
+        found = epoch_order(groups, epoch=epoch, kept=kept, **own)
+        assert (found == epoch_order(groups, epoch=epoch, **own)).all()
+    assert kept  # so that something was at stake
 
 
 def test_seeds_differ_and_epochs_differ() -> None:

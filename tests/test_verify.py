@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from spoiled import damaged_scans
 from trees import edit_manifest, replace_index
 
-from conftest import damaged_scans, run
+from conftest import run
 from shards import show
 from shards.files import sha256_of
 from shards.format import Sample, ShardSet, open_shardset, write_shard

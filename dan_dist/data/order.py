@@ -10,6 +10,7 @@ from dan_dist.data.augment import UNIFORMS
 from dan_dist.data.mixture import groups_of
 from dan_dist.data.sampler import (
     Ids,
+    Kept,
     augmentation_uniforms,
     epoch_order,
     evaluation_order,
@@ -45,6 +46,7 @@ class TrainOrder:
         self.steps = self.turns.steps
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="order")
         self._epochs: dict[int, Future[Ids]] = {}
+        self._kept: Kept = {}
 
     def __call__(self, step: int) -> Request:
         epoch, row = divmod(step, self.steps)
@@ -62,7 +64,7 @@ class TrainOrder:
     def _order(self, epoch: int) -> Ids:
         order = epoch_order(
             self.groups, global_batch=self.global_batch, seed=self.seed, epoch=epoch,
-            turns=self.turns,
+            turns=self.turns, kept=self._kept,
         )  # fmt: skip
         return np.ascontiguousarray(order[:, self.columns])
 
