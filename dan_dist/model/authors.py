@@ -58,7 +58,7 @@ def read_authors(
     Raises:
         ValueError: names the tensors that are missing and those that are left over.
     """
-    trunk = [f"backbone.{key}" for key in DAN(1, 0).backbone.state_dict()]
+    trunk = [f"backbone.{key}" for key in empty_network(1, 0).backbone.state_dict()]
     trials = [
         (layout, _match(layout, place))
         for layout in (THEIRS, OURS)
