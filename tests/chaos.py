@@ -12,9 +12,9 @@ Ends with a table, and with code 1 where a fault was not held or shared memory i
 a machine that does nothing else. Full disks need root, to mount small ones; others leave them out.
 """
 
-import sys
-
 if __name__ == "__main__":  # forked ranks import this file too
     from chaos_command import main
 
-    sys.exit(main())
+    from shards.command import end
+
+    end(main())

@@ -27,6 +27,7 @@ from chaos_trial import Material, make_material
 from ranks import free_port
 
 from conftest import torchrun
+from shards.command import end
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 STILL_S = 100.0
@@ -139,4 +140,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())
