@@ -4,9 +4,8 @@
                              [--minutes 180]
 
 Starts each program so often, in turn, beside `--load` processes that never wait, as far as the
-minutes reach. One that has not
-ended after 100 s stands still: its processes print the stacks of all threads and end. Prints a
-table, and ends with code 1 where a program stood still or failed.
+minutes reach. One that has not ended after 100 s stands still: its processes print the stacks of
+all threads and end. Prints a table, and ends with code 1 where a program stood still or failed.
 """
 
 import argparse

@@ -69,6 +69,9 @@ def test_no_panel_is_empty(faces: ShardSet) -> None:
         assert all(axis.viewLim.contains(*text.get_position()) for text in axis.texts)
         assert all(axis.viewLim.contains(x, y) for place in places for x in place[:2]
                    for y in place[2:])  # fmt: skip
+    narrow = mistakes_figure([Image.new("RGB", (10, 40))], mistakes[:1], TITLE)
+    left, right, bottom, top = narrow.axes[0].images[0].get_extent()
+    assert bottom - top == pytest.approx(4 * (right - left))
     split = faces.split("val")
     right = np.eye(8, dtype=np.float32)[split.index["label"]]
     names = [figure.name for figure in judge_classes(right, split, TITLE).details().figures]

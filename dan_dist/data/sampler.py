@@ -81,7 +81,7 @@ def epoch_order(
     """The sample ids of one epoch, (steps, global_batch) int32, row by row a global batch.
 
     turns: of unequal shares (`take_turns`); by default the groups' shares are equal. kept: a dict
-    that the epochs of one training share, which saves small sets thirty milliseconds an epoch.
+    that the epochs of one training share, at most 32 MiB; it saves small sets 30 ms an epoch.
 
     Raises:
         ValueError: fewer samples than one global batch.
@@ -159,7 +159,7 @@ def _draws(
                 samples = kept[c][1]
             else:
                 samples = _samples(ids, turns, stream, block, c, batch, span)
-                if span > stop - start:  # the next epoch goes on in it
+                if few == 1 and stop - start < span <= SMALL_CYCLE:  # the next epoch goes on in it
                     kept[c] = batch, samples
             low, high = max(start, batch * span), min(stop, batch * span + span)
             drawn[low - start : high - start] = samples[low - batch * span : high - batch * span]

@@ -103,14 +103,19 @@ def _gallery(
     words = 0.16 * max(own.count("\n") + 1 for own in captions) + 0.08  # a caption's height
     width, top = max(side * columns, 5.0), 0.22 * (title.count("\n") + 1) + 0.15
     height = top + rows * (side + words)
-    left, gap = (width - side * columns) / 2, 0.05
+    left, largest = (width - side * columns) / 2, side / 2 - 0.05
     figure = plt.figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     for k, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = left + k % columns * side, top + words + k // columns * (side + words)
-        axes.imshow(image, extent=(x + gap, x + side - gap, y + side - gap, y + gap))
-        axes.text(x + side / 2, y, caption, ha="center", va="bottom", fontsize=9)
+        x = left + (k % columns + 0.5) * side  # the middle of its upper edge
+        y = top + words + k // columns * (side + words)
+        pixels = np.asarray(image)
+        half = largest / max(pixels.shape[:2])
+        dy, dx = half * pixels.shape[0], half * pixels.shape[1]
+        middle = y + side / 2
+        axes.imshow(pixels, extent=(x - dx, x + dx, middle + dy, middle - dy))
+        axes.text(x, y, caption, ha="center", va="bottom", fontsize=9)
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.text(width / 2, 0.08, title, ha="center", va="top", fontsize=11)
     return figure
