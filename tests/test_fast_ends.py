@@ -1,4 +1,4 @@
-"""What programs spare themselves: collections while they import, and to be taken apart in the end."""
+"""What programs spare themselves: collections while they import, and being taken apart."""
 
 import gc
 from pathlib import Path
