@@ -99,6 +99,7 @@ EXECUTED = {
     **dict.fromkeys((f"python launch/bench.py {p}" for p in ("loader*", "step *", "train")),
                     "test_bench.py::test_it_measures_and_writes_what_it_measured"),
     "python launch/bench.py scaling *": "test_bench.py::test_it_projects_beyond_this_machine",
+    "python launch/bench.py start *": "test_bench.py::test_it_starts_trainings",
     "python launch/bench.py --visit *":
         "test_bench.py::test_a_visit_without_time_names_what_it_left_out",
     "python -m shards.align *": "test_align.py::test_align_writes_what_the_detector_finds",
