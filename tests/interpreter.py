@@ -9,10 +9,8 @@ forked process enters) or PYTHONPATH, or open pipes.
 (Slurm signals a step's processes by their parents, among which forked ones are not.)
 """
 
-import atexit
 import ctypes
 import fcntl
-import gc
 import json
 import os
 import resource
@@ -24,7 +22,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -301,7 +298,9 @@ def run(words: list[str]) -> None:
 
 
 def end(words: list[str]) -> NoReturn:
-    """Runs the command and ends as an interpreter does, but for taking a thousand modules apart."""
+    """Runs the command and ends as the project's programs do."""
+    from shards.command import end as leave
+
     code = 0
     try:
         run(words)
@@ -315,22 +314,16 @@ def end(words: list[str]) -> NoReturn:
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         code = 1
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
+    leave(code)
 
 
 if __name__ == "__main__":
     if os.fork():  # the server is nobody's child: Slurm kills all that is below a step
         os._exit(0)
-    gc.disable()
-    import preloaded  # noqa: F401
+    from dan_dist.run.cli import imports
 
-    gc.freeze()  # a collection in a forked process would copy all that the server holds
-    gc.enable()
+    with imports():  # a collection in a forked process would copy all that the server holds
+        import preloaded  # noqa: F401
     asked = Server(Path(sys.argv[1]), int(sys.argv[2])).run()
     become(asked)
     end(asked["words"])

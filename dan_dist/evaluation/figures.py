@@ -101,7 +101,9 @@ def _gallery(
     captions = ["\n".join(textwrap.fill(line, int(12 * side)) for line in own.split("\n"))
                 for own in captions]  # fmt: skip
     words = 0.16 * max(own.count("\n") + 1 for own in captions) + 0.08  # a caption's height
-    width, top = max(side * columns, 5.0), 0.22 * (title.count("\n") + 1) + 0.15
+    width = max(side * columns, 5.0)
+    title = "\n".join(_fit(line, width) for line in title.split("\n"))
+    top = 0.22 * (title.count("\n") + 1) + 0.15
     height = top + rows * (side + words)
     left, largest = (width - side * columns) / 2, side / 2 - 0.05
     figure = plt.figure(figsize=(width, height))
@@ -154,8 +156,7 @@ def mistakes_figure(images: Sequence[Image.Image], mistakes: Sequence[Any], titl
     captions = [
         f"{own.true}\ntaken for {own.predicted}\n{own.confidence:.1%} sure" for own in mistakes
     ]
-    width = max(1.9 * min(6, len(images)), 5)
-    return _gallery(images, captions, f"{_fit(title, width)}\nthe surest mistakes", 6, 1.9)
+    return _gallery(images, captions, f"{title}\nthe surest mistakes", 6, 1.9)
 
 
 def groups_figure(columns: Mapping[str, Any], title: str) -> Figure:
