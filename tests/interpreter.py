@@ -102,8 +102,13 @@ def hand_over(folder: str, real: str, owner: int) -> NoReturn:
     if not answer:  # the surroundings are not the server's
         os.execv(real, [real, *words])
     pid = struct.unpack("i", answer)[0]
+
+    def pass_on(number: int, _frame: object) -> None:
+        with suppress(ProcessLookupError):  # it has just ended; how, is still on its way
+            os.kill(pid, number)
+
     for number in PASSED_ON:  # ignored ones too: the process may come to listen to them
-        signal.signal(number, lambda number, _frame: os.kill(pid, number))
+        signal.signal(number, pass_on)
     if "RANK" in os.environ:  # as a rank itself asks for
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     code = struct.unpack("i", connection.recv(4) or struct.pack("i", -signal.SIGKILL))[0]
