@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conftest import DAN, weights
 from dan_dist import train as story
-from dan_dist.config import load_config
+from dan_dist.config import Optim, load_config
 from dan_dist.data.augment import UNIFORMS, Augment, placements
 from dan_dist.data.decoded import (
     DecodedReader,
@@ -26,8 +26,12 @@ from dan_dist.data.loader import Batch, Loader
 from dan_dist.data.order import TrainOrder
 from dan_dist.data.reader import Reader
 from dan_dist.data.sampler import augmentation_uniforms, rank_columns
+from dan_dist.distributed.world import World
+from dan_dist.engine.ddp import Engine, StepFlags, StepOptions
 from dan_dist.engine.readout import Readout
+from dan_dist.model import dan
 from dan_dist.model.arithmetic import choose_arithmetic
+from dan_dist.model.losses import Objective
 from dan_dist.run.checkpoint import load
 from dan_dist.run.folder import newest_checkpoint
 from shards.format import ShardSet
@@ -112,6 +116,20 @@ def test_a_split_decoded_once_gives_the_plain_batches(
 def test_figures_come_by_pinned_memory() -> None:
     values = torch.arange(8.0, device=GPU)
     assert Readout(values * 2).read() == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0]
+
+
+def test_a_step_never_waits_for_the_gpu() -> None:
+    """As on fake tensors (test_fake_cuda_step.py), with the backward pass that autograd runs."""
+    images, labels = torch.randn(8, 3, 64, 64, device=GPU), torch.arange(8, device=GPU) % 7
+    options = StepOptions(global_batch=8, precision="bf16")
+    engine = Engine(Objective(dan.DAN(7, 4), 7), World(0, 0, 1, 1, GPU), Optim(), options)
+    step = Batch(images, labels, torch.arange(8))
+    engine.train_step(step, lr=1e-4, flags=StepFlags(False, False, 0))  # makes Adam's state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.train_step(step, lr=1e-4, flags=StepFlags(False, False, 0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_two_deterministic_trainings_are_one(tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from benchmarks.measure import LAUNCH
 
 BATCHES = [256, 32]  # images: the recipe's, and what eight GPUs see of it each
 FROM_NOTHING = ("model.backbone=none", "data.classes=null", "tracking.enabled=false")
-TESTS = ("test_gpu.py", "test_gpu_paths.py", "test_fake_cuda_step.py")
+TESTS = ("test_gpu.py", "test_gpu_paths.py")
 COMPILED = "compiled_training"  # the one among them that takes as long as all others
 
 
