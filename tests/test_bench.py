@@ -4,6 +4,7 @@ import json
 import logging
 import runpy
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,17 @@ def test_a_visit_without_time_names_what_it_left_out(tmp_path: Path) -> None:
                json.loads((tmp_path / "visit" / "visit.json").read_text()).items()}  # fmt: skip
     assert {"checks", "step 256", "train", "loader", "start"} < {*results}
     assert all(result.startswith(("stopped after", "no time")) for result in results.values())
+
+
+def test_a_part_that_takes_too_long_ends_with_all_that_it_has_started(tmp_path: Path) -> None:
+    code = "import subprocess as s; p = s.Popen(['sleep', '99']); print(p.pid, flush=1); p.wait()"
+    part = visit.Part("slow", [sys.executable, "-c", code], share=1.0)
+    found = visit.run(tmp_path, [part], minutes=0.05)["slow"]
+    assert found["result"] == "stopped after 3 s"
+    ended, end_s = Path("/proc", found["last"]), time.monotonic() + 10
+    while ended.exists() and time.monotonic() < end_s:
+        time.sleep(0.05)
+    assert not ended.exists()
 
 
 # What no step needs, so that it need not be brought to a machine without a network

@@ -7,6 +7,7 @@ and `visit.md`.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.measure import LAUNCH
+from dan_dist.run.signals import end_with_parent
 
 BATCHES = [256, 32]  # images: the recipe's, and what eight GPUs see of it each
 FROM_NOTHING = ("model.backbone=none", "data.classes=null", "tracking.enabled=false")
@@ -90,14 +92,19 @@ def _run(part: Part, folder: Path, limit_s: float) -> dict[str, Any]:
         part.writes.unlink(missing_ok=True)  # an earlier visit's
     began_s = perf_counter()
     with log.open("w") as output:
-        try:
-            code = subprocess.run(
-                part.command, stdout=output, stderr=subprocess.STDOUT, timeout=limit_s,
-                env=environment, check=False,
-            ).returncode  # fmt: skip
-            result = "done" if code == 0 else f"exit code {code}"
-        except subprocess.TimeoutExpired:
-            result = f"stopped after {limit_s:.0f} s"
+        process = subprocess.Popen(
+            part.command, stdout=output, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True, preexec_fn=end_with_parent,
+        )  # fmt: skip
+    try:
+        code = process.wait(limit_s)
+        result = "done" if code == 0 else f"exit code {code}"
+    except subprocess.TimeoutExpired:
+        result = f"stopped after {limit_s:.0f} s"
+    finally:
+        if process.poll() is None:  # with the trainings that it has started, which hold the GPU
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     figures = None
     if part.writes is not None and part.writes.is_file():
         figures = json.loads(part.writes.read_text())
