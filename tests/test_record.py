@@ -17,27 +17,23 @@ from dan_dist.tracking.store import connect
 Write = Callable[[str], Path]
 
 
-@pytest.fixture
-def uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-def recorded(folder: Path, uri: str) -> tuple[Any, dict[str, Any]]:
+def recorded(folder: Path, store: str) -> tuple[Any, dict[str, Any]]:
     """The run of a folder, and its artifact config.yaml."""
-    client = connect(uri)
+    client = connect(store)
     run = client.get_run(read_sent(folder).run_id)
     path = client.download_artifacts(run.info.run_id, "config.yaml")
     return run, yaml.safe_load(Path(path).read_text())
 
 
 @pytest.mark.slow
-def test_what_changes_when_a_run_goes_on_is_recorded(tiny: Write, tmp_path: Path, uri: str) -> None:
+def test_what_changes_when_a_run_goes_on_is_recorded(
+    tiny: Write, tmp_path: Path, store: str
+) -> None:
     options = ["tracking.enabled=true", "train.log_every=2"]
     single(tiny("run"), *options, "train.max_steps=2")
     single(tiny("run"), *options, "train.max_steps=4")
     single(tiny("run"), *options, "train.max_steps=6", "data.threads=1")
-    run, config = recorded(tmp_path / "run", uri)
+    run, config = recorded(tmp_path / "run", store)
     assert run.data.params["train.max_steps"] == "2" and run.data.params["data.threads"] == "None"
     assert run.data.tags["train.max_steps"] == "2; from step 2: 4; from step 4: 6"
     assert run.data.tags["data.threads"] == "None; from step 4: 1"
@@ -51,14 +47,14 @@ def test_what_changes_when_a_run_goes_on_is_recorded(tiny: Write, tmp_path: Path
 
 @pytest.mark.slow
 def test_the_run_is_shown_where_there_is_one(
-    tiny: Write, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch,
+    tiny: Write, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(tracking, "RETRY_S", 0.0)
     options = ["tracking.enabled=true", "train.max_steps=2"]
     single(tiny("run"), *options)
-    assert caplog.text.count(f"to look at it: mlflow ui --backend-store-uri {uri}") == 1
+    assert caplog.text.count(f"to look at it: mlflow ui --backend-store-uri {store}") == 1
     page = r"look at the run: http://127\.0\.0\.1:5000/#/experiments/1/runs/(\w+)\?workflowType="
     found = re.findall(rf"{page}machine_learning$", caplog.text, re.MULTILINE)
     assert found == [read_sent(tmp_path / "run").run_id]
