@@ -3,6 +3,7 @@
 import json
 import logging
 import runpy
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from dan_dist.run.signals import StopRequest
 
 sys.path.insert(0, str(REPOSITORY / "launch"))
 
-from benchmarks import visit
+from benchmarks import measure, visit
 
 Write = Callable[[str], Path]
 pytestmark = pytest.mark.slow
@@ -88,6 +89,21 @@ def test_a_visit_without_time_names_what_it_left_out(tmp_path: Path) -> None:
                json.loads((tmp_path / "visit" / "visit.json").read_text()).items()}  # fmt: skip
     assert {"checks", "step 256", "train", "loader", "start"} < {*results}
     assert all(result.startswith(("stopped after", "no time")) for result in results.values())
+
+
+def test_a_contender_waits_for_what_the_one_before_left_under_way() -> None:
+    code = "import time; end = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass"
+    left = list[subprocess.Popen[bytes]]()
+
+    def leave_work() -> measure.Measure:
+        left.append(subprocess.Popen([sys.executable, "-c", code]))
+        return {}
+
+    def look() -> measure.Measure:
+        return {"ended": float(left[0].poll() is not None)}
+
+    table = measure.in_turn({"first": leave_work, "second": look}, 1, "turns")
+    assert table["second"] == [{"ended": 1.0}]
 
 
 def test_a_part_that_takes_too_long_ends_with_all_that_it_has_started(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
-from time import perf_counter, process_time
+from time import perf_counter, process_time, sleep
 
 import psutil
 import torch
@@ -22,6 +22,8 @@ Table = dict[str, list[Measure]]  # contender → its repeats
 
 LAUNCH = Path(__file__).parent.parent
 WARM_BATCHES = 12  # more than any contender holds ready
+LOOK_S, AT_REST = 0.25, 0.2  # how long, and the share of a core below which nothing is under way
+REST_S = 60.0  # that is waited for it
 
 
 def in_turn(contenders: Mapping[str, Callable[[], Measure]], repeats: int, title: str) -> Table:
@@ -30,9 +32,24 @@ def in_turn(contenders: Mapping[str, Callable[[], Measure]], repeats: int, title
     with tqdm(total=repeats * len(contenders), desc=title, leave=False, disable=None) as bar:
         for _ in range(repeats):
             for name, contend in contenders.items():
+                wait_for_rest()
                 table[name].append(contend())
                 bar.update()
     return table
+
+
+def wait_for_rest() -> None:
+    """Until the threads and processes of all contenders have filled their queues.
+
+    Those of the one before would take cores from the next one, and their CPU time is counted too.
+    """
+    end_s, before = perf_counter() + REST_S, cpu_s()
+    while perf_counter() < end_s:
+        sleep(LOOK_S)
+        now = cpu_s()
+        if now - before < AT_REST * LOOK_S:
+            return
+        before = now
 
 
 def middle(table: Table, name: str, measure: str) -> float:
