@@ -49,7 +49,8 @@ EXECUTED = {
         "test_train.py::test_the_demo_makes_its_own_shards",
     "python launch/train.py":
         "test_signals.py::test_a_run_without_a_launcher_ends_with_its_own_exit_code",
-    "python launch/train.py loss.fcn=none *": "test_explain.py::test_two_networks_side_by_side",
+    "python launch/train.py model.fusion=log_softmax loss.lambda_afn=1*":
+        "test_explain.py::test_two_networks_side_by_side",
     "python launch/train.py * --dry-run --ranks 8": DRY,
     "python launch/train.py --help": "test_programs.py::test_help_lists_every_key_without_torch",
     "torchrun launch/train.py demo-backbone*":
