@@ -5,12 +5,12 @@ import logging
 import runpy
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cluster import wait_for
 
 from conftest import ALONE, DAN, REPOSITORY, run
 from dan_dist.run.signals import StopRequest
@@ -111,10 +111,7 @@ def test_a_part_that_takes_too_long_ends_with_all_that_it_has_started(tmp_path: 
     part = visit.Part("slow", [sys.executable, "-c", code], share=1.0)
     found = visit.run(tmp_path, [part], minutes=0.05)["slow"]
     assert found["result"] == "stopped after 3 s"
-    ended, end_s = Path("/proc", found["last"]), time.monotonic() + 10
-    while ended.exists() and time.monotonic() < end_s:
-        time.sleep(0.05)
-    assert not ended.exists()
+    wait_for(lambda: not Path("/proc", found["last"]).exists(), 10)
 
 
 # What no step needs, so that it need not be brought to a machine without a network
